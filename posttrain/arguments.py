@@ -1,0 +1,86 @@
+"""Documented hyperparameters to TRL's arguments: the only place where a name changes."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import Config, renamed
+from posttrain.errors import ConfigError
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def mixed_precision(precision: str) -> str:
+    """`no`, `fp16` or `bf16` for the device found; a choice made by `accelerate launch` wins over auto.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision, or it contradicts accelerate's.
+    """
+    import torch
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    wanted = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    if launched is not None and wanted is not None and launched != wanted:
+        raise ConfigError(
+            f"precision={precision} contradicts mixed_precision={launched} of accelerate launch; leave one of them out"
+        )
+    has_gpu = torch.cuda.is_available()
+    if wanted is None:
+        wanted = launched or ("bf16" if has_gpu and torch.cuda.is_bf16_supported() else "no")
+    if wanted == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("precision=fp16 needs a GPU; transformers would train in fp32 without a word. Use fp32 or bf16")
+    if wanted == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
+        major, minor = torch.cuda.get_device_capability()
+        raise ConfigError(
+            f"precision=bf16 needs compute capability 8.0 or above; {torch.cuda.get_device_name()} has {major}.{minor}: "
+            "use fp32 or fp16"
+        )
+    return wanted
+
+
+def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str, Any]:
+    """The keyword arguments of the stage's TRL config.
+
+    Raises:
+        ConfigError: an option asks for what is not there (a tracker, held-out rows, several GPUs in one process).
+    """
+    import torch
+
+    ours = {trl: vars(config.stage)[name] for trl, name in renamed(config.stage).items()}
+    given = dict(config.trainer)
+    if not has_test and given.get("eval_strategy", "no") != "no":
+        given |= {"eval_strategy": "no"}
+        given.pop("eval_steps", None)
+    for tracker in _trackers(given.get("report_to")):
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"trainer.report_to={tracker}: not installed; pip install 'posttrain[trackers]'")
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process: start with `accelerate launch -m "
+            "posttrain.run ...` to use them all, or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    precision = mixed_precision(config.precision)
+    return {
+        "per_device_eval_batch_size": config.stage.batch_size,
+        "include_num_input_tokens_seen": "non_padding",
+        **given,
+        **ours,
+        "output_dir": str(folder),
+        "run_name": "/".join(folder.parts[-3:]),
+        "project": "posttrain",
+        "seed": config.seed,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+    }
+
+
+def _trackers(report_to: Any) -> list[str]:
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    unknown = [name for name in names if name not in (*TRACKERS, "none")]
+    if unknown:
+        raise ConfigError(f"trainer.report_to={unknown[0]} is not one of none, {', '.join(TRACKERS)}")
+    return [name for name in names if name != "none"]

@@ -1,0 +1,399 @@
+"""The typed schema of every key, and the check that all sources of a configuration pass before torch is imported.
+
+Types stand here, values in conf/. Hydra composes plain yaml; `check` then compares the result with these
+dataclasses, whichever file, `+key` or `++key` a value came from, and reports all problems at once.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from posttrain import paths
+from posttrain.errors import ConfigError
+
+OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
+
+
+def key(**limits: Any) -> Any:
+    """A field without a value (values live in conf/) and with limits: above, at_least, at_most, below, choices.
+
+    `trl` is the name that TRL or transformers use for it, where it reaches their trainer arguments.
+    """
+    return field(default=MISSING, metadata=limits)
+
+
+@dataclass
+class StageConfig:
+    """The documented hyperparameters that every stage has."""
+
+    name: str = key()
+    learning_rate: float = key(above=0, below=1e3, trl="learning_rate")
+    batch_size: int = key(at_least=1, trl="per_device_train_batch_size")
+    num_epochs: float = key(above=0, trl="num_train_epochs")
+    max_length: int = key(at_least=2, trl="max_length")
+    warmup_steps: int = key(at_least=0, trl="warmup_steps")
+
+
+@dataclass
+class SFTStage(StageConfig):
+    """Supervised fine-tuning."""
+
+
+@dataclass
+class ModelConfig:
+    """The model and how it is trained, in the words of TRL's ModelConfig."""
+
+    model_name_or_path: str = key()
+    model_revision: str = key()
+    from_scratch: bool = key()
+    chat_template_path: str | None = key()
+    trust_remote_code: bool = key()
+    dtype: str = key(choices=("float32", "bfloat16", "float16", "auto"))
+    attn_implementation: str | None = key()
+    use_peft: bool = key()
+    lora_r: int = key(at_least=1)
+    lora_alpha: int = key(at_least=1)
+    lora_dropout: float = key(at_least=0, below=1)
+    lora_target_modules: Any = key()
+    lora_modules_to_save: list[str] | None = key()
+    use_rslora: bool = key()
+    use_dora: bool = key()
+    load_in_4bit: bool = key()
+    load_in_8bit: bool = key()
+    bnb_4bit_quant_type: str = key(choices=("nf4", "fp4"))
+    use_bnb_nested_quant: bool = key()
+
+
+@dataclass
+class InstructionColumns:
+    """The names that the documented columns have in the source."""
+
+    instruction: str = key()
+    response: str = key()
+    input: str = key()
+    system: str = key()
+
+
+@dataclass
+class DataConfig:
+    """Where the rows come from and what happens to those that do not fit."""
+
+    dataset_name: Any = key()
+    dataset_config: str | None = key()
+    dataset_train_split: str = key()
+    dataset_test_split: str | None = key()
+    test_size: float = key(at_least=0)
+    max_rows: int | None = key(at_least=1)
+    overlength: str = key(choices=("truncate", "drop", "error"))
+    allow_special_tokens: bool = key()
+    columns: InstructionColumns = field(default_factory=InstructionColumns)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run_name: str = key(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    output_dir: str = key()
+    seed: int = key(at_least=0, at_most=2**32 - 1)
+    precision: str = key(choices=("auto", "fp32", "bf16", "fp16"))
+    dry_run: bool = key()
+    overwrite: bool = key()
+    stage: Any = key()  # a StageConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+STAGE_SCHEMAS: dict[str, type[StageConfig]] = {"sft": SFTStage}
+
+# The class of each stage's trainer arguments, and the sources that declare its fields, most general first.
+_TRL_SOURCES = {
+    "sft": (
+        ("transformers", "training_args.py", "TrainingArguments"),
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/sft_config.py", "SFTConfig"),
+    )
+}
+
+# Trainer arguments that posttrain sets itself or that have a key of ours: setting them twice would hide one.
+_RESERVED = {
+    "output_dir": "set output_dir and run_name",
+    "run_name": "set run_name",
+    "seed": "set seed",
+    "bf16": "set precision=bf16",
+    "fp16": "set precision=fp16",
+    "use_cpu": "posttrain uses the accelerator that it finds; hide it with CUDA_VISIBLE_DEVICES=",
+    "resume_from_checkpoint": "start the same command again and it resumes",
+    "restore_callback_states_from_checkpoint": "start the same command again and it resumes",
+    "ignore_data_skip": "it would train some rows twice after a resume",
+    "enable_jit_checkpoint": "posttrain writes a checkpoint on SIGTERM by itself",
+    "save_only_model": "a checkpoint without optimizer and generator states cannot be resumed exactly",
+    "logging_nan_inf_filter": "it hides a loss that is not finite",
+    "dataset_kwargs": "the data is prepared by posttrain; see data.*",
+    "dataset_text_field": "name the columns with data.columns.*",
+    "skip_prepare_dataset": "the data is prepared by posttrain; see data.*",
+    "truncation_mode": "set data.overlength",
+    "completion_only_loss": "loss is on the response alone",
+    "assistant_only_loss": "loss is on every assistant turn, and on nothing else",
+    "chat_template_path": "set model.chat_template_path",
+    "model_init_kwargs": "set model.*",
+    "trust_remote_code": "set model.trust_remote_code",
+    "eos_token": "it is the tokenizer's, and the one that ends an assistant turn in its chat template",
+    "pad_token": "it is the tokenizer's, or one that posttrain adds",
+    "do_train": "leave it out",
+    "do_eval": "leave it out; set trainer.eval_strategy",
+    "do_predict": "leave it out",
+}
+
+_SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$", re.IGNORECASE)
+_NOT_SECRET = {"eos_token", "pad_token"}
+_PATTERN_OF_TYPE: dict[str, tuple[type, ...]] = {
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+    "list": (list,),
+    "dict": (dict,),
+}
+
+
+@cache
+def trainer_fields(stage: str) -> dict[str, str]:
+    """The arguments of the stage's TRL config and their annotations, read from the installed sources (no import)."""
+    found: dict[str, str] = {}
+    for package, file, class_name in _TRL_SOURCES[stage]:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"the package {package} is not installed; run: pip install -e .")
+        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                        if not item.target.id.startswith("_"):
+                            found[item.target.id] = ast.unparse(item.annotation)
+    return found
+
+
+def renamed(stage: StageConfig) -> dict[str, str]:
+    """TRL's name -> ours, for every hyperparameter that goes to the trainer under another or the same name."""
+    return {item.metadata["trl"]: item.name for item in dataclasses.fields(stage) if "trl" in item.metadata}
+
+
+def _leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, node
+
+
+def _schema_keys(schema: type, path: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Every leaf of a dataclass by its dotted path."""
+    hints = typing.get_type_hints(schema)
+    keys: dict[str, dataclasses.Field[Any]] = {}
+    for item in dataclasses.fields(schema):
+        here = f"{path}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            keys |= _schema_keys(typing.cast(type, hints[item.name]), f"{here}.")
+        else:
+            keys[here] = item
+    return keys
+
+
+def nearest(word: str, words: typing.Iterable[str]) -> str:
+    """'; did you mean …?' with the closest known name, or nothing."""
+    words = list(words)
+    # the last part alone, too, so that a key put into the wrong section finds its own
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.75)
+    if not close:
+        tails = {other.rsplit(".", 1)[-1]: other for other in words}
+        close = [tails[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.8)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _limit_problem(path: str, value: Any, limits: typing.Mapping[str, Any]) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path}={value} must be a finite number"
+    tests = {
+        "above": (lambda bound: value > bound, "above"),
+        "at_least": (lambda bound: value >= bound, "at least"),
+        "at_most": (lambda bound: value <= bound, "at most"),
+        "below": (lambda bound: value < bound, "below"),
+    }
+    for name, (holds, words) in tests.items():
+        if name in limits and not holds(limits[name]):
+            return f"{path}={value:g} must be {words} {limits[name]}"
+    if "choices" in limits and value not in limits["choices"]:
+        close = nearest(str(value), limits["choices"])
+        return f"{path}={value} is not one of {', '.join(limits['choices'])}{close}"
+    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+        return f"{path}={value!r} may hold letters, digits, '.', '_' and '-' only"
+    return None
+
+
+def _secret_problem(path: str, value: Any) -> str | None:
+    """A secret on the command line or in a file would end in logs and folders; the value is never repeated."""
+    name = path.rsplit(".", 1)[-1]
+    if _SECRET.search(name) and name not in _NOT_SECRET:
+        return f"{path} looks like a secret; set it in the environment only (HF_TOKEN, WANDB_API_KEY, ...)"
+    if isinstance(value, str):
+        for variable, secret in os.environ.items():
+            if _SECRET.search(variable) and len(secret) >= 8 and secret in value:
+                return f"{path} holds the value of the environment variable {variable}; it would be written to files"
+    return None
+
+
+def _type_problem(path: str, value: Any, annotation: str) -> str | None:
+    """Compare a trainer value with the annotation in TRL's source; a type that is no plain one is left to TRL."""
+    parts = [part.strip() for part in re.sub(r"\[[^\]]*\]", "", annotation).split("|")]
+    if not all(part in _PATTERN_OF_TYPE for part in parts):
+        return None
+    allowed = tuple(kind for part in parts for kind in _PATTERN_OF_TYPE[part])
+    if isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
+        return None
+    return f"{path}={value!r} must be {annotation.replace(' | ', ' or ')}"
+
+
+def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterator[str]:
+    fields = trainer_fields(stage.name)
+    ours = renamed(stage)
+    for name, value in trainer.items():
+        path = f"trainer.{name}"
+        if name in ours:
+            yield f"{path} repeats stage.{ours[name]}; set stage.{ours[name]} only"
+        elif name in _RESERVED:
+            yield f"{path} cannot be set: {_RESERVED[name]}"
+        elif name not in fields:
+            known = [f"trainer.{other}" for other in fields if other not in ours and other not in _RESERVED]
+            close = nearest(path, known + [f"stage.{other}" for other in ours.values()])
+            yield f"{path} is unknown for stage={stage.name}{close}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}={value} must be a finite number"
+        elif problem := _type_problem(path, value, fields[name]):
+            yield problem
+    if trainer.get("packing_strategy", "bfd") != "bfd":
+        yield (
+            f"trainer.packing_strategy={trainer['packing_strategy']} lets rows see each other or cuts them; "
+            "only bfd keeps them apart"
+        )
+    if trainer.get("padding_free") and not trainer.get("packing"):
+        yield "trainer.padding_free=true needs trainer.packing=true"
+    for name in ("gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "eval_steps"):
+        value = trainer.get(name)
+        if isinstance(value, (int, float)) and value <= 0:
+            yield f"trainer.{name}={value} must be above 0"
+    if trainer.get("max_steps") == 0:
+        yield "trainer.max_steps=0 would train nothing; leave it out to train stage.num_epochs"
+
+
+def _check_together(config: Config) -> typing.Iterator[str]:
+    """Rules between keys that are each valid alone."""
+    model = config.model
+    if model.load_in_4bit and model.load_in_8bit:
+        yield "model.load_in_4bit and model.load_in_8bit exclude each other"
+    elif (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        which = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        yield f"model.{which}=true needs model.use_peft=true: quantised weights cannot be trained themselves"
+    names = config.data.dataset_name
+    if not isinstance(names, str) and not (names and all(isinstance(name, str) for name in names)):
+        yield f"data.dataset_name={names!r} must be a path, a Hub id or a list of paths"
+    targets = model.lora_target_modules
+    if not isinstance(targets, str) and not (targets and all(isinstance(name, str) for name in targets)):
+        yield f"model.lora_target_modules={targets!r} must be all-linear or a list of module names"
+    size = config.data.test_size
+    if size >= 1 and size != int(size):
+        yield f"data.test_size={size} must be a share below 1 or a whole number of rows"
+
+
+def check(composed: DictConfig) -> Config:
+    """Turn a composed configuration into a typed one.
+
+    Raises:
+        ConfigError: with every unknown key, wrong type, value out of range, secret and missing key, a line each.
+    """
+    problems: list[str] = []
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    stage_name = plain.get("stage", {}).get("name") if isinstance(plain.get("stage"), dict) else None
+    if stage_name not in STAGE_SCHEMAS:
+        raise ConfigError(f"stage={stage_name} is not one of {', '.join(STAGE_SCHEMAS)}")
+    schema = OmegaConf.structured(Config)
+    schema.stage = OmegaConf.structured(STAGE_SCHEMAS[stage_name])
+    keys = _schema_keys(Config) | _schema_keys(STAGE_SCHEMAS[stage_name], "stage.")
+    del keys["stage"]
+    trainer = plain.pop("trainer", None)
+    for path, value in [*_leaves(plain), *_leaves(trainer, "trainer")]:
+        if "_target_" in path.split("."):
+            problems.append(f"{path}: a configuration cannot name code to run")
+        elif problem := _secret_problem(path, value):
+            problems.append(problem)
+        elif path == "trainer" or path.startswith("trainer."):
+            continue
+        elif path not in keys:
+            known = [*keys, *(f"trainer.{name}" for name in trainer_fields(stage_name))]
+            known += ["stage", "model", "data", "trainer", "recipes"]
+            problems.append(f"{path} is unknown for stage={stage_name}{nearest(path, known)}")
+        elif value == MISSING:
+            problems.append(f"{path} is required")
+        else:
+            try:
+                OmegaConf.update(schema, path, value)
+            except (OmegaConfBaseException, ValueError):
+                wanted = str(keys[path].type).removeprefix("<class '").removesuffix("'>").replace(" | ", " or ")
+                problems.append(f"{path}={value!r} must be {wanted.replace('None', 'null')}")
+                continue
+            checked = OmegaConf.select(schema, path)
+            if problem := _limit_problem(path, checked, keys[path].metadata):
+                problems.append(problem)
+    present = {path for path, _ in _leaves(plain)}
+    missing = [path for path in keys if path not in present and path != "trainer"]
+    gone = {path.split(".")[0] for path in missing} - {path.split(".")[0] for path in present}
+    problems += [f"{section} is missing" for section in sorted(gone)]
+    problems += [f"{path} is missing" for path in missing if path.split(".")[0] not in gone]
+    if trainer is None:
+        problems.append("trainer is missing; trainer={} sets nothing")
+    if not problems:
+        schema.trainer = trainer
+        config = typing.cast(Config, OmegaConf.to_object(schema))
+        problems = [*_check_trainer(config.stage, config.trainer), *_check_together(config)]
+        if not problems:
+            return config
+    elif isinstance(trainer, dict):
+        stage = STAGE_SCHEMAS[stage_name](name=stage_name)
+        problems += _check_trainer(stage, trainer)
+    raise ConfigError(*problems)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, for files and comparison."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), for each key whose values differ."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in [*after, *(path for path in before if path not in after)]
+        if before.get(path) != after.get(path)
+    }

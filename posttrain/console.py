@@ -1,0 +1,119 @@
+"""What a person sees: only the first process prints, and everything printed is in the run's log as well."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+log = logging.getLogger("posttrain")
+log.addHandler(logging.NullHandler())  # without one, Python would print errors a second time
+
+# Warnings of the libraries that are known to be harmless here; shown, they would teach people to ignore warnings.
+HARMLESS = (
+    "`loss_type=None` was set in the config",  # transformers' own default for GPT-2
+    "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",  # tied to the embeddings
+    "The tokenizer has new PAD/BOS/EOS tokens",  # posttrain has set and saved them already
+    "The following generation flags are not valid",  # sampling settings that a greedy answer does not use
+    "Failed to load CPU gemm_4bit_forward from kernels-community",  # a faster kernel from the Hub; the built-in one serves
+    "`gradient_checkpointing` is deprecated",  # TRL's own default still uses that name
+    "`is_gradient_checkpointing` is deprecated",
+    "'pin_memory' argument is set as true but no accelerator is found",
+)
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print one paragraph and log it."""
+    log.info(text)
+    if is_main_process():
+        _console().print(escape(text), style=style)
+
+
+def warn(text: str) -> None:
+    """Print a warning and log it as one."""
+    log.warning(text)
+    if is_main_process():
+        _console().print(f"[bold yellow]warning[/] {escape(text)}")
+
+
+def fail(title: str, text: str) -> None:
+    """Print an error's one paragraph to stderr, from whichever process met it."""
+    log.error(f"{title}: {text}")
+    _console(stderr=True).print(f"[bold red]{title}[/]: {escape(text)}")
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], headed: bool = True) -> None:
+    """Print a table and log its cells."""
+    for row in rows:
+        log.info(f"{title}: {' | '.join(row)}")
+    if not is_main_process():
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=headed, show_lines=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def show_markup(markup: str) -> None:
+    """Print text that brings its own colours."""
+    if is_main_process():
+        Console(highlight=False).print(markup)
+
+
+class _NotHarmless(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(text in message for text in HARMLESS)
+
+
+@contextmanager
+def logging_to(file: Path | None) -> Iterator[None]:
+    """Log everything from INFO upwards to a file, and the libraries' warnings to the console as well."""
+    import datasets
+    import transformers
+
+    root = logging.getLogger()
+    handlers: list[logging.Handler] = []
+    if file is not None and is_main_process():
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(to_file)
+    to_console = logging.StreamHandler()
+    to_console.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
+    to_console.addFilter(_NotHarmless())
+    to_console.addFilter(lambda record: not record.name.startswith("posttrain"))
+    to_console.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    handlers.append(to_console)
+    level = root.level
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.set_verbosity_info() if file is not None else None
+    datasets.utils.logging.disable_propagation()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)

@@ -1,0 +1,33 @@
+"""The failures that a user is told about in one paragraph, and the exit code of each."""
+
+from collections.abc import Sequence
+
+
+class PosttrainError(Exception):
+    """A run failed for a reason that its message names (exit code 1)."""
+
+    exit_code = 1
+
+    def __init__(self, *problems: str) -> None:
+        self.problems: Sequence[str] = problems
+        super().__init__("\n".join(problems))
+
+
+class ConfigError(PosttrainError, ValueError):
+    """The configuration, or a file that it names, cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(PosttrainError, ValueError):
+    """Rows of a data set cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class Stopped(PosttrainError):
+    """A signal ended the run after its checkpoint was written (exit code 128 + signal)."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

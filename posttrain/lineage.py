@@ -1,0 +1,184 @@
+"""The run folder: what a run is, whether it is new, interrupted or complete, and the manifest that it ends with.
+
+    config.yaml      the resolved configuration
+    run.json         what the run is: configuration, data, starting weights, number of processes
+    run.log          everything that was printed, and more
+    metrics.jsonl    a line per log entry
+    samples.json     the prompt panel before and after
+    checkpoint-N/    to resume from
+    model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)
+    posttrain.json   the manifest, written last: a folder with it is complete
+"""
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, write_atomically
+from posttrain.config import differences
+from posttrain.errors import ConfigError, PosttrainError
+
+MANIFEST = "posttrain.json"
+IDENTITY = "run.json"
+OWN_FILES = (MANIFEST, IDENTITY, "config.yaml", "run.log", "metrics.jsonl", "samples.json", ".lock")
+OWN_FOLDERS = ("model", "adapter", "base", "runs")
+# Keys that change what is shown or kept, never what is learned.
+FREE_KEYS = ("dry_run", "overwrite", "output_dir", "trainer.report_to", "trainer.save_total_limit", "trainer.save_steps")
+PACKAGES = ("posttrain", "torch", "transformers", "trl", "datasets", "peft", "accelerate", "tokenizers", "hydra-core")
+
+State = Literal["new", "interrupted", "complete"]
+
+
+def versions() -> dict[str, str]:
+    """Package -> installed version, Python's among them."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # posttrain itself, in a checkout without an install
+            found[package] = "not installed"
+    return found
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of the weights and the tokenizer in a model folder."""
+    names = ("*.safetensors", "tokenizer.json", "chat_template.jinja", "config.json")
+    files = [path for name in names for path in sorted(folder.glob(name))]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def parent_of(model_folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run that made a model folder, if a run of ours did."""
+    manifest = model_folder.parent / MANIFEST
+    return json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
+
+
+class RunFolder:
+    """One run's folder. Only the main process writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = path / "model"
+        self.adapter = path / "adapter"
+        self.base = path / "base"
+        self.log = path / "run.log"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.json"
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except ValueError as error:
+            raise ConfigError(f"{file} is broken ({error}); overwrite=true starts this run anew") from error
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a complete run, None before."""
+        return self._read(MANIFEST)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second start of the same run out while this one is alive.
+
+        Raises:
+            PosttrainError: another process holds the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PosttrainError(f"{self.path} is in use by another process; wait for it or choose run_name=…") from error
+            yield
+
+    def state(self, identity: dict[str, Any]) -> State:
+        """Whether this run has begun here before.
+
+        Raises:
+            ConfigError: the folder holds another run, or files that no run wrote; names what differs.
+        """
+        earlier = self._read(IDENTITY)
+        if earlier is None:
+            foreign = [entry.name for entry in self._foreign()]
+            if foreign:
+                raise ConfigError(
+                    f"{self.path} holds files that no run of posttrain wrote ({', '.join(sorted(foreign)[:3])}); "
+                    "choose run_name=… or output_dir=…"
+                )
+            return "new"
+        finished = self.manifest() is not None
+        changed = {
+            key: values
+            for key, values in differences(earlier, identity).items()
+            if not key.startswith("versions") and key.removeprefix("config.") not in FREE_KEYS
+        }
+        if finished:
+            changed.pop("processes", None)
+        if changed:
+            what = "a finished run" if finished else "an interrupted run"
+            told = "; ".join(_changed(key, *values) for key, values in list(changed.items())[:5])
+            raise ConfigError(
+                f"{self.path} holds {what} with another configuration ({told}); "
+                "choose run_name=… for a new run, or pass overwrite=true to delete the old one"
+            )
+        return "complete" if finished else "interrupted"
+
+    def _foreign(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
+        return [
+            entry
+            for entry in self.path.iterdir()
+            if entry.name not in (*OWN_FILES, "multirun.yaml", "sweep.json", "sweep.lock")
+            and not (entry.is_dir() and ("=" in entry.name or entry.name == ".submitit"))
+        ]
+
+    def clear(self) -> None:
+        """Delete the run, its checkpoints and its result; points of a sweep below it stay."""
+        (self.path / MANIFEST).unlink(missing_ok=True)  # first: without it nothing here counts as complete
+        for name in OWN_FILES:
+            if name != ".lock":
+                (self.path / name).unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for checkpoint in self.path.glob(f"{PREFIX}*"):
+            shutil.rmtree(checkpoint)
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Write down what the run is, before its first step."""
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity["config"])))
+        write_atomically(self.path / IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False))
+
+    def checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint; broken ones are deleted and told."""
+        newest, faults = newest_whole(self.path)
+        for checkpoint in self.path.glob(f"{PREFIX}*"):
+            if checkpoint != newest and fault(checkpoint) is not None:
+                shutil.rmtree(checkpoint)
+        return newest, faults
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, after which the run is complete."""
+        manifest |= {
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "weights": {name: entry["sha256"] for name, entry in file_hashes(self.model).items()},
+        }
+        write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+def _changed(key: str, old: Any, new: Any) -> str:
+    if key.startswith("data.fingerprint"):
+        return f"the {key.rsplit('.', 1)[-1]} rows are not the same"
+    if key.startswith("model."):
+        return "the weights to start from are not the same"
+    return f"{key.removeprefix('config.')} was {old}, now {new}"

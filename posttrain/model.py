@@ -1,0 +1,325 @@
+"""Tokenizers and causal language models, loaded so that nothing is missing, random or unexpected unseen."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain import paths
+from posttrain.config import ModelConfig, nearest
+from posttrain.encoding import ChatEncoder, plain_template
+from posttrain.errors import ConfigError, PosttrainError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "posttrain/tiny"
+PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
+NEW_PAD = "<|pad|>"
+# Texts on which a tokenizer as loaded must agree with its own tokenizer.json.
+_PROBES = ("It has 13 legs, or 1300.", "\n\n  def f(x):\n\treturn x", "naïve café — 東京 🙂", " The end.")
+
+
+def source(model: ModelConfig) -> str:
+    """The folder or Hub id that the configuration names; a finished stage's folder stands for its model.
+
+    Raises:
+        ConfigError: a path that does not exist, or a folder that holds no model.
+    """
+    name = model.model_name_or_path
+    if name == EMBEDDED:
+        return str(paths.TINY)
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ConfigError(f"model.model_name_or_path={name}: no such folder")
+        return name
+    if (folder / "model" / "config.json").is_file():
+        if not (folder / "posttrain.json").is_file():
+            raise ConfigError(f"model.model_name_or_path={name}: this run has not finished (no posttrain.json)")
+        return str(folder / "model")
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"model.model_name_or_path={name}: neither config.json nor adapter_config.json is there")
+    return name
+
+
+def is_local(model: ModelConfig) -> bool:
+    """Whether the model can be had without a network."""
+    return model.model_name_or_path == EMBEDDED or Path(model.model_name_or_path).is_dir()
+
+
+@contextlib.contextmanager
+def _named_failure(model: ModelConfig, what: str) -> Iterator[None]:
+    """Turn what the libraries raise over a model that they cannot load into one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        if isinstance(error, PosttrainError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: {what}: {reason}") from error
+
+
+def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[str]]:
+    """The tokenizer with a chat template and a pad token of its own, and what was decided about them.
+
+    Raises:
+        ConfigError: it cannot be loaded, has no EOS token, or its chat template is locked by an earlier stage.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    folder = source(model)
+    known: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    notes = []
+    with _named_failure(model, "its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **known)
+        file = cached_file(folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **known)
+        if file is not None and not _agrees_with(tokenizer, file):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **known)
+            notes.append("tokenizer: AutoTokenizer splits text otherwise than tokenizer.json; tokenizer.json is used")
+            if not _agrees_with(tokenizer, file):
+                raise ConfigError(
+                    f"model.model_name_or_path={model.model_name_or_path}: "
+                    "transformers splits text otherwise than the model's tokenizer.json"
+                )
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: the tokenizer has no EOS token")
+    notes += _ensure_chat_template(tokenizer, model)
+    notes += _ensure_pad_token(tokenizer)
+    return tokenizer, notes
+
+
+def _agrees_with(tokenizer: Any, file: str) -> bool:
+    from tokenizers import Tokenizer
+
+    raw = Tokenizer.from_file(file)
+    raw.no_truncation()
+    raw.no_padding()
+    return all(
+        tokenizer(text, add_special_tokens=False).input_ids == raw.encode(text, add_special_tokens=False).ids
+        for text in _PROBES
+    )
+
+
+def _ensure_chat_template(tokenizer: Any, model: ModelConfig) -> list[str]:
+    if model.chat_template_path is None:
+        if tokenizer.chat_template:
+            return []
+        tokenizer.chat_template = plain_template(tokenizer)
+        return ["chat template: posttrain's plain text (the tokenizer brings none)"]
+    if (Path(model.model_name_or_path) / "posttrain.json").is_file():
+        raise ConfigError(
+            f"model.chat_template_path={model.chat_template_path}: {model.model_name_or_path} was trained with the "
+            "template saved beside it; another one would change what it has learned to read. Leave the key out"
+        )
+    try:
+        tokenizer.chat_template = Path(model.chat_template_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"model.chat_template_path={model.chat_template_path}: {error}") from error
+    return [f"chat template: {model.chat_template_path}"]
+
+
+def _ensure_pad_token(tokenizer: Any) -> list[str]:
+    """A pad token that is not EOS: whoever masks padding by id must not mask the EOS that ends a response."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    for token in PAD_CANDIDATES:
+        if token in vocabulary and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return [f"pad token: {token} (in the vocabulary; EOS is never used for padding)"]
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+    return [f"pad token: {NEW_PAD} (added; EOS is never used for padding)"]
+
+
+def positions(model: ModelConfig) -> int | None:
+    """How many positions the model has; None where its config names no limit."""
+    from transformers import AutoConfig
+
+    folder = source(model)
+    if (Path(folder) / "adapter_config.json").is_file():
+        folder = _adapter_base(folder)
+    with _named_failure(model, "its config.json cannot be read"):
+        config = AutoConfig.from_pretrained(
+            folder, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+        )
+    found = config.get_text_config().to_dict()
+    limits = [found[name] for name in ("n_positions", "max_position_embeddings") if isinstance(found.get(name), int)]
+    return min(limits) if limits else None
+
+
+def _adapter_base(folder: str) -> str:
+    try:
+        base = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"model.model_name_or_path={folder}: adapter_config.json is broken ({error})") from error
+    return str(base)
+
+
+def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> str:
+    """The path of complete weights to start from.
+
+    A model drawn at random and an adapter given as the model are written to `folder` first: every later step
+    (quantisation, a reference read from disk, a merge) then starts from the same plain files.
+    """
+    from accelerate import PartialState
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    name = source(model)
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    if not adapter and not model.from_scratch and model.model_name_or_path != EMBEDDED:
+        return name
+    state = PartialState()
+    if state.is_main_process:
+        with _named_failure(model, "it cannot be built"):
+            if adapter:
+                from peft import PeftModel
+
+                base = AutoModelForCausalLM.from_pretrained(_adapter_base(name), dtype=model.dtype)
+                built = PeftModel.from_pretrained(base, name).merge_and_unload()
+            else:
+                set_seed(0)  # one and the same base model, whatever the seed of the run
+                config = AutoConfig.from_pretrained(
+                    name, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+                )
+                built = AutoModelForCausalLM.from_config(config)
+            built.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    state.wait_for_everyone()
+    return str(folder)
+
+
+def load_causal_lm(
+    model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
+) -> "PreTrainedModel":
+    """A causal language model with every weight there and finite, and as many embeddings as the tokenizer needs.
+
+    Raises:
+        ConfigError: weights are missing, have another shape, are not finite, or are not safetensors.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if quantised and (model.load_in_4bit or model.load_in_8bit):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=model.load_in_4bit,
+            load_in_8bit=model.load_in_8bit,
+            bnb_4bit_compute_dtype=None if model.dtype == "auto" else model.dtype,
+            bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        )
+        # each process of a distributed run quantises onto its own device
+        if torch.cuda.is_available():
+            options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if path == model.model_name_or_path:
+        options["revision"] = model.model_revision
+    with _named_failure(model, "its weights cannot be loaded"):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=model.dtype,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(str(name) for name in report[kind])
+            raise ConfigError(
+                f"model.model_name_or_path={model.model_name_or_path}: {len(names)} {kind.replace('_', ' ')} in its "
+                f"weights ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+                "transformers would fill them with random numbers"
+            )
+    for name, weight in loaded.named_parameters():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: {name} holds NaN or infinity")
+    _fit_embeddings(loaded, len(tokenizer))
+    _agree_on_special_tokens(loaded, tokenizer)
+    return loaded
+
+
+def _fit_embeddings(model: Any, size: int) -> None:
+    """Grow the embeddings to `size` rows; a new row is the mean of the old ones, so that its token starts unlikely."""
+    import torch
+
+    old = model.get_input_embeddings().num_embeddings
+    if size <= old:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].mean(dim=0)
+
+
+def _agree_on_special_tokens(model: Any, tokenizer: Any) -> None:
+    """The model stops at EOS and at the token that ends a turn, and pads with the tokenizer's pad token."""
+    end = tokenizer.convert_tokens_to_ids(ChatEncoder(tokenizer).end_of_turn)
+    stops = model.generation_config.eos_token_id
+    known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    wanted = list(dict.fromkeys([end, tokenizer.eos_token_id, *known]))
+    model.generation_config.eos_token_id = wanted if len(wanted) > 1 else wanted[0]
+    for config in (model.config.get_text_config(), model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    model.config.get_text_config().bos_token_id = tokenizer.bos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+
+
+def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | None":
+    """The adapter to train, each of whose target names is known to match something.
+
+    Raises:
+        ConfigError: lists the names that match no module, and those that would.
+    """
+    from peft import LoraConfig
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if not model.use_peft:
+        return None
+    linear = {name: module for name, module in loaded.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    targets = model.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]
+    if not isinstance(targets, str):
+        counts = {
+            target: sum(name == target or name.endswith(f".{target}") for name in linear) for target in targets
+        }
+        unmatched = [target for target, count in counts.items() if not count]
+        if unmatched:
+            matched = ", ".join(f"{target} ({count})" for target, count in counts.items() if count) or "none"
+            raise ConfigError(
+                f"model.lora_target_modules: {', '.join(unmatched)} match no linear layer (matched: {matched}; "
+                f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
+            )
+    chosen = [module for name, module in linear.items() if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=targets,
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        # GPT-2 keeps its weights transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
+    )
+
+
+def load_model_and_tokenizer(
+    model: ModelConfig, folder: Path
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load both, ready to train; `folder` takes the base weights where they have to be built first."""
+    tokenizer, _ = load_tokenizer(model)
+    return load_causal_lm(model, tokenizer, prepare_base(model, tokenizer, folder)), tokenizer

@@ -1,0 +1,130 @@
+"""What a run will do, told before it does it: the data's summary, the derived numbers, one row in colour."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+
+from posttrain.config import Config
+from posttrain.console import say, show_markup, show_table, warn
+from posttrain.data import Counts
+from posttrain.encoding import IGNORED, Encoded
+from posttrain.stages.base import Prepared
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
+    reasons = {
+        "also held out": counts.in_test_too,
+        "prompt too long": counts.prompt_too_long,
+        "too long": counts.too_long,
+    }
+    left_out = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)
+    cells = [counts.read, counts.kept if encoded else 0, counts.truncated, left_out or 0, counts.duplicates]
+    tokens, loss = (encoded.tokens, encoded.loss_tokens) if encoded else (0, 0)
+    share = f"{loss:,} ({loss / tokens:.0%})" if tokens else "0"
+    return [cell if isinstance(cell, str) else f"{cell:,}" for cell in [*cells, tokens]] + [share]
+
+
+def show_data(prepared: Prepared, max_length: int) -> None:
+    """Print what was read, kept, cut and left out, and warn of what should not go unseen."""
+    names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", "tokens that carry loss")
+    train, counts = prepared.train, prepared.splits.counts["train"]
+    cells = zip(names, _summary(train, counts), _summary(prepared.test, prepared.splits.counts["test"]), strict=True)
+    show_table("data", ("", "train", "held out"), list(cells))
+    for note in prepared.splits.notes:
+        say(f"data: {note}")
+    if counts.truncated:
+        warn(
+            f"{counts.truncated} of {counts.kept} rows to train on are longer than stage.max_length={max_length} and "
+            f"are cut; {train.without_end} of them lose the EOS that ends them (data.overlength=drop leaves them out)"
+        )
+    if counts.prompt_too_long:
+        warn(f"{counts.prompt_too_long} rows are left out: their prompt alone fills stage.max_length={max_length}")
+    if counts.duplicates:
+        warn(f"{counts.duplicates} of {counts.kept} rows to train on repeat another one exactly")
+    if prepared.test is None:
+        warn("no rows are held out, so there is no held-out loss; data.test_size or data.dataset_test_split holds some out")
+
+
+def steps_planned(config: Config, rows: int, processes: int) -> tuple[int, int]:
+    """Rows in one update, and updates in the whole run, as transformers will count them."""
+    accumulation = int(config.trainer.get("gradient_accumulation_steps", 1))
+    batches = math.ceil(rows / (config.stage.batch_size * processes))
+    if config.trainer.get("dataloader_drop_last"):
+        batches = rows // (config.stage.batch_size * processes)
+    per_epoch = max(math.ceil(batches / accumulation), 1)
+    max_steps = int(config.trainer.get("max_steps", -1))
+    steps = max_steps if max_steps > 0 else math.ceil(per_epoch * config.stage.num_epochs)
+    return config.stage.batch_size * accumulation * processes, steps
+
+
+def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, trainable: tuple[int, int] | None) -> None:
+    """Print the numbers that follow from the configuration; `rows` counts packed rows where rows are packed."""
+    stage = config.stage
+    accumulation = config.trainer.get("gradient_accumulation_steps", 1)
+    batch, steps = steps_planned(config, rows, processes)
+    unit = "packed rows" if config.trainer.get("packing") else "rows"
+    say(
+        f"batch: {stage.batch_size} per device × {accumulation} accumulation × {processes} "
+        f"{'device' if processes == 1 else 'devices'} = {batch} {unit} per update"
+    )
+    by = f"trainer.max_steps={config.trainer['max_steps']}" if config.trainer.get("max_steps", -1) > 0 else ""
+    say(f"steps: {steps:,} ({by or f'{stage.num_epochs:g} epochs of {math.ceil(rows / batch):,}'})")
+    if trainable is not None:
+        some, all_of_them = trainable
+        say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")
+    say(f"tokens that carry loss: {prepared.train.loss_tokens:,} per epoch")
+    if stage.warmup_steps >= steps:
+        warn(
+            f"stage.warmup_steps={stage.warmup_steps} is not below the {steps} steps of the run: "
+            "the learning rate never reaches its value"
+        )
+
+
+def histogram(lengths: Sequence[int], bins: int = 40) -> str:
+    """One line of bars from the shortest to the longest row."""
+    low, high = min(lengths), max(lengths)
+    bins = min(bins, high - low + 1)
+    counts = [0] * bins
+    for length in lengths:
+        counts[min((length - low) * bins // (high - low + 1), bins - 1)] += 1
+    tallest = max(counts)
+    return "".join(_BARS[math.ceil(count / tallest * (len(_BARS) - 1))] for count in counts)
+
+
+def show_example(prepared: Prepared, index: int = 0) -> None:
+    """Print one row as the model sees it, the tokens that carry loss in green, each token set off."""
+    row: dict[str, Any] = prepared.train.dataset[index]
+    tokenizer = prepared.encoder.tokenizer
+    pieces = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
+        pieces.append(f"[black on green]{text}[/]" if label != IGNORED else f"[dim]{text}[/]")
+    show_markup(f"\n[bold]{escape(prepared.train.rows[index].where)}[/], as tokens; [black on green]these carry loss[/]\n")
+    show_markup("[dim]·[/]".join(pieces) + "\n")
+
+
+def _end_check(prepared: Prepared, encoded: Encoded) -> str:
+    whole = len(encoded.rows) - encoded.without_end
+    return f"{prepared.encoder.end_of_turn} ends the response and carries loss in {whole} of {len(encoded.rows)} rows"
+
+
+def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
+    """Everything that can be known without loading a model."""
+    train, tokenizer = prepared.train, prepared.encoder.tokenizer
+    show_data(prepared, config.stage.max_length)
+    low, high = min(train.lengths), max(train.lengths)
+    middle = sorted(train.lengths)[len(train.lengths) // 2]
+    say(f"length in tokens: {low} {histogram(train.lengths)} {high}; half of the rows have at most {middle}")
+    show_example(prepared)
+    say(f"EOS: {_end_check(prepared, train)}")
+    doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in train.dataset["input_ids"])
+    says = "no row begins with two" if not doubled else f"{doubled} rows begin with two: the template and the data both bring one"
+    say(f"BOS: {says}")
+    if config.trainer.get("packing"):
+        say("packing: rows are packed when training starts; the steps below are those without packing")
+    show_plan(config, prepared, processes, len(train.rows), None)
+    say("dry run: nothing was trained or written")

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning: TRL's SFTTrainer on rows whose responses alone carry loss."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.arguments import trainer_arguments
+from posttrain.config import Config
+from posttrain.data import read_instructions
+from posttrain.encoding import IGNORED, ChatEncoder, encode_splits
+from posttrain.errors import ConfigError, DataError
+from posttrain.model import lora_config, positions
+from posttrain.stages.base import Prepared
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+    """Read and encode the instruction rows.
+
+    Raises:
+        ConfigError: stage.max_length is more than the model has positions for.
+        DataError: no response keeps its end.
+    """
+    limit = positions(config.model)
+    if limit is not None and config.stage.max_length > limit:
+        raise ConfigError(
+            f"stage.max_length={config.stage.max_length} exceeds the {limit} positions of "
+            f"{config.model.model_name_or_path}; set stage.max_length={limit} or less"
+        )
+    encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
+    splits = read_instructions(config.data)
+    train, test = encode_splits(encoder, splits, config.stage.max_length, config.data.overlength)
+    if train.without_end == len(train.rows):
+        raise DataError(
+            "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
+            "or set data.overlength=drop"
+        )
+    return Prepared(encoder, splits, train, test, limit)
+
+
+def pad_packed(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, "torch.Tensor"]:
+    """Pad packed rows to one length; positions start anew with each sequence, which keeps sequences apart.
+
+    Shapes: (rows, longest). Without an attention mask, transformers reads the borders from `position_ids`; the
+    padding is one more sequence. TRL would join all rows into one of `rows * max_length` tokens, whose attention
+    mask is quadratic in that unless flash attention is used.
+    """
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        gap = longest - len(row["input_ids"])
+        lengths = [*row["seq_lengths"], *([gap] if gap else [])]
+        columns["input_ids"].append([*row["input_ids"], *[pad_token_id] * gap])
+        columns["labels"].append([*row["labels"], *[IGNORED] * gap])
+        columns["position_ids"].append([position for length in lengths for position in range(length)])
+    batch = {name: torch.tensor(values) for name, values in columns.items()}
+    # the first token of a sequence is predicted from the one before it, which is another sequence's
+    batch["labels"][batch["position_ids"] == 0] = IGNORED
+    return batch
+
+
+def build(
+    config: Config, prepared: Prepared, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> Any:
+    """The trainer: TRL's, with our checkpoints, and a held-out loss that is a mean over tokens."""
+    import torch
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from posttrain.checkpoint import SafeTrainer
+
+    test = prepared.test
+
+    class Trainer(SafeTrainer, SFTTrainer):
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            # held-out rows are never packed: each is judged as it would be read
+            collator, self.data_collator = self.data_collator, padded
+            try:
+                return super().get_eval_dataloader(eval_dataset)
+            finally:
+                self.data_collator = collator
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            # Trainer averages the losses of batches by their rows; dividing each batch's summed loss by its rows'
+            # share of all tokens makes that the mean over tokens, whatever the batch size and number of processes
+            assert test is not None
+            inputs = self._prepare_inputs(inputs)
+            share = len(inputs["labels"]) * test.loss_tokens / len(test.rows)
+            count = torch.tensor(share * self.accelerator.num_processes, device=self.args.device)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self.compute_loss(model, inputs, num_items_in_batch=count), None, None
+
+    arguments = trainer_arguments(config, folder, test is not None)
+    packing = bool(arguments.get("packing"))
+    # the rows carry their labels already; only packing is left to TRL
+    arguments |= {"dataset_kwargs": None if packing else {"skip_prepare_dataset": True}, "eval_packing": False}
+    padded = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    trainer = Trainer(
+        model=model,
+        args=SFTConfig(**arguments),
+        train_dataset=prepared.train.dataset,
+        eval_dataset=test.dataset if test is not None else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.model, model),
+    )
+    if packing and "flash" not in str(model.config._attn_implementation):
+        trainer.data_collator = partial(pad_packed, pad_token_id=tokenizer.pad_token_id)
+    return trainer
