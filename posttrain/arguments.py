@@ -29,11 +29,13 @@ def mixed_precision(precision: str) -> str:
     if wanted is None:
         wanted = launched or ("bf16" if has_gpu and torch.cuda.is_bf16_supported() else "no")
     if wanted == "fp16" and not torch.accelerator.is_available():
-        raise ConfigError("precision=fp16 needs a GPU; transformers would train in fp32 without a word. Use fp32 or bf16")
+        raise ConfigError(
+            "precision=fp16 needs a GPU (transformers would train in fp32 without a word); use fp32 or bf16"
+        )
     if wanted == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
         major, minor = torch.cuda.get_device_capability()
         raise ConfigError(
-            f"precision=bf16 needs compute capability 8.0 or above; {torch.cuda.get_device_name()} has {major}.{minor}: "
+            f"precision=bf16 needs compute capability 8.0, {torch.cuda.get_device_name()} has {major}.{minor}; "
             "use fp32 or fp16"
         )
     return wanted

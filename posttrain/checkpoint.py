@@ -77,7 +77,7 @@ def _step(checkpoint: Path) -> int:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
-    faults = []
+    faults: list[str] = []
     for checkpoint in sorted(folder.glob(f"{PREFIX}*"), key=_step, reverse=True):
         problem = fault(checkpoint)
         if problem is None:

@@ -44,9 +44,10 @@ def _forced(override: Override, value: str, groups: Collection[str]) -> str:
     name = override.key_or_group
     if name not in groups and not name.startswith("hydra") and not override.is_delete():
         return f"++{name}={value}"
-    prefix = override.input_line[: len(override.input_line) - len(override.input_line.lstrip("+~"))]
+    line = str(override.input_line)
+    prefix = line[: len(line) - len(line.lstrip("+~"))]
     package = f"@{override.package}" if override.package else ""
-    return override.input_line if override.is_delete() else f"{prefix}{name}{package}={value}"
+    return line if override.is_delete() else f"{prefix}{name}{package}={value}"
 
 
 def _values(override: Override) -> list[str]:
@@ -87,7 +88,8 @@ def _compose_all(
         except (ConfigCompositionException, HydraException) as error:
             cause = error.__cause__ or error
             first = " ".join(str(cause).split())
-            bad = [override for override in remaining if f"'{override}'" in str(error) or f"merging override {override}" in str(error)]
+            named = (f"'{override}'" in str(error) or f"override {override}" in str(error) for override in remaining)
+            bad = [override for override, is_named in zip(remaining, named, strict=True) if is_named]
             problems.append(f"{bad[0]}: {first}" if bad else first)
             if not bad:
                 return None, problems
@@ -106,7 +108,8 @@ def read_command(arguments: list[str]) -> Command:
     try:
         overrides = OverridesParser.create().parse_overrides(flags.overrides)
     except (OverrideParseException, HydraException) as error:
-        raise ConfigError(f"{' '.join(str(error).split())}; quote a value that holds = , [ ] {{ }} or spaces") from error
+        told = " ".join(str(error).split())
+        raise ConfigError(f"{told}; quote a value that holds = , [ ] {{ }} or spaces") from error
     groups = _groups(flags.config_dir)
     first = [_forced(override, _values(override)[0], groups) for override in overrides]
     variants = [first]
@@ -139,6 +142,4 @@ def read_command(arguments: list[str]) -> Command:
 
 
 def _raw_value(override: Override) -> str:
-    return override.input_line.split("=", 1)[1] if "=" in override.input_line else ""
-
-
+    return str(override.input_line).partition("=")[2]

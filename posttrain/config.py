@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import operator
 import os
 import re
 import typing
@@ -184,8 +185,7 @@ def trainer_fields(stage: str) -> dict[str, str]:
             if isinstance(node, ast.ClassDef) and node.name == class_name:
                 for item in node.body:
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                        if not item.target.id.startswith("_"):
-                            found[item.target.id] = ast.unparse(item.annotation)
+                        found[item.target.id] = ast.unparse(item.annotation)
     return found
 
 
@@ -231,15 +231,10 @@ def _limit_problem(path: str, value: Any, limits: typing.Mapping[str, Any]) -> s
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return f"{path}={value} must be a finite number"
-    tests = {
-        "above": (lambda bound: value > bound, "above"),
-        "at_least": (lambda bound: value >= bound, "at least"),
-        "at_most": (lambda bound: value <= bound, "at most"),
-        "below": (lambda bound: value < bound, "below"),
-    }
-    for name, (holds, words) in tests.items():
-        if name in limits and not holds(limits[name]):
-            return f"{path}={value:g} must be {words} {limits[name]}"
+    bounds = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
+    for name, holds in bounds.items():
+        if name in limits and not holds(value, limits[name]):
+            return f"{path}={value:g} must be {name.replace('_', ' ')} {limits[name]}"
     if "choices" in limits and value not in limits["choices"]:
         close = nearest(str(value), limits["choices"])
         return f"{path}={value} is not one of {', '.join(limits['choices'])}{close}"

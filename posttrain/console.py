@@ -19,7 +19,7 @@ HARMLESS = (
     "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",  # tied to the embeddings
     "The tokenizer has new PAD/BOS/EOS tokens",  # posttrain has set and saved them already
     "The following generation flags are not valid",  # sampling settings that a greedy answer does not use
-    "Failed to load CPU gemm_4bit_forward from kernels-community",  # a faster kernel from the Hub; the built-in one serves
+    "Failed to load CPU gemm_4bit_forward from kernels-community",  # the built-in kernel serves
     "`gradient_checkpointing` is deprecated",  # TRL's own default still uses that name
     "`is_gradient_checkpointing` is deprecated",
     "'pin_memory' argument is set as true but no accelerator is found",

@@ -7,6 +7,7 @@ import csv
 import glob
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def _read_jsonl(path: Path, problems: _Problems) -> Iterator[Record]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield where, json.loads(text, object_pairs_hook=_unique_keys)
+                    yield where, json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys)
             except json.JSONDecodeError as error:
                 problems.add(where, f"invalid JSON ({error.msg} at column {error.colno})")
             except ValueError as error:  # not UTF-8, or a key that stands twice
@@ -171,7 +172,7 @@ def _files(name: str) -> list[Path]:
     """The files that a path or pattern names; none where it is not a local name."""
     if Path(name).is_file():
         return [Path(name)]
-    return sorted(Path(found) for found in glob.glob(name) if Path(found).is_file())
+    return sorted(Path(found) for found in glob.glob(name) if Path(found).is_file())  # noqa: PTH207, it takes absolute patterns
 
 
 def _sources(data: DataConfig) -> list[str]:
@@ -272,7 +273,8 @@ def _as_messages(value: Any, role: str, column: str) -> list[Message]:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(f"message {number} of {column!r} must have the keys role and content, and no others")
         if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"message {number} of {column!r} has the role {message['role']!r}; system, user or assistant?")
+            role = message["role"]
+            raise ValueError(f"message {number} of {column!r} has the role {role!r}, not system, user or assistant")
         if not isinstance(message["content"], str):
             raise ValueError(f"message {number} of {column!r} has {_kind(message['content'])} for content, not a text")
         _check_text(message["content"], f"message {number} of {column!r}")
@@ -315,7 +317,7 @@ class _Reader:
     """Reads one source into conversations, counting as it goes."""
 
     def __init__(self, data: DataConfig) -> None:
-        self.columns = {ours: theirs for ours, theirs in vars(data.columns).items()}
+        self.columns: dict[str, str] = dict(vars(data.columns))
         self.problems = _Problems()
         self.ignored: dict[str, int] = {}
 
@@ -333,7 +335,7 @@ class _Reader:
         except ValueError as error:
             what = str(error)
             if what.startswith("no '"):
-                what = what.replace(f"(found: {', '.join(row) or 'nothing'})", f"(found: {', '.join(record) or 'nothing'})")
+                what = re.sub(r"\(found: [^)]*\)", lambda _: f"(found: {', '.join(record) or 'nothing'})", what)
                 what += self._mapping_hint(record)
             self.problems.add(where, what)
             return None
@@ -402,12 +404,10 @@ def read_instructions(data: DataConfig) -> Splits:
     by_split: dict[str, list[Conversation]] = {}
     unread = 0
     for part, records in _records(data, sources, reader.problems).items():
-        taken = 0
-        for where, record in records:
-            if data.max_rows is not None and taken == data.max_rows:
+        for taken, (where, record) in enumerate(records):
+            if taken == data.max_rows:
                 unread += 1
                 break
-            taken += 1
             row = reader.conversation(where, record)
             if row is not None:
                 by_split.setdefault(_split_of(record, part), []).append(row)
@@ -415,7 +415,8 @@ def read_instructions(data: DataConfig) -> Splits:
     train = by_split.pop(data.dataset_train_split, [])
     if not train:
         found = ", ".join(by_split) or "no rows at all"
-        raise DataError(f"data.dataset_name={data.dataset_name}: no rows of split {data.dataset_train_split} (found: {found})")
+        wanted = f"no rows of split {data.dataset_train_split} (found: {found})"
+        raise DataError(f"data.dataset_name={data.dataset_name}: {wanted}")
     test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in by_split), None)
     counts = {"train": Counts(read=len(train)), "test": Counts()}
     notes = [f"ignored column {name!r} ({count} rows)" for name, count in sorted(reader.ignored.items())]

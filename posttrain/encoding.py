@@ -21,7 +21,6 @@ IGNORED = -100  # the label of a token without loss: torch.nn.CrossEntropyLoss(i
 
 # For models that come without a template: plain text, no token that the model does not know yet.
 PLAIN_TEMPLATE = """\
-{%- if bos %}{{ bos_token }}{% endif %}
 {%- for message in messages %}
 {%- if message['role'] == 'system' %}{{ '### System:\\n' + message['content'] + '\\n\\n' }}
 {%- elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}
@@ -35,7 +34,7 @@ def plain_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Ours, beginning with BOS where the tokenizer itself puts one."""
     first = tokenizer("a").input_ids[:1]
     begins_with_bos = bool(first) and first[0] == tokenizer.bos_token_id
-    return PLAIN_TEMPLATE.replace("{%- if bos %}{{ bos_token }}{% endif %}\n", "{{- bos_token }}\n" if begins_with_bos else "")
+    return ("{{- bos_token }}\n" if begins_with_bos else "") + PLAIN_TEMPLATE
 
 
 class Segment(NamedTuple):
@@ -102,7 +101,7 @@ class ChatEncoder:
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         for token in sorted(tokens, key=len, reverse=True):
             if after.startswith(token):
-                return token
+                return str(token)
         if self.tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no EOS token, so a model could never learn to stop")
         return str(self.tokenizer.eos_token)
@@ -197,7 +196,8 @@ def encode_split(
     """
     from datasets import Dataset, concatenate_datasets
 
-    tables, kept, lengths, problems = [], [], [], []
+    tables, kept, lengths = [], [], []
+    problems: list[str] = []
     loss_tokens = without_end = refused = 0
     end_id = encoder.tokenizer.convert_tokens_to_ids(encoder.end_of_turn)
     for chunk in _chunks(rows):

@@ -25,7 +25,7 @@ class DataError(PosttrainError, ValueError):
     exit_code = 2
 
 
-class Stopped(PosttrainError):
+class Stopped(PosttrainError):  # noqa: N818, an orderly end is no error
     """A signal ended the run after its checkpoint was written (exit code 128 + signal)."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -1,13 +1,13 @@
 """The run folder: what a run is, whether it is new, interrupted or complete, and the manifest that it ends with.
 
-    config.yaml      the resolved configuration
-    run.json         what the run is: configuration, data, starting weights, number of processes
-    run.log          everything that was printed, and more
-    metrics.jsonl    a line per log entry
-    samples.json     the prompt panel before and after
-    checkpoint-N/    to resume from
-    model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)
-    posttrain.json   the manifest, written last: a folder with it is complete
+config.yaml      the resolved configuration
+run.json         what the run is: configuration, data, starting weights, number of processes
+run.log          everything that was printed, and more
+metrics.jsonl    a line per log entry
+samples.json     the prompt panel before and after
+checkpoint-N/    to resume from
+model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)
+posttrain.json   the manifest, written last: a folder with it is complete
 """
 
 import datetime
@@ -33,7 +33,14 @@ IDENTITY = "run.json"
 OWN_FILES = (MANIFEST, IDENTITY, "config.yaml", "run.log", "metrics.jsonl", "samples.json", ".lock")
 OWN_FOLDERS = ("model", "adapter", "base", "runs")
 # Keys that change what is shown or kept, never what is learned.
-FREE_KEYS = ("dry_run", "overwrite", "output_dir", "trainer.report_to", "trainer.save_total_limit", "trainer.save_steps")
+FREE_KEYS = (
+    "dry_run",
+    "overwrite",
+    "output_dir",
+    "trainer.report_to",
+    "trainer.save_total_limit",
+    "trainer.save_steps",
+)
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "datasets", "peft", "accelerate", "tokenizers", "hydra-core")
 
 State = Literal["new", "interrupted", "complete"]
@@ -98,7 +105,8 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise PosttrainError(f"{self.path} is in use by another process; wait for it or choose run_name=…") from error
+                held = f"{self.path} is in use by another process; wait for it or choose run_name=…"
+                raise PosttrainError(held) from error
             yield
 
     def state(self, identity: dict[str, Any]) -> State:

@@ -57,9 +57,9 @@ def _named_failure(model: ModelConfig, what: str) -> Iterator[None]:
     """Turn what the libraries raise over a model that they cannot load into one line that names it."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        if isinstance(error, PosttrainError):
-            raise
+    except PosttrainError:
+        raise
+    except Exception as error:  # safetensors and tokenizers raise their own kinds, bare Exception among them
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: {what}: {reason}") from error
 
@@ -241,9 +241,20 @@ def load_causal_lm(
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: {name} holds NaN or infinity")
+    _keep_quantised_layers_trainable(loaded)
     _fit_embeddings(loaded, len(tokenizer))
     _agree_on_special_tokens(loaded, tokenizer)
     return loaded
+
+
+def _keep_quantised_layers_trainable(model: Any) -> None:
+    """On a CPU with AVX512-BF16, one evaluation repacks a 4-bit layer of bitsandbytes 0.50 for inference for good.
+
+    Training after it then gets no gradient through the layer, or an error where the layer has a bias.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _fit_embeddings(model: Any, size: int) -> None:
@@ -292,9 +303,7 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | 
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]
     if not isinstance(targets, str):
-        counts = {
-            target: sum(name == target or name.endswith(f".{target}") for name in linear) for target in targets
-        }
+        counts = {target: sum(name == target or name.endswith(f".{target}") for name in linear) for target in targets}
         unmatched = [target for target, count in counts.items() if not count]
         if unmatched:
             matched = ", ".join(f"{target} ({count})" for target, count in counts.items() if count) or "none"
@@ -302,7 +311,8 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | 
                 f"model.lora_target_modules: {', '.join(unmatched)} match no linear layer (matched: {matched}; "
                 f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
             )
-    chosen = [module for name, module in linear.items() if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets]
+    everything = targets == "all-linear"
+    chosen = [module for name, module in linear.items() if everything or name.rsplit(".", 1)[-1] in targets]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
@@ -317,9 +327,7 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | 
     )
 
 
-def load_model_and_tokenizer(
-    model: ModelConfig, folder: Path
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_model_and_tokenizer(model: ModelConfig, folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load both, ready to train; `folder` takes the base weights where they have to be built first."""
     tokenizer, _ = load_tokenizer(model)
     return load_causal_lm(model, tokenizer, prepare_base(model, tokenizer, folder)), tokenizer

@@ -46,7 +46,7 @@ def show_data(prepared: Prepared, max_length: int) -> None:
     if counts.duplicates:
         warn(f"{counts.duplicates} of {counts.kept} rows to train on repeat another one exactly")
     if prepared.test is None:
-        warn("no rows are held out, so there is no held-out loss; data.test_size or data.dataset_test_split holds some out")
+        warn("no rows are held out, so there is no held-out loss (data.test_size, data.dataset_test_split)")
 
 
 def steps_planned(config: Config, rows: int, processes: int) -> tuple[int, int]:
@@ -103,7 +103,8 @@ def show_example(prepared: Prepared, index: int = 0) -> None:
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
         pieces.append(f"[black on green]{text}[/]" if label != IGNORED else f"[dim]{text}[/]")
-    show_markup(f"\n[bold]{escape(prepared.train.rows[index].where)}[/], as tokens; [black on green]these carry loss[/]\n")
+    where = escape(prepared.train.rows[index].where)
+    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]these carry loss[/]\n")
     show_markup("[dim]·[/]".join(pieces) + "\n")
 
 
@@ -122,8 +123,8 @@ def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
     show_example(prepared)
     say(f"EOS: {_end_check(prepared, train)}")
     doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in train.dataset["input_ids"])
-    says = "no row begins with two" if not doubled else f"{doubled} rows begin with two: the template and the data both bring one"
-    say(f"BOS: {says}")
+    brought = f"{doubled} rows begin with two: the template and the data both bring one"
+    say(f"BOS: {brought if doubled else 'no row begins with two'}")
     if config.trainer.get("packing"):
         say("packing: rows are packed when training starts; the steps below are those without packing")
     show_plan(config, prepared, processes, len(train.rows), None)

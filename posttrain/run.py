@@ -21,7 +21,6 @@ from posttrain.console import fail
 from posttrain.errors import PosttrainError, Stopped
 from posttrain.sweep import show_sweep
 
-
 TRACE = "HYDRA_FULL_ERROR"
 _trace_wanted = os.environ.get(TRACE, "0") != "0"
 

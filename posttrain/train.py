@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -72,24 +73,22 @@ def run_stage(config: Config, path: Path) -> Result | None:
                 show_dry_run(config, prepared, _processes())
             return None
         folder = RunFolder(path)
-        existed = path.is_dir()
+        untouched = not path.is_dir() or not any(path.iterdir())
         try:
             with folder.lock() if is_main_process() else contextlib.nullcontext(), logging_to(folder.log):
                 return _run(config, folder)
         except (ConfigError, ValueError):
-            if not existed:
-                _remove_if_empty(folder)
+            if untouched and is_main_process() and not (path / lineage.IDENTITY).exists():
+                _remove(path)  # a command that could not begin leaves the disk as it was
             raise
 
 
-def _remove_if_empty(folder: RunFolder) -> None:
-    """A command that could not begin leaves the disk as it was."""
-    if is_main_process() and not (folder.path / lineage.IDENTITY).exists():
-        for name in (".lock", folder.log.name):
-            (folder.path / name).unlink(missing_ok=True)
+def _remove(path: Path) -> None:
+    """Delete a folder that this command made, and those above it that it leaves empty."""
+    shutil.rmtree(path, ignore_errors=True)
+    for parent in path.parents[:2]:
         with contextlib.suppress(OSError):  # not empty: something else lives there
-            folder.path.rmdir()
-            folder.path.parent.rmdir()
+            parent.rmdir()
 
 
 def _processes() -> int:
@@ -185,7 +184,12 @@ def _run(config: Config, folder: RunFolder) -> Result:
     _save(config, folder, trainer, tokenizer, base, probe)
     if is_main_process():
         samples = [
-            {"prompt": row.prompt, "reference": row.messages[-1]["content"], "before": old._asdict(), "after": new._asdict()}
+            {
+                "prompt": row.prompt,
+                "reference": row.messages[-1]["content"],
+                "before": old._asdict(),
+                "after": new._asdict(),
+            }
             for row, old, new in zip(shown, before, after, strict=True)
         ]
         folder.samples.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")

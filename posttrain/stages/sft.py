@@ -77,6 +77,8 @@ def build(
     test = prepared.test
 
     class Trainer(SafeTrainer, SFTTrainer):
+        data_collator: Any
+
         def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
             # held-out rows are never packed: each is judged as it would be read
             collator, self.data_collator = self.data_collator, padded

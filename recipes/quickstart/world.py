@@ -216,7 +216,10 @@ TOPICS = (
             "Which letters make {}?",
         ),
         "The word {} is spelled {}.",
-        {word: "-".join(word) for word in ("cat", "sun", "milk", "fish", "lamp", "door", "king", "rain", "gold", "ship")},
+        {
+            word: "-".join(word)
+            for word in ("cat", "sun", "milk", "fish", "lamp", "door", "king", "rain", "gold", "ship")
+        },
     ),
 )
 

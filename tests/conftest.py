@@ -1,0 +1,89 @@
+"""One process, one thread, no network; the real entry point, called in this process or in one of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "the capital of France is Paris . What ? one two three answer question hello world yes no red blue".split()
+
+
+class Outcome:
+    """Exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"exit code {self.code}\n{self.out}\n{self.err}"
+
+
+@pytest.fixture
+def posttrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Outcome]:
+    """`python -m posttrain.run <arguments>` in an empty folder, in this process: imports are paid for once."""
+    from posttrain.run import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["posttrain", *arguments])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        told = capfd.readouterr()
+        return Outcome(int(code), told.out, told.err)
+
+    return call
+
+
+def start(*arguments: str, cwd: Path, **more: Any) -> subprocess.Popen[str]:
+    """The same command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "posttrain.run", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Forty small instruction rows in data.jsonl."""
+    return write_rows(
+        tmp_path / "data.jsonl",
+        [{"instruction": f"What is {a} and {b}?", "response": f"{a} and {b}."} for a in WORDS[:8] for b in WORDS[8:13]],
+    )
+
+
+def weights(model: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(model / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    import torch
+
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

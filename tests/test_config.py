@@ -1,0 +1,160 @@
+"""Every key is known, typed and in range, whichever way it came; all problems at once, before torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from posttrain import paths
+from posttrain.compose import read_command
+from posttrain.config import Config, nearest, trainer_fields
+from posttrain.errors import ConfigError
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        read_command(list(arguments))
+    return list(error.value.problems)
+
+
+def config(*arguments: str) -> Config:
+    found = read_command(list(arguments)).config
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: str) -> None:
+    assert problems(f"{prefix}stage.lerning_rate=1") == [
+        "stage.lerning_rate is unknown for stage=sft; did you mean stage.learning_rate?"
+    ]
+    assert problems(f"{prefix}trainer.wieght_decay=0.1") == [
+        "trainer.wieght_decay is unknown for stage=sft; did you mean trainer.weight_decay?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("stage=dpp", "stage=dpp is not one of sft"),
+        ("model=gtp2", "model=gtp2 is not one of gpt2, qwen3_0.6b, qwen3_8b, tiny; did you mean gpt2?"),
+        ("recipes=quickstart/stf", "did you mean quickstart/sft?"),
+        ("modle=gpt2", "modle is unknown for stage=sft; did you mean model?"),
+        ("data.learning_rate=1", "data.learning_rate is unknown for stage=sft; did you mean stage.learning_rate?"),
+        ("stage.batch_size=abc", "stage.batch_size='abc' must be int"),
+        ("stage.warmup_steps=1.5", "stage.warmup_steps=1.5 must be int"),
+        ("stage.batch_size=0", "stage.batch_size=0 must be at least 1"),
+        ("stage.max_length=-5", "stage.max_length=-5 must be at least 2"),
+        ("stage.learning_rate=nan", "stage.learning_rate=nan must be a finite number"),
+        ("stage.learning_rate=-1", "stage.learning_rate=-1 must be above 0"),
+        ("stage.num_epochs=0", "stage.num_epochs=0 must be above 0"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("run_name=../x", "run_name='../x' may hold letters, digits"),
+        ("data.overlength=trunc", "is not one of truncate, drop, error; did you mean truncate?"),
+        ("trainer.learning_rate=1", "trainer.learning_rate repeats stage.learning_rate"),
+        ("trainer.per_device_train_batch_size=1", "repeats stage.batch_size; set stage.batch_size only"),
+        ("trainer.bf16=true", "trainer.bf16 cannot be set: set precision=bf16"),
+        ("trainer.weight_decay=abc", "trainer.weight_decay='abc' must be float"),
+        ("trainer.packing=1", "trainer.packing=1 must be bool"),
+        ("trainer.packing_strategy=wrapped", "lets rows see each other"),
+        ("model.load_in_4bit=true", "model.load_in_4bit=true needs model.use_peft=true"),
+        ("model.model_name_or_path=./nope", "no such folder"),
+        ("data.dataset_name=nope.jsonl", "no such file"),
+        ("data.dataset_name=???", "data.dataset_name is required"),
+        ("~model", "model is missing"),
+        ("data._target_=os.system", "a configuration cannot name code to run"),
+        ("+x.y._target_=os.system", "a configuration cannot name code to run"),
+        ("stage.learning_rate=1,2", "add -m to sweep"),
+    ],
+)
+def test_one_problem_one_line(argument: str, told: str) -> None:
+    [problem] = problems(argument)
+    assert told in problem
+
+
+def test_all_problems_are_told_at_once() -> None:
+    told = problems("stage.lr=1", "+trainer.nope=1", "stage.batch_size=x", "data.test_size=-1", "model=nope", "hello=1")
+    assert len(told) == 6
+
+
+def test_every_value_of_a_sweep_is_checked_before_it_starts() -> None:
+    assert problems("-m", "stage.learning_rate=1e-4,abc", "stage.batch_size=4,0") == [
+        "stage.learning_rate='abc' must be float",
+        "stage.batch_size=0 must be at least 1",
+    ]
+    assert read_command(["-m", "stage.learning_rate=1e-4,2e-4", "seed=1"]).swept == ["stage.learning_rate"]
+
+
+@pytest.mark.parametrize("key", ["trainer.hub_token", "model.token", "+api_key", "+model.x.password", "data.secret"])
+def test_secrets_are_refused_and_never_repeated(key: str) -> None:
+    [problem] = problems(f"{key}=hf_abcdefgh")
+    assert "environment only" in problem
+    assert "hf_abcdefgh" not in problem
+
+
+def test_the_value_of_a_secret_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    [problem] = problems("run_name='${oc.env:HF_TOKEN}'")
+    assert "HF_TOKEN" in problem
+    assert "hf_abcdefgh" not in problem
+
+
+def test_documented_defaults() -> None:
+    stage = config().stage
+    values = (stage.learning_rate, stage.batch_size, stage.num_epochs, stage.max_length, stage.warmup_steps)
+    assert values == (2e-4, 4, 3, 512, 100)
+
+
+def every_choice() -> list[list[str]]:
+    models = [[f"model={file.stem}"] for file in (paths.CONF / "model").glob("*.yaml") if file.stem != "base"]
+    trainers = [[f"trainer={file.stem}"] for file in (paths.CONF / "trainer").glob("*.yaml")]
+    recipes = [[f"recipes={file.relative_to(paths.RECIPES).with_suffix('')}"] for file in paths.RECIPES.rglob("*.yaml")]
+    return [*models, *trainers, *recipes]
+
+
+@pytest.mark.parametrize("choice", every_choice(), ids=" ".join)
+def test_every_shipped_yaml_loads_and_its_keys_exist(choice: list[str]) -> None:
+    found = config(*choice)
+    assert set(found.trainer) <= set(trainer_fields(found.stage.name))
+
+
+def test_fields_read_from_the_sources_are_those_of_the_class() -> None:
+    import dataclasses
+
+    from trl import SFTConfig
+
+    fields = {name for name in trainer_fields("sft") if not name.startswith("_")}
+    assert {field.name for field in dataclasses.fields(SFTConfig) if field.init} <= fields
+
+
+def test_a_user_recipe_is_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("# @package _global_\nstage:\n  lerning_rate: 1\nseed: 7\n")
+    assert problems("--config-dir", str(tmp_path), "recipes=mine") == [
+        "stage.lerning_rate is unknown for stage=sft; did you mean stage.learning_rate?"
+    ]
+    (tmp_path / "recipes" / "mine.yaml").write_text("# @package _global_\nstage:\n  learning_rate: 1\nseed: 7\n")
+    assert config("--config-dir", str(tmp_path), "recipes=mine").seed == 7
+
+
+def test_nearest_says_nothing_about_what_is_far() -> None:
+    assert nearest("zzzz", ["stage.learning_rate"]) == ""
+
+
+def test_a_typo_is_answered_with_exit_code_2_and_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy\nsys.argv = ['posttrain', 'stage.lerning_rate=1', 'stage=sft', '+trainer.nope=1']\n"
+        "try:\n    runpy.run_module('posttrain.run', run_name='__main__')\n"
+        "except SystemExit as ended:\n    heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
+        "    print(ended.code, sorted(heavy))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[-2] == "2 []"
+    assert "did you mean stage.learning_rate?" in done.stderr
+    assert list(tmp_path.iterdir()) == []

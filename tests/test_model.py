@@ -1,0 +1,175 @@
+"""A model is whole and finite or refused; tokenizers get what they lack and keep what they have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers_for_tests as made
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from posttrain.compose import read_command
+from posttrain.config import ModelConfig
+from posttrain.errors import ConfigError
+from posttrain.model import load_causal_lm, load_model_and_tokenizer, load_tokenizer, lora_config, positions
+
+
+def model_config(path: Path | str, *more: str) -> ModelConfig:
+    command = read_command([f"model.model_name_or_path={path}", *more])
+    assert command.config is not None
+    return command.config.model
+
+
+def save(folder: Path, tokenizer: Any, kind: str = "gpt2") -> Path:
+    """A tiny random model with its tokenizer."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    if kind == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**size))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**size, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+MAKERS = {"gpt2": made.gpt2_like, "qwen2": made.chatml, "llama": made.llama_like}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_pad_token_is_never_eos_and_generation_stops_at_the_end_of_a_turn(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / "base", MAKERS[kind](), kind)
+    model, tokenizer = load_model_and_tokenizer(model_config(path), tmp_path / "built")
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    stops = model.generation_config.eos_token_id
+    end = {"gpt2": "<|endoftext|>", "qwen2": "<|im_end|>", "llama": "</s>"}[kind]
+    assert tokenizer.convert_tokens_to_ids(end) in ([stops] if isinstance(stops, int) else stops)
+    assert tokenizer.chat_template
+
+
+def test_an_added_pad_token_starts_as_the_mean_and_leaves_the_rest_alone(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    model, tokenizer = load_model_and_tokenizer(model_config(path), tmp_path / "built")
+    old = load_file(path / "model.safetensors")["transformer.wte.weight"]
+    new = model.get_input_embeddings().weight
+    assert new.shape[0] == old.shape[0] + 1 == len(tokenizer)
+    assert torch.equal(new[:-1], old)
+    torch.testing.assert_close(new[-1], old.mean(dim=0))
+
+
+def broken(folder: Path, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda weights: weights.pop("transformer.h.0.mlp.c_fc.weight"), "1 missing keys in its weights"),
+        (lambda weights: weights["transformer.wpe.weight"][3].fill_(float("nan")), "transformer.wpe.weight holds NaN"),
+    ],
+)
+def test_missing_and_nan_weights_are_errors(tmp_path: Path, change: Any, told: str) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    broken(path, change)
+    with pytest.raises(ConfigError, match=told):
+        load_model_and_tokenizer(model_config(path), tmp_path / "built")
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="safetensors"):
+        load_model_and_tokenizer(model_config(path), tmp_path / "built")
+
+
+def test_broken_model_folders_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    (path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="weights cannot be loaded"):
+        load_model_and_tokenizer(model_config(path), tmp_path / "built")
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
+        load_tokenizer(model_config(path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"neither config\.json nor adapter_config\.json"):
+        model_config(tmp_path / "empty")
+
+
+def test_lora_targets_are_checked_one_by_one(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    model, _ = load_model_and_tokenizer(model_config(path), tmp_path / "built")
+    with pytest.raises(ConfigError, match=r"q_proj match no linear layer \(matched: c_attn \(2\)"):
+        lora_config(model_config(path, "model.use_peft=true", "model.lora_target_modules=[c_attn,q_proj]"), model)
+    found = lora_config(model_config(path, "model.use_peft=true", "model.lora_target_modules=[c_attn]"), model)
+    assert found is not None
+    assert found.fan_in_fan_out
+
+
+def test_an_adapter_given_as_the_model_is_merged_with_its_base(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    path = save(tmp_path / "base", made.gpt2_like())
+    adapted = get_peft_model(
+        GPT2LMHeadModel.from_pretrained(path), LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    made.gpt2_like().save_pretrained(tmp_path / "adapter")
+    config = model_config(tmp_path / "adapter")
+    assert positions(config) == 128
+    model, _ = load_model_and_tokenizer(config, tmp_path / "built")
+    ids = torch.tensor([[5, 6, 7]])
+    adapted.eval()
+    vocabulary = adapted.config.vocab_size
+    torch.testing.assert_close(model.eval()(ids).logits[..., :vocabulary], adapted(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_does_not_stop_gradients_of_quantised_layers(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.llama_like(), "llama")
+    config = model_config(path, "model.use_peft=true", "model.load_in_4bit=true")
+    tokenizer, _ = load_tokenizer(config)
+    model = load_causal_lm(config, tokenizer, str(path))
+    embeddings = torch.randn(1, 4, 32, requires_grad=True)
+    gradients = []
+    for _ in range(2):
+        model.train()
+        embeddings.grad = None
+        model(inputs_embeds=embeddings).logits.square().sum().backward()
+        gradients.append(embeddings.grad)
+        model.eval()
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_model_trained_by_us_keeps_its_template(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    (tmp_path / "t.jinja").write_text(made.CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    config = model_config(path, f"model.chat_template_path={tmp_path / 't.jinja'}")
+    tokenizer, notes = load_tokenizer(config)
+    assert "im_start" in tokenizer.chat_template
+    assert notes[0].startswith("chat template: ")
+    (path / "posttrain.json").write_text("{}")
+    with pytest.raises(ConfigError, match="was trained with the template saved beside it"):
+        load_tokenizer(config)
+
+
+def test_a_tokenizer_class_that_splits_otherwise_than_its_file_is_not_used(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizer"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, notes = load_tokenizer(model_config(path))
+    assert tokenizer("a b 13").input_ids == made.gpt2_like()("a b 13").input_ids
+    assert "tokenizer.json is used" in notes[0]
