@@ -96,6 +96,13 @@ def _compose_all(
             remaining = [override for override in remaining if override not in bad]
 
 
+def _check_folder(config: Config) -> None:
+    folder = Path(config.output_dir) / config.run_name / config.stage.name
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"output_dir={config.output_dir}: {path} is a file, so {folder} cannot be a folder")
+
+
 def read_command(arguments: list[str]) -> Command:
     """Check a command line; for a sweep each value of each swept key is checked.
 
@@ -129,6 +136,7 @@ def read_command(arguments: list[str]) -> Command:
                 configs.append(check(composed))
                 model.source(configs[-1].model)
                 data.check_source(configs[-1].data)
+                _check_folder(configs[-1])
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)
     if problems:

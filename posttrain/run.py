@@ -22,7 +22,7 @@ from posttrain.errors import PosttrainError, Stopped
 from posttrain.sweep import show_sweep
 
 TRACE = "HYDRA_FULL_ERROR"
-_trace_wanted = os.environ.get(TRACE, "0") != "0"
+_show_trace = False
 
 
 def _report(error: BaseException) -> int:
@@ -46,32 +46,37 @@ def _job(composed: DictConfig) -> float | None:
 
     try:
         result = run_stage(check(composed), Path(HydraConfig.get().runtime.output_dir))
-    except (Exception, KeyboardInterrupt) as error:
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, (Stopped, KeyboardInterrupt))
-        if _trace_wanted and not sweeping:
+    except (Stopped, KeyboardInterrupt) as error:
+        sys.exit(_report(error))  # not on to the next point of a sweep
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _report(error)  # Hydra goes on with the other points, and raises the first failure after the last
             raise
-        code = _report(error)
-        if sweeping:  # Hydra goes on with the other points
+        if _show_trace:
             raise
-        sys.exit(code)
+        sys.exit(_report(error))
     return result.objective if result is not None else None
 
 
 def main() -> None:
     """The entry point: exit code 0 done, 2 configuration or data invalid, 1 failed, 130 and 143 stopped."""
-    # set, Hydra hands exceptions on instead of printing and exiting by itself
-    os.environ[TRACE] = "1"
+    global _show_trace
+    given = os.environ.get(TRACE)
+    _show_trace = given == "1"
+    os.environ[TRACE] = "1"  # Hydra then hands exceptions on instead of printing and exiting by itself
     command = None
     try:
         command = read_command(sys.argv[1:])
         sys.argv[1:] = command.arguments
         hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()
     except Exception as error:
-        if _trace_wanted:
+        if _show_trace:
             raise
-        # a failed point of a sweep has been told already; Hydra raises it again after the last one
         sys.exit(1 if command is not None and command.sweep else _report(error))
     finally:
+        os.environ.pop(TRACE)
+        if given is not None:
+            os.environ[TRACE] = given
         if command is not None and command.sweep:
             show_sweep(command)
 

@@ -18,7 +18,7 @@ from posttrain import data, lineage, model
 from posttrain.checkpoint import StopSignals
 from posttrain.config import Config, to_dict
 from posttrain.console import is_main_process, logging_to, say, show_table, warn
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import PosttrainError
 from posttrain.evaluation import Answer, answer, panel
 from posttrain.lineage import RunFolder
 from posttrain.model import load_causal_lm, load_tokenizer, prepare_base, source
@@ -66,21 +66,20 @@ def run_stage(config: Config, path: Path) -> Result | None:
         Stopped: a signal came; the checkpoint is written.
         PosttrainError: the run failed, and why.
     """
+    untouched = not path.is_dir() or not any(path.iterdir())
     with _network_only_where_needed(config):
-        if config.dry_run:
-            with logging_to(None):
-                _, prepared = _prepare(config)
-                show_dry_run(config, prepared, _processes())
-            return None
-        folder = RunFolder(path)
-        untouched = not path.is_dir() or not any(path.iterdir())
         try:
+            if config.dry_run:
+                with logging_to(None):
+                    _, prepared = _prepare(config)
+                    show_dry_run(config, prepared, _processes())
+                return None
+            folder = RunFolder(path)
             with folder.lock() if is_main_process() else contextlib.nullcontext(), logging_to(folder.log):
                 return _run(config, folder)
-        except (ConfigError, ValueError):
+        finally:
             if untouched and is_main_process() and not (path / lineage.IDENTITY).exists():
-                _remove(path)  # a command that could not begin leaves the disk as it was
-            raise
+                _remove(path)  # a command that did not begin a run leaves the disk as it was
 
 
 def _remove(path: Path) -> None:
@@ -247,7 +246,8 @@ def _save(config: Config, folder: RunFolder, trainer: Any, tokenizer: Any, base:
     from transformers import AutoModelForCausalLM
 
     quantised = config.model.load_in_4bit or config.model.load_in_8bit
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    # without the mixed-precision wrapper: weights are compared, not roundings
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trained.eval()
     ids = torch.tensor([probe], device=trained.device)
     with torch.no_grad():

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["COLUMNS"] = "200"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the capital of France is Paris . What ? one two three answer question hello world yes no red blue".split()
+WORDS = ["the", "capital", "of", "France", "is", "Paris", ".", "What", "?", "one", "two", "three", "answer", "question", "hello", "world", "yes", "no", "red", "blue"]
 
 
 class Outcome:

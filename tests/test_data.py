@@ -241,7 +241,10 @@ def test_the_gold_function_and_the_flipped_labels() -> None:
     for split in ("train", "test"):
         rows = [row for row in world.preferences() if row["split"] == split]
         score = [
-            [10 * world.correct(row["prompt"], row[side]) + rank[world.style(row[side])] for side in ("chosen", "rejected")]
+            [
+                10 * world.correct(row["prompt"], row[side]) + rank[world.style(row[side])]
+                for side in ("chosen", "rejected")
+            ]
             for row in rows
         ]
         assert sum(chosen < rejected for chosen, rejected in score) == round(0.1 * len(rows))

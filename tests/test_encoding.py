@@ -133,7 +133,9 @@ def test_a_template_that_cannot_render_an_answer_is_named() -> None:
 
 def conversations(*lengths: int) -> list[Conversation]:
     return [
-        Conversation([*QUESTION, {"role": "assistant", "content": "one " * length + "two"}], f"rows.jsonl line {number}")
+        Conversation(
+            [*QUESTION, {"role": "assistant", "content": "one " * length + "two"}], f"rows.jsonl line {number}"
+        )
         for number, length in enumerate(lengths, start=1)
     ]
 

@@ -28,7 +28,9 @@ def save(folder: Path, tokenizer: Any, kind: str = "gpt2") -> Path:
     size: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
     size |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
     if kind == "gpt2":
-        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2))
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2)
+        )
     elif kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**size))
     else:
@@ -168,8 +170,9 @@ def test_a_model_trained_by_us_keeps_its_template(tmp_path: Path) -> None:
 def test_a_tokenizer_class_that_splits_otherwise_than_its_file_is_not_used(tmp_path: Path) -> None:
     path = save(tmp_path / "base", made.gpt2_like())
     settings = json.loads((path / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "LlamaTokenizer"
+    settings["tokenizer_class"] = "Qwen2Tokenizer"  # splits numbers into digits
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer, notes = load_tokenizer(model_config(path))
-    assert tokenizer("a b 13").input_ids == made.gpt2_like()("a b 13").input_ids
+    assert len(made.gpt2_like()(" 13").input_ids) == 1
+    assert tokenizer(" 13").input_ids == made.gpt2_like()(" 13").input_ids
     assert "tokenizer.json is used" in notes[0]

@@ -27,7 +27,13 @@ def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
     assert "steps: 4 (trainer.max_steps=4)" in done.out
     assert "trainable parameters: 777,856 of 777,856 (100.0%)" in done.out
     assert "tokens that carry loss: 5,547 per epoch" in done.out
-    for words in ("held-out loss (per token)", "tokens per second", "trained tokens", "outputs/demo/sft/model", "ask it"):
+    for words in (
+        "held-out loss (per token)",
+        "tokens per second",
+        "trained tokens",
+        "outputs/demo/sft/model",
+        "ask it",
+    ):
         assert words in done.out
     folder = Path("outputs/demo/sft")
     names = {path.name for path in folder.iterdir()}
@@ -48,7 +54,9 @@ def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
 def test_the_held_out_loss_is_the_mean_over_tokens(posttrain: Posttrain, rows: Path) -> None:
     """Recomputed row by row: not a mean of batch means, whatever the batch size."""
     long = {"instruction": "Count.", "response": " ".join(map(str, range(60)))}
-    test = write_rows(rows.parent / "test.jsonl", [{"instruction": "Say a.", "response": "a"}, long, long | {"input": "x"}])
+    test = write_rows(
+        rows.parent / "test.jsonl", [{"instruction": "Say a.", "response": "a"}, long, long | {"input": "x"}]
+    )
     done = posttrain(f"data.dataset_name={rows}", f"data.dataset_test_split={test}", *SHORT, "stage.batch_size=2")
     assert done.code == 0, done
     model = AutoModelForCausalLM.from_pretrained("outputs/demo/sft/model")
@@ -96,7 +104,9 @@ def test_packing_keeps_rows_apart(posttrain: Posttrain) -> None:
     rows = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
     labels = [[-100, 6, 7, 8], [-100, 10, 11], [-100, -100, 14, 15, 16]]
     packed = {"input_ids": rows[0] + rows[1], "labels": labels[0] + labels[1], "seq_lengths": [4, 3]}
-    batch = partial(pad_packed, pad_token_id=1)([packed, {"input_ids": rows[2], "labels": labels[2], "seq_lengths": [5]}])
+    batch = partial(pad_packed, pad_token_id=1)(
+        [packed, {"input_ids": rows[2], "labels": labels[2], "seq_lengths": [5]}]
+    )
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 0, 1]]
     assert batch["labels"].tolist() == [labels[0] + labels[1], [*labels[2], -100, -100]]
     with torch.no_grad():
@@ -125,7 +135,10 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(posttrain: Posttrain, tmp_p
 def test_a_sweep_has_a_folder_for_each_point_and_a_table(posttrain: Posttrain) -> None:
     done = posttrain("-m", "stage.learning_rate=1e-4,4e-4", *SHORT)
     assert done.code == 0, done
-    losses = [manifest(f"outputs/demo/sft/stage.learning_rate={rate}")["metrics"]["eval_loss"] for rate in ("0.0001", "0.0004")]
+    losses = [
+        manifest(f"outputs/demo/sft/stage.learning_rate={rate}")["metrics"]["eval_loss"]
+        for rate in ("0.0001", "0.0004")
+    ]
     assert losses[0] != losses[1]
     table = done.out[done.out.index("sweep: outputs/demo/sft") :]
     assert all(f"{loss:.4g}" in table for loss in losses)
@@ -169,7 +182,9 @@ def test_what_cannot_work_is_refused_with_exit_code_2(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(posttrain: Posttrain) -> None:
-    done = posttrain("stage.learning_rate=900", "stage.warmup_steps=0", "+trainer.max_grad_norm=0", "+trainer.max_steps=60")
+    done = posttrain(
+        "stage.learning_rate=900", "stage.warmup_steps=0", "+trainer.max_grad_norm=0", "+trainer.max_steps=60"
+    )
     assert done.code == 1, done
     assert "the weights were not touched by it" in done.err
     assert "stage.learning_rate=900" in done.err

@@ -14,6 +14,7 @@ LLAMA = (
 )
 TEXT = [
     "### Instruction:\nWhat is the capital of France?\n\n### Response:\nParis is the capital.",
+    "It has 13 legs, and 13 legs are 13.",
     "user\nassistant\nsystem\n[INST] one two three [/INST] answer question hello world",
 ] * 4
 

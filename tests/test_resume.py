@@ -1,0 +1,209 @@
+"""A run can be killed at any moment and ends, started again, with the weights of an undisturbed one."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome, same_weights, start, write_rows
+
+from posttrain.checkpoint import MANIFEST, fault, newest_whole
+
+Posttrain = Callable[..., Outcome]
+# three epochs, a checkpoint in the middle of each
+RUN = (
+    "+trainer.max_steps=26",
+    "trainer.save_steps=4",
+    "trainer.logging_steps=1",
+    "stage.warmup_steps=2",
+    "stage.learning_rate=1e-3",
+)
+LORA = ("model.use_peft=true", "model.lora_dropout=0.1")
+SFT = Path("outputs/demo/sft")
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no {path} after two minutes"
+        time.sleep(0.001)
+
+
+def arguments(rows: Path, *more: str) -> list[str]:
+    return [f"data.dataset_name={rows}", *RUN, *more]
+
+
+@pytest.mark.parametrize(
+    "more", [(), LORA, ("trainer.gradient_accumulation_steps=2",)], ids=["full", "lora", "accumulate"]
+)
+def test_killed_inside_a_save_and_started_again(
+    posttrain: Posttrain, rows: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    assert posttrain(*arguments(rows, *more, "output_dir=straight")).code == 0
+    process = start(*arguments(rows, *more), cwd=tmp_path)
+    wait_for(tmp_path / SFT / "checkpoint-12", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (SFT / "posttrain.json").exists()
+    assert not (SFT / "model").exists()
+    done = posttrain(*arguments(rows, *more))
+    assert done.code == 0, done
+    assert "resuming from checkpoint-" in done.out
+    assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+    straight, resumed = (
+        json.loads((folder / "posttrain.json").read_text())["metrics"] for folder in (Path("straight/demo/sft"), SFT)
+    )
+    assert straight["eval_loss"] == resumed["eval_loss"]
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_143(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
+    assert posttrain(*arguments(rows, "output_dir=straight")).code == 0
+    process = start(*arguments(rows), cwd=tmp_path)
+    wait_for(tmp_path / SFT / "checkpoint-8" / MANIFEST, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, (out, err)
+    assert "stopped by SIGTERM at step" in err
+    assert "Traceback" not in err
+    assert not (SFT / "posttrain.json").exists()
+    newest, faults = newest_whole(SFT)
+    assert newest is not None
+    assert faults == []
+    assert f"step {newest.name.removeprefix('checkpoint-')} of 26" in err
+    assert posttrain(*arguments(rows)).code == 0
+    assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+
+
+@pytest.fixture
+def interrupted(rows: Path, tmp_path: Path) -> Path:
+    """A run that was killed after its second checkpoint."""
+    process = start(*arguments(rows, "trainer.save_total_limit=4"), cwd=tmp_path)
+    wait_for(tmp_path / SFT / "checkpoint-8" / MANIFEST, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for checkpoint in (tmp_path / SFT).glob("checkpoint-*"):
+        if checkpoint.name not in ("checkpoint-4", "checkpoint-8"):
+            shutil.rmtree(checkpoint)
+    return tmp_path / SFT
+
+
+BREAKS: dict[str, Callable[[Path], Any]] = {
+    "optimizer missing": lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+    "scheduler missing": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+    "generators missing": lambda checkpoint: (checkpoint / "rng_state.pth").unlink(),
+    "weights cut": lambda checkpoint: os.truncate(checkpoint / "model.safetensors", 1000),
+    "one bit changed": lambda checkpoint: (checkpoint / "trainer_state.json").write_text(
+        (checkpoint / "trainer_state.json").read_text().replace("1", "2", 1)
+    ),
+    "no manifest": lambda checkpoint: (checkpoint / MANIFEST).unlink(),
+    "broken manifest": lambda checkpoint: (checkpoint / MANIFEST).write_text("{"),
+}
+
+
+def test_a_checkpoint_with_any_fault_is_passed_over(interrupted: Path, tmp_path: Path) -> None:
+    for number, (name, damage) in enumerate(BREAKS.items()):
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(interrupted, copy)
+        damage(copy / "checkpoint-8")
+        assert fault(copy / "checkpoint-8") is not None, name
+        newest, faults = newest_whole(copy)
+        assert newest == copy / "checkpoint-4", name
+        assert faults[0].startswith("checkpoint-8 is not resumed from: "), name
+
+
+def test_a_broken_checkpoint_is_told_and_the_one_before_it_is_used(
+    posttrain: Posttrain, rows: Path, interrupted: Path
+) -> None:
+    (interrupted / "checkpoint-8" / "optimizer.pt").unlink()
+    (interrupted / "checkpoint-999").mkdir()
+    done = posttrain(*arguments(rows, "trainer.save_total_limit=4"))
+    assert done.code == 0, done
+    assert "checkpoint-999 is not resumed from: no checkpoint.json" in done.out
+    assert "checkpoint-8 is not resumed from: optimizer.pt is missing" in done.out
+    assert "resuming from checkpoint-4" in done.out
+    assert posttrain(*arguments(rows, "output_dir=straight")).code == 0
+    assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+
+
+def test_other_hyperparameters_data_or_weights_are_refused_by_name(
+    posttrain: Posttrain, rows: Path, interrupted: Path
+) -> None:
+    before = sorted(path.name for path in interrupted.iterdir())
+    for change, told in (
+        ("stage.learning_rate=5e-2", "stage.learning_rate was 0.001, now 0.05"),
+        ("+trainer.weight_decay=0.3", "trainer.weight_decay was None, now 0.3"),
+        ("seed=7", "seed was 42, now 7"),
+        ("model.use_peft=true", "model.use_peft was False, now True"),
+    ):
+        done = posttrain(*[word for word in arguments(rows) if not word.startswith(change.split("=")[0])], change)
+        assert done.code == 2, done
+        assert told in done.err
+        assert "overwrite=true" in done.err
+    write_rows(rows, [{"instruction": "other", "response": f"row {number}"} for number in range(40)])
+    done = posttrain(*arguments(rows))
+    assert done.code == 2, done
+    assert "the train rows are not the same" in done.err
+    assert sorted(path.name for path in interrupted.iterdir()) == before
+
+
+def test_a_finished_run_says_so_and_is_not_touched(posttrain: Posttrain, rows: Path) -> None:
+    short = [word for word in arguments(rows) if "max_steps" not in word] + ["+trainer.max_steps=2"]
+    assert posttrain(*short).code == 0
+    written = (SFT / "model" / "model.safetensors").stat().st_mtime_ns
+    done = posttrain(*short)
+    assert done.code == 0, done
+    assert "already complete: " in done.out
+    assert (SFT / "model" / "model.safetensors").stat().st_mtime_ns == written
+    done = posttrain(*short, "stage.batch_size=2")
+    assert done.code == 2, done
+    assert "holds a finished run with another configuration (stage.batch_size was 4, now 2)" in done.err
+    assert posttrain(*short, "stage.batch_size=2", "overwrite=true").code == 0
+    assert (SFT / "model" / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_a_folder_of_something_else_is_refused(posttrain: Posttrain, rows: Path) -> None:
+    (SFT / "model").mkdir(parents=True)
+    (SFT / "model" / "theirs.txt").write_text("theirs")
+    done = posttrain(*arguments(rows))
+    assert done.code == 2, done
+    assert "holds files that no run of posttrain wrote (model)" in done.err
+    assert (SFT / "model" / "theirs.txt").read_text() == "theirs"
+    shutil.rmtree("outputs")
+    Path("outputs").write_text("a file")
+    done = posttrain(*arguments(rows))
+    assert done.code == 2, done
+    assert "outputs" in done.err
+
+
+def test_a_second_start_of_a_running_run_is_refused(posttrain: Posttrain, rows: Path) -> None:
+    SFT.mkdir(parents=True)
+    with (SFT / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = posttrain(*arguments(rows))
+    assert done.code == 1, done
+    assert "is in use by another process" in done.err
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(rows: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the optimizer's state is the first file above it."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+
+    process = start(*arguments(rows), cwd=tmp_path, preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "while writing" in err
+    assert "There is no whole checkpoint" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / SFT).glob("checkpoint-*"))
