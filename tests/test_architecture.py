@@ -1,0 +1,89 @@
+"""The house's rules that a reader relies on: imports go one way, files stay small, names say something."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A module imports only from floors below its own.
+FLOORS = {
+    "posttrain": 0,
+    "posttrain.paths": 0,
+    "posttrain.errors": 0,
+    "posttrain.config": 1,
+    "posttrain.console": 1,
+    "posttrain.checkpoint": 1,
+    "posttrain.data": 2,
+    "posttrain.arguments": 2,
+    "posttrain.lineage": 2,
+    "posttrain.encoding": 3,
+    "posttrain.model": 4,
+    "posttrain.evaluation": 4,
+    "posttrain.stages.base": 5,
+    "posttrain.stages.sft": 6,
+    "posttrain.stages": 7,
+    "posttrain.preview": 8,
+    "posttrain.compose": 8,
+    "posttrain.sweep": 9,
+    "posttrain.train": 9,
+    "posttrain.run": 10,
+}
+HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"}
+
+
+def modules() -> dict[str, Path]:
+    files = {path: path.relative_to(ROOT).with_suffix("") for path in (ROOT / "posttrain").rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path for path, name in files.items()}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it; not those for type checking only."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(modules()) == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(FLOORS))
+def test_imports_go_down(name: str) -> None:
+    for other in imports(modules()[name]) & set(FLOORS):
+        if other != name and other != "posttrain":
+            assert FLOORS[other] < FLOORS[name], (
+                f"{name} (floor {FLOORS[name]}) imports {other} (floor {FLOORS[other]})"
+            )
+
+
+@pytest.mark.parametrize("name", sorted(FLOORS))
+def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
+    tree = ast.parse(modules()[name].read_text())
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", "") or "" for node in top}
+    assert not {found.split(".")[0] for found in names} & HEAVY
+
+
+def test_files_are_small_and_named() -> None:
+    for path in modules().values():
+        assert len(path.read_text().splitlines()) <= 500, path
+        assert path.stem not in ("utils", "util", "misc", "helpers", "common"), path
+
+
+def test_no_config_can_run_code() -> None:
+    for path in modules().values():
+        assert "instantiate" not in path.read_text(), path

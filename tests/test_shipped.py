@@ -1,0 +1,120 @@
+"""What a stranger gets: commands that run as written, a wheel that runs from anywhere, no network, no secrets."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Outcome, write_rows
+
+Posttrain = Callable[..., Outcome]
+SHORT = ["+trainer.max_steps=2"]
+# Put in place of what has to come from the Hub, or from the reader.
+LOCAL = ["model=tiny", "data.dataset_name=local.jsonl", "data.test_size=0.2"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
+
+
+def commands(document: Path) -> list[str]:
+    """Every command in the fenced sh blocks of a page."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def runs() -> list[str]:
+    """The runs of posttrain in all pages, without what stands before `&&`."""
+    found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
+    return sorted({part for part in found if part.startswith(("python -m posttrain.run", "posttrain "))})
+
+
+def test_the_pages_hold_commands() -> None:
+    assert 'pip install -e ".[dev]" && python -m posttrain.run recipes=quickstart/sft' in commands(ROOT / "README.md")
+    assert 'pip install -e ".[dev]" && pytest' in commands(ROOT / "README.md")
+    assert len(runs()) >= 8
+
+
+@pytest.mark.parametrize("command", runs())
+def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
+    arguments = shlex.split(command.removeprefix("python -m posttrain.run").removeprefix("posttrain"))
+    text = [
+        {"instruction": f"Say {n}.", "response": f"{n}.", "question": f"Say {n}.", "answer": f"{n}.", "output": f"{n}."}
+        for n in range(30)
+    ]
+    write_rows(tmp_path / "local.jsonl", text)
+    write_rows(tmp_path / "mine.jsonl", text)
+    remote = ("model=gpt2", "model=qwen3_8b", "recipes=gpt2-alpaca", "data.dataset_name=yahma")
+    more = LOCAL if any(argument.startswith(remote) for argument in arguments) else []
+    kept = [argument for argument in arguments if not argument.startswith("model=") or argument not in remote]
+    if any(argument.startswith("trainer.report_to=") for argument in arguments):
+        more = [*more, "trainer.report_to=tensorboard"]
+    done = posttrain(*kept, *more, *SHORT)
+    assert done.code == 0, done
+
+
+def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "posttrain/conf/config.yaml" in names
+    assert "posttrain/recipes/quickstart/instructions.jsonl" in names
+    assert "posttrain/tiny/tokenizer.json" in names
+    assert not [name for name in names if name.startswith(("conf/", "recipes/", "tests/"))]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.run", "recipes=quickstart/sft", *SHORT],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (empty / "outputs/demo/sft/posttrain.json").is_file()
+    assert str(tmp_path / "site") in (empty / "outputs/demo/sft/config.yaml").read_text()
+
+
+def test_everything_local_works_with_sockets_blocked_and_no_secret_is_written(tmp_path: Path) -> None:
+    code = (
+        "import socket, sys, runpy\n"
+        "def refuse(*a, **k): raise RuntimeError('the network was used')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        f"sys.argv = ['posttrain', {SHORT[0]!r}]\nrunpy.run_module('posttrain.run', run_name='__main__')"
+    )
+    secrets = {"HF_TOKEN": "hf_thesecretvalue", "WANDB_API_KEY": "wandbsecretvalue"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")}
+    environment |= {"PYTHONPATH": str(ROOT)} | secrets
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(secret.encode() in content for secret in secrets.values()), path
+
+
+def test_the_readme_is_a_page_and_its_tree_is_complete() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 300
+    tree = re.search(r"```\n(posttrain/\n.*?)```", text, flags=re.DOTALL)
+    assert tree is not None
+    for path in (ROOT / "posttrain").rglob("*.py"):
+        assert path.name in tree.group(1) or path.name == "__init__.py", path
+
+
+def test_ci_is_what_the_readme_says() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install --quiet --disable-pip-version-check -e ".[dev]"' in script
+    assert script.rstrip().endswith("pytest")
