@@ -1,3 +1,28 @@
 """posttrain: supervised fine-tuning, reward modelling, PPO and DPO as one typed Hydra layer over Hugging Face TRL."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.data import format_instruction, format_preference
+    from posttrain.model import load_model_and_tokenizer
+    from posttrain.stages.dpo import compute_dpo_loss
+
 __version__ = "0.1.0.dev0"
+__all__ = ["compute_dpo_loss", "format_instruction", "format_preference", "load_model_and_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    """The pieces by their usual names, imported when first asked for: importing posttrain stays instant."""
+    if name in ("format_instruction", "format_preference"):
+        from posttrain import data
+
+        return data.format_instruction if name == "format_instruction" else data.format_preference
+    if name == "load_model_and_tokenizer":
+        from posttrain.model import load_model_and_tokenizer
+
+        return load_model_and_tokenizer
+    if name == "compute_dpo_loss":
+        from posttrain.stages.dpo import compute_dpo_loss
+
+        return compute_dpo_loss
+    raise AttributeError(f"module 'posttrain' has no attribute {name!r}")

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from posttrain import data, model, paths
+from posttrain import lineage, model, paths, sources
 from posttrain.config import Config, check, nearest
 from posttrain.errors import ConfigError
 
@@ -134,8 +134,8 @@ def read_command(arguments: list[str]) -> Command:
         if composed is not None:
             try:
                 configs.append(check(composed))
-                model.source(configs[-1].model)
-                data.check_source(configs[-1].data)
+                model.source(lineage.with_starting_model(configs[-1])[0].model)
+                sources.check_source(configs[-1].data)
                 _check_folder(configs[-1])
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)

@@ -53,10 +53,25 @@ class SFTStage(StageConfig):
 
 
 @dataclass
+class RewardStage(StageConfig):
+    """Reward modelling."""
+
+    best_accuracy: float | None = key(above=0.5, at_most=1)
+
+
+@dataclass
+class DPOStage(StageConfig):
+    """Direct preference optimisation."""
+
+    beta: float = key(above=0, below=1e3, trl="beta")
+
+
+@dataclass
 class ModelConfig:
     """The model and how it is trained, in the words of TRL's ModelConfig."""
 
-    model_name_or_path: str = key()
+    base_model: str = key()
+    model_name_or_path: str | None = key()
     model_revision: str = key()
     from_scratch: bool = key()
     chat_template_path: str | None = key()
@@ -76,6 +91,11 @@ class ModelConfig:
     bnb_4bit_quant_type: str = key(choices=("nf4", "fp4"))
     use_bnb_nested_quant: bool = key()
 
+    @property
+    def start(self) -> str:
+        """The model to start from; of a stage after SFT only once `lineage.with_starting_model` has filled it in."""
+        return self.model_name_or_path if self.model_name_or_path is not None else self.base_model
+
 
 @dataclass
 class InstructionColumns:
@@ -85,6 +105,16 @@ class InstructionColumns:
     response: str = key()
     input: str = key()
     system: str = key()
+
+
+@dataclass
+class PreferenceColumns:
+    """The names that the documented columns have in the source."""
+
+    prompt: str = key()
+    chosen: str = key()
+    rejected: str = key()
+    margin: str = key()
 
 
 @dataclass
@@ -98,8 +128,9 @@ class DataConfig:
     test_size: float = key(at_least=0)
     max_rows: int | None = key(at_least=1)
     overlength: str = key(choices=("truncate", "drop", "error"))
+    bad_rows: str = key(choices=("error", "drop"))
     allow_special_tokens: bool = key()
-    columns: InstructionColumns = field(default_factory=InstructionColumns)
+    columns: Any = key()  # InstructionColumns or PreferenceColumns
 
 
 @dataclass
@@ -118,15 +149,18 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
-STAGE_SCHEMAS: dict[str, type[StageConfig]] = {"sft": SFTStage}
+STAGE_SCHEMAS: dict[str, type[StageConfig]] = {"sft": SFTStage, "reward": RewardStage, "dpo": DPOStage}
+COLUMN_SCHEMAS = {"sft": InstructionColumns, "reward": PreferenceColumns, "dpo": PreferenceColumns}
 
 # The class of each stage's trainer arguments, and the sources that declare its fields, most general first.
+_COMMON_SOURCES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+)
 _TRL_SOURCES = {
-    "sft": (
-        ("transformers", "training_args.py", "TrainingArguments"),
-        ("trl", "trainer/base_config.py", "_BaseConfig"),
-        ("trl", "trainer/sft_config.py", "SFTConfig"),
-    )
+    "sft": (*_COMMON_SOURCES, ("trl", "trainer/sft_config.py", "SFTConfig")),
+    "reward": (*_COMMON_SOURCES, ("trl", "trainer/reward_config.py", "RewardConfig")),
+    "dpo": (*_COMMON_SOURCES, ("trl", "trainer/dpo_config.py", "DPOConfig")),
 }
 
 # Trainer arguments that posttrain sets itself or that have a key of ours: setting them twice would hide one.
@@ -154,6 +188,7 @@ _RESERVED = {
     "trust_remote_code": "set model.trust_remote_code",
     "eos_token": "it is the tokenizer's, and the one that ends an assistant turn in its chat template",
     "pad_token": "it is the tokenizer's, or one that posttrain adds",
+    "disable_dropout": "dropout is off: with it the first step would not start from the reference",
     "do_train": "leave it out",
     "do_eval": "leave it out; set trainer.eval_strategy",
     "do_predict": "leave it out",
@@ -219,7 +254,8 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
     """'; did you mean …?' with the closest known name, or nothing."""
     words = list(words)
     # the last part alone, too, so that a key put into the wrong section finds its own
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.75)
+    # of a short word one wrong letter is a third
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) > 5 else 0.6)
     if not close:
         tails = {other.rsplit(".", 1)[-1]: other for other in words}
         close = [tails[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.8)]
@@ -334,8 +370,10 @@ def check(composed: DictConfig) -> Config:
         raise ConfigError(f"stage={stage_name} is not one of {', '.join(STAGE_SCHEMAS)}")
     schema = OmegaConf.structured(Config)
     schema.stage = OmegaConf.structured(STAGE_SCHEMAS[stage_name])
+    schema.data.columns = OmegaConf.structured(COLUMN_SCHEMAS[stage_name])
     keys = _schema_keys(Config) | _schema_keys(STAGE_SCHEMAS[stage_name], "stage.")
-    del keys["stage"]
+    keys |= _schema_keys(COLUMN_SCHEMAS[stage_name], "data.columns.")
+    del keys["stage"], keys["data.columns"]
     trainer = plain.pop("trainer", None)
     for path, value in [*_leaves(plain), *_leaves(trainer, "trainer")]:
         if "_target_" in path.split("."):
@@ -346,7 +384,7 @@ def check(composed: DictConfig) -> Config:
             continue
         elif path not in keys:
             known = [*keys, *(f"trainer.{name}" for name in trainer_fields(stage_name))]
-            known += ["stage", "model", "data", "trainer", "recipes"]
+            known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes"]
             problems.append(f"{path} is unknown for stage={stage_name}{nearest(path, known)}")
         elif value == MISSING:
             problems.append(f"{path} is required")

@@ -15,6 +15,7 @@ log.addHandler(logging.NullHandler())  # without one, Python would print errors 
 
 # Warnings of the libraries that are known to be harmless here; shown, they would teach people to ignore warnings.
 HARMLESS = (
+    "LOAD REPORT",  # missing and unexpected weights are errors of ours, a new reward head apart
     "`loss_type=None` was set in the config",  # transformers' own default for GPT-2
     "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",  # tied to the embeddings
     "The tokenizer has new PAD/BOS/EOS tokens",  # posttrain has set and saved them already

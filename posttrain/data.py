@@ -1,31 +1,24 @@
-"""Documented data formats read strictly into conversations, each of which knows the line that it came from.
+"""Documented data formats read strictly into conversations and pairs, each of which knows where it stood.
 
 No type is inferred and no value changed: a row is what its file says, or an error that names file and line.
 """
 
-import csv
-import glob
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from posttrain.config import DataConfig
 from posttrain.errors import ConfigError, DataError
+from posttrain.sources import HELD_OUT_NAMES, SHOWN_PROBLEMS, Problems, records
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-HELD_OUT_NAMES = ("test", "validation")
-SHOWN_PROBLEMS = 5
-
 
 class Conversation(NamedTuple):
-    """One checked row: its messages, the last by the assistant, and where it stands ("data.jsonl line 3")."""
+    """One checked instruction row: its messages, the last by the assistant, and where it stood ("a.jsonl line 3")."""
 
     messages: list[Message]
     where: str
@@ -36,30 +29,60 @@ class Conversation(NamedTuple):
         return self.messages[:-1]
 
     @property
+    def reference(self) -> str:
+        """The answer that the data gives."""
+        return self.messages[-1]["content"]
+
+    @property
     def content(self) -> str:
         """What makes two rows the same row."""
         return json.dumps(self.messages, ensure_ascii=False)
 
 
+class Pair(NamedTuple):
+    """One checked preference row: after `prompt`, the messages of `chosen` are better than those of `rejected`."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    where: str
+    margin: float | None = None  # by how much, where the data says so
+
+    @property
+    def reference(self) -> str:
+        """The answer that the data prefers."""
+        return self.chosen[-1]["content"]
+
+    @property
+    def content(self) -> str:
+        """What makes two rows the same row."""
+        return json.dumps([self.prompt, self.chosen, self.rejected, self.margin], ensure_ascii=False)
+
+
+Row = TypeVar("Row", Conversation, Pair)
+
+
 @dataclass
 class Counts:
-    """What became of the rows of one split; every row read is in exactly one of kept, dropped and elsewhere."""
+    """What became of the rows of one split."""
 
     read: int = 0
     kept: int = 0
     duplicates: int = 0  # exact repetitions, kept
     in_test_too: int = 0  # left out of training because the same row is held out
+    bad: int = 0  # left out on request (data.bad_rows=drop)
+    ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
     truncated: int = 0  # kept without their end
-    prompt_too_long: int = 0  # dropped: nothing of the response would be left
-    too_long: int = 0  # dropped on request (data.overlength=drop)
+    prompt_too_long: int = 0  # left out: nothing of the response would remain
+    too_long: int = 0  # left out on request (data.overlength=drop)
 
 
 @dataclass
-class Splits:
+class Splits(Generic[Row]):
     """The rows to train on and the rows held out; no row is in both."""
 
-    train: list[Conversation]
-    test: list[Conversation]
+    train: list[Row]
+    test: list[Row]
     counts: dict[str, Counts]
     sources: dict[str, str]  # resolved file or Hub id -> sha256 of its bytes, or the Hub's own fingerprint
     notes: list[str] = field(default_factory=list)
@@ -70,184 +93,6 @@ class Splits:
             name: hashlib.sha256("\n".join(row.content for row in rows).encode()).hexdigest()
             for name, rows in (("train", self.train), ("test", self.test))
         }
-
-
-class _Problems:
-    """Collects what is wrong with rows, so that the first few are told at once."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.count = 0
-
-    def add(self, where: str, what: str) -> None:
-        self.count += 1
-        if len(self.lines) < SHOWN_PROBLEMS:
-            self.lines.append(f"{where}: {what}")
-
-    def raise_if_any(self) -> None:
-        if self.count > len(self.lines):
-            self.lines.append(f"... and {self.count - len(self.lines)} more rows")
-        if self.lines:
-            raise DataError(*self.lines)
-
-
-Record = tuple[str, Any]  # where it stands, and what stands there
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return row
-
-
-def _read_jsonl(path: Path, problems: _Problems) -> Iterator[Record]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path} line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield where, json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys)
-            except json.JSONDecodeError as error:
-                problems.add(where, f"invalid JSON ({error.msg} at column {error.colno})")
-            except ValueError as error:  # not UTF-8, or a key that stands twice
-                problems.add(where, f"invalid JSON ({error})")
-
-
-def _read_json(path: Path, problems: _Problems) -> Iterator[Record]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-    except ValueError as error:
-        problems.add(str(path), f"invalid JSON ({error})")
-        return
-    if not isinstance(rows, list):
-        problems.add(str(path), "must hold a list of objects; one object a line belongs in a .jsonl file")
-        return
-    for number, row in enumerate(rows, start=1):
-        yield f"{path} item {number}", row
-
-
-def _read_csv(path: Path, problems: _Problems) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                if None in row or None in row.values():
-                    problems.add(where, f"has not as many fields as the header ({len(reader.fieldnames or ())})")
-                else:
-                    yield where, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            problems.add(f"{path} line {reader.line_num}", f"invalid CSV ({error})")
-
-
-def _read_parquet(path: Path, problems: _Problems) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except pyarrow.ArrowException as error:
-        problems.add(str(path), f"invalid Parquet ({str(error).splitlines()[0]})")
-
-
-_READERS: dict[str, Callable[[Path, _Problems], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _files(name: str) -> list[Path]:
-    """The files that a path or pattern names; none where it is not a local name."""
-    if Path(name).is_file():
-        return [Path(name)]
-    return sorted(Path(found) for found in glob.glob(name) if Path(found).is_file())  # noqa: PTH207, it takes absolute patterns
-
-
-def _sources(data: DataConfig) -> list[str]:
-    return [data.dataset_name] if isinstance(data.dataset_name, str) else list(data.dataset_name)
-
-
-def is_local(data: DataConfig) -> bool:
-    """Whether every source is a file or folder here."""
-    return all(_files(name) or Path(name).is_dir() for name in _sources(data))
-
-
-def check_source(data: DataConfig) -> None:
-    """Refuse a source that cannot exist, before anything slow is done.
-
-    Raises:
-        ConfigError: no such file, or files of a type that is not read.
-    """
-    names = _sources(data)
-    for name in names:
-        found = _files(name)
-        looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in FILE_TYPES or name.count("/") > 1
-        if not found and not Path(name).is_dir() and (looks_local or "*" in name or len(names) > 1):
-            raise ConfigError(f"data.dataset_name={name}: no such file")
-        for path in found:
-            if path.suffix not in _READERS:
-                known = ", ".join(FILE_TYPES)
-                raise ConfigError(f"data.dataset_name={path}: the type {path.suffix!r} is not one of {known}")
-
-
-def _read_files(paths: list[Path], problems: _Problems, sources: dict[str, str]) -> Iterator[Record]:
-    for path in paths:
-        with path.open("rb") as content:
-            sources[str(path.resolve())] = hashlib.file_digest(content, "sha256").hexdigest()
-        yield from _READERS[path.suffix](path, problems)
-
-
-def _read_dataset(dataset: Any, name: str, sources: dict[str, str]) -> Iterator[Record]:
-    sources[name] = dataset._fingerprint
-    for number, row in enumerate(dataset, start=1):
-        yield f"{name} row {number}", row
-
-
-def _read_folder_or_hub(data: DataConfig, name: str, sources: dict[str, str]) -> dict[str, Iterator[Record]]:
-    """Splits of a folder saved by `datasets` or of a data set on the Hub."""
-    import datasets
-
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
-            raise ConfigError(
-                f"data.dataset_name={name} is a folder that datasets.save_to_disk did not write; "
-                f"name its files instead ({', '.join(FILE_TYPES)}; a pattern such as '{name}/*.jsonl' will do)"
-            )
-        saved = datasets.load_from_disk(name)
-        splits = saved if isinstance(saved, datasets.DatasetDict) else {data.dataset_train_split: saved}
-    else:
-        try:
-            wanted = [split for split in (data.dataset_test_split, *HELD_OUT_NAMES) if split]
-            available = datasets.get_dataset_split_names(name, data.dataset_config)
-            chosen = [data.dataset_train_split, *(split for split in wanted if split in available)]
-            splits = {split: datasets.load_dataset(name, data.dataset_config, split=split) for split in chosen}
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"data.dataset_name={name} is neither a file here nor a data set that could be had from the Hub "
-                f"({type(error).__name__}: {str(error).splitlines()[0]})"
-            ) from error
-    if data.dataset_train_split not in splits:
-        raise ConfigError(
-            f"data.dataset_train_split={data.dataset_train_split} is not a split of {name}; it has {', '.join(splits)}"
-        )
-    return {
-        split: _read_dataset(rows, f"{name}[{split}]", sources)
-        for split, rows in splits.items()
-        if split in (data.dataset_train_split, data.dataset_test_split, *HELD_OUT_NAMES)
-    }
 
 
 def _kind(value: Any) -> str:
@@ -282,6 +127,21 @@ def _as_messages(value: Any, role: str, column: str) -> list[Message]:
     return messages
 
 
+def _check_turns(messages: Sequence[Message]) -> None:
+    """User and assistant take turns after an optional system message, and the assistant is last."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if len(turns) < 2 or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError(f"the roles are {', '.join(roles)}; user and assistant must take turns and assistant be last")
+
+
+def _require(row: dict[str, Any], columns: Sequence[str], name: str) -> None:
+    for column in columns:
+        if column not in row:
+            found = ", ".join(str(other) for other in row) or "nothing"
+            raise ValueError(f"no {column!r} (found: {found}); format {name!r} needs {', '.join(columns)}")
+
+
 def format_instruction(row: dict[str, Any]) -> list[Message]:
     """Turn an instruction row into the messages of its conversation.
 
@@ -291,10 +151,7 @@ def format_instruction(row: dict[str, Any]) -> list[Message]:
     Raises:
         ValueError: says what is missing or out of order.
     """
-    for column in ("instruction", "response"):
-        if column not in row:
-            found = ", ".join(str(name) for name in row) or "nothing"
-            raise ValueError(f"no {column!r} (found: {found}); format 'instruction' needs instruction, response")
+    _require(row, ("instruction", "response"), "instruction")
     instruction = row["instruction"]
     for column in ("input", "system"):
         if row.get(column) is not None and not isinstance(row[column], str):
@@ -306,52 +163,132 @@ def format_instruction(row: dict[str, Any]) -> list[Message]:
     messages = _as_messages(instruction, "user", "instruction") + _as_messages(row["response"], "assistant", "response")
     if row.get("system", "") and row["system"].strip():
         messages.insert(0, {"role": "system", "content": row["system"]})
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"the roles are {', '.join(roles)}; user and assistant must take turns and assistant be last")
+    _check_turns(messages)
     return messages
 
 
-class _Reader:
-    """Reads one source into conversations, counting as it goes."""
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
-    def __init__(self, data: DataConfig) -> None:
+
+def parse_transcript(text: str, column: str) -> list[Message]:
+    r"""The messages of a transcript in the layout of Anthropic's hh-rlhf ("\n\nHuman: …\n\nAssistant: …").
+
+    Raises:
+        ValueError: it does not begin with a turn, or a turn is empty.
+    """
+    parts = _TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise ValueError(f"{column!r} has no 'prompt' beside it and is no transcript of Human: and Assistant: turns")
+    names = {"Human": "user", "Assistant": "assistant"}
+    messages = [
+        {"role": names[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    for number, message in enumerate(messages, start=1):
+        _check_text(message["content"], f"turn {number} of {column!r}")
+    return messages
+
+
+def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Turn a preference row into prompt, chosen and rejected messages.
+
+    With a `prompt` (text or messages), `chosen` and `rejected` are its answers. Without one they are whole
+    transcripts or whole conversations, and the prompt is what both begin with.
+
+    Raises:
+        ValueError: says what is missing or out of order.
+    """
+    if row.get("prompt") is not None:
+        _require(row, ("prompt", "chosen", "rejected"), "preference")
+        prompt = _as_messages(row["prompt"], "user", "prompt")
+        answers = [_as_messages(row[side], "assistant", side) for side in ("chosen", "rejected")]
+    else:
+        _require(row, ("chosen", "rejected"), "preference")
+        whole = []
+        for side in ("chosen", "rejected"):
+            text = isinstance(row[side], str)
+            if text and not _TURN.match(row[side].lstrip() if row[side].strip() else ""):
+                found = ", ".join(row)
+                raise ValueError(f"no 'prompt' (found: {found}); format 'preference' needs prompt, chosen, rejected")
+            whole.append(parse_transcript(row[side], side) if text else _as_messages(row[side], "assistant", side))
+        shared = 0
+        while shared < min(map(len, whole)) - 1 and whole[0][shared] == whole[1][shared]:
+            shared += 1
+        while shared and whole[0][shared - 1]["role"] == "assistant":
+            shared -= 1
+        prompt, answers = whole[0][:shared], [messages[shared:] for messages in whole]
+        if not prompt:
+            raise ValueError("'chosen' and 'rejected' do not begin with the same prompt")
+    for answer in answers:
+        _check_turns([*prompt, *answer])
+    return prompt, answers[0], answers[1]
+
+
+def _conversation(row: dict[str, Any], where: str) -> Conversation:
+    return Conversation(format_instruction(row), where)
+
+
+def _pair(row: dict[str, Any], where: str) -> Pair:
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
+        raise ValueError(f"'margin' must be a number, got {_kind(margin)}")
+    return Pair(*format_preference(row), where, None if margin is None else float(margin))
+
+
+# What columns are often called elsewhere: only to suggest a mapping, never to guess one.
+_ALIASES = {
+    "instruction": ("question", "prompt", "query"),
+    "response": ("output", "answer", "completion"),
+    "prompt": ("question", "instruction", "input", "query"),
+    "chosen": ("preferred", "response_chosen", "better"),
+    "rejected": ("dispreferred", "response_rejected", "worse"),
+}
+
+
+class _Reader(Generic[Row]):
+    """Turns records into rows of one format, counting as it goes."""
+
+    def __init__(self, data: DataConfig, make: Callable[[dict[str, Any], str], Row]) -> None:
         self.columns: dict[str, str] = dict(vars(data.columns))
-        self.problems = _Problems()
+        self.make: Any = make
+        self.drop_bad = data.bad_rows == "drop"
+        self.problems = Problems()
+        self.dropped = Problems()
         self.ignored: dict[str, int] = {}
 
-    def conversation(self, where: str, record: Any) -> Conversation | None:
+    def row(self, where: str, record: Any) -> Row | None:
         if not isinstance(record, dict):
-            self.problems.add(where, f"must be an object, got {_kind(record)}")
+            self._refuse(where, f"must be an object, got {_kind(record)}")
             return None
         known = {*self.columns.values(), "split"}
         for name in record:
             if name not in known:
                 self.ignored[str(name)] = self.ignored.get(str(name), 0) + 1
-        row = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
+        mapped = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
         try:
-            return Conversation(format_instruction(row), where)
+            made: Row = self.make(mapped, where)
+            return made
         except ValueError as error:
             what = str(error)
             if what.startswith("no '"):
                 what = re.sub(r"\(found: [^)]*\)", lambda _: f"(found: {', '.join(record) or 'nothing'})", what)
                 what += self._mapping_hint(record)
-            self.problems.add(where, what)
+            self._refuse(where, what)
             return None
 
+    def _refuse(self, where: str, what: str) -> None:
+        (self.dropped if self.drop_bad else self.problems).add(where, what)
+
     def _mapping_hint(self, record: dict[str, Any]) -> str:
-        aliases = {"instruction": ("question", "prompt", "query"), "response": ("output", "answer", "completion")}
         hints = [
             f"data.columns.{ours}={alias}"
-            for ours, names in aliases.items()
-            for alias in names
-            if self.columns[ours] not in record and alias in record
+            for ours, theirs in self.columns.items()
+            for alias in _ALIASES.get(ours, ())
+            if theirs not in record and alias in record
         ]
         return f"; try {' '.join(hints)}" if hints else ""
 
 
-def _held_out(rows: list[Conversation], test_size: float) -> tuple[list[Conversation], list[Conversation]]:
+def _held_out(rows: list[Row], test_size: float) -> tuple[list[Row], list[Row]]:
     """Split by content, so that equal rows stay together and the choice depends on nothing but the rows."""
     if test_size <= 0:
         return rows, []
@@ -373,74 +310,90 @@ def _held_out(rows: list[Conversation], test_size: float) -> tuple[list[Conversa
     return train, [row for index, row in enumerate(rows) if index in chosen]
 
 
-def _records(data: DataConfig, sources: dict[str, str], problems: _Problems) -> dict[str, Iterable[Record]]:
-    """The source's splits; files have one, whose rows may say in `split` which part they belong to."""
-    check_source(data)
-    parts: dict[str, Iterable[Record]] = {}
-    paths = [path for name in _sources(data) for path in _files(name)]
-    if paths:
-        parts[data.dataset_train_split] = _read_files(paths, problems, sources)
-    else:
-        parts.update(_read_folder_or_hub(data, _sources(data)[0], sources))
-    if data.dataset_test_split and (paths := _files(data.dataset_test_split)):
-        parts[data.dataset_test_split] = _read_files(paths, problems, sources)
-    return parts
-
-
 def _split_of(record: Any, default: str) -> str:
     split = record.get("split") if isinstance(record, dict) else None
     return split if isinstance(split, str) and split else default
 
 
-def read_instructions(data: DataConfig) -> Splits:
-    """Read, check and split the instruction rows that `data` names.
-
-    Raises:
-        DataError: names file, line and fault of the first bad rows and counts the others; no row is skipped.
-        ConfigError: a source or split does not exist.
-    """
+def _read(data: DataConfig, make: Callable[[dict[str, Any], str], Row]) -> Splits[Row]:
     sources: dict[str, str] = {}
-    reader = _Reader(data)
-    by_split: dict[str, list[Conversation]] = {}
-    unread = 0
-    for part, records in _records(data, sources, reader.problems).items():
-        for taken, (where, record) in enumerate(records):
+    reader: _Reader[Row] = _Reader(data, make)
+    by_split: dict[str, list[Row]] = {}
+    bad: dict[str, int] = {}
+    cut_short = False
+    for part, found in records(data, sources, reader.problems).items():
+        for taken, (where, record) in enumerate(found):
             if taken == data.max_rows:
-                unread += 1
+                cut_short = True
                 break
-            row = reader.conversation(where, record)
+            split = _split_of(record, part)
+            row = reader.row(where, record)
             if row is not None:
-                by_split.setdefault(_split_of(record, part), []).append(row)
+                by_split.setdefault(split, []).append(row)
+            else:
+                bad[split] = bad.get(split, 0) + 1
     reader.problems.raise_if_any()
+    notes = [f"ignored column {name!r} ({count} rows)" for name, count in sorted(reader.ignored.items())]
+    notes += [f"left out (data.bad_rows=drop): {line}" for line in reader.dropped.lines]
+    if reader.dropped.count > SHOWN_PROBLEMS:
+        notes.append(f"left out (data.bad_rows=drop): {reader.dropped.count - SHOWN_PROBLEMS} more rows")
+    if cut_short:
+        notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
     train = by_split.pop(data.dataset_train_split, [])
     if not train:
-        found = ", ".join(by_split) or "no rows at all"
-        wanted = f"no rows of split {data.dataset_train_split} (found: {found})"
+        there = ", ".join(by_split) or "no rows at all"
+        wanted = f"no rows of split {data.dataset_train_split} (found: {there})"
         raise DataError(f"data.dataset_name={data.dataset_name}: {wanted}")
-    test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in by_split), None)
-    counts = {"train": Counts(read=len(train)), "test": Counts()}
-    notes = [f"ignored column {name!r} ({count} rows)" for name, count in sorted(reader.ignored.items())]
-    if unread:
-        notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
-    if test_split is not None:
-        if test_split not in by_split:
+    return _splits(data, train, by_split, bad, sources, notes)
+
+
+def _splits(
+    data: DataConfig,
+    train: list[Row],
+    others: dict[str, list[Row]],
+    bad: dict[str, int],
+    sources: dict[str, str],
+    notes: list[str],
+) -> Splits[Row]:
+    """Set the held-out rows apart: the source's own, else a share of those read."""
+    counts = {"train": Counts(bad=bad.get(data.dataset_train_split, 0)), "test": Counts()}
+    test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in others), None)
+    if test_split is None:
+        train, test = _held_out(train, data.test_size)
+        counts["train"].read = len(train) + counts["train"].bad
+    else:
+        if test_split not in others:
             raise ConfigError(
                 f"data.dataset_test_split={test_split} is neither a file nor a split of {data.dataset_name} "
-                f"(found: {', '.join([data.dataset_train_split, *by_split])})"
+                f"(found: {', '.join([data.dataset_train_split, *others])})"
             )
-        test = by_split.pop(test_split)
+        test = others.pop(test_split)
+        counts["test"].bad = bad.get(test_split, 0)
+        counts["train"].read = len(train) + counts["train"].bad
         held_out = {row.content for row in test}
         kept = [row for row in train if row.content not in held_out]
         counts["train"].in_test_too = len(train) - len(kept)
         train = kept
-        counts["test"].read = len(test)
-    else:
-        train, test = _held_out(train, data.test_size)
-        counts["train"].read, counts["test"].read = len(train), len(test)
-    notes += [f"{len(rows)} rows of split {name!r} are not used" for name, rows in by_split.items()]
+    counts["test"].read = len(test) + counts["test"].bad
+    notes += [f"{len(rows)} rows of split {name!r} are not used" for name, rows in others.items()]
     for name, rows in (("train", train), ("test", test)):
         counts[name].kept = len(rows)
         counts[name].duplicates = len(rows) - len({row.content for row in rows})
     if not train:
         raise DataError("no rows left to train on: every one of them is also among the held-out rows")
     return Splits(train, test, counts, sources, notes)
+
+
+def read_instructions(data: DataConfig) -> Splits[Conversation]:
+    """Read, check and split the instruction rows that `data` names.
+
+    Raises:
+        DataError: names file, line and fault of the first bad rows and counts the others.
+        ConfigError: a source or split does not exist.
+    """
+    return _read(data, _conversation)
+
+
+def read_preferences(data: DataConfig) -> Splits[Pair]:
+    """Read, check and split the preference rows that `data` names; raises as `read_instructions`."""
+    return _read(data, _pair)

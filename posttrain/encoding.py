@@ -6,12 +6,13 @@ trained prompt has exactly the ids that the same prompt has when the model gener
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain.data import Conversation, Counts, Message, Splits
+from posttrain.data import Conversation, Counts, Message, Pair, Splits
 from posttrain.errors import ConfigError, DataError
+from posttrain.sources import Problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,17 +47,14 @@ class Segment(NamedTuple):
 
 @dataclass
 class Encoded:
-    """One split ready to train on: a Dataset of `input_ids` and `labels`, and what it holds."""
+    """One split ready to train on, and what it holds."""
 
-    dataset: "Dataset"
-    rows: list[Conversation]
-    lengths: list[int]  # tokens per row after the cut
-    loss_tokens: int  # tokens that carry loss
-    without_end: int  # rows whose last label is not the token that ends a turn, because they were cut
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    dataset: "Dataset"  # input_ids and labels; for pairs prompt_ids, chosen_ids and rejected_ids
+    rows: list[Any]  # the Conversation or Pair of each row
+    lengths: list[int]  # tokens per row after the cut; of a pair its longer conversation
+    tokens: int
+    loss_tokens: int  # tokens of responses
+    without_end: int  # rows with a response that lost the token that ends its turn, because it was cut
 
 
 class ChatEncoder:
@@ -69,6 +67,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", allow_special_tokens: bool = False) -> None:
         self.tokenizer = tokenizer
         self.end_of_turn = self._find_end_of_turn()
+        self.end_id = tokenizer.convert_tokens_to_ids(self.end_of_turn)
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         names = sorted({*special, *added}, key=len, reverse=True)
@@ -125,7 +124,8 @@ class ChatEncoder:
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The rendered conversation in pieces; a response ends with the token that ends its turn.
 
-        What the template writes after the last response is left out: nobody generates it.
+        What the template writes after the last response is left out: nobody generates it. Messages that end with
+        a question are followed by the generation prompt.
 
         Raises:
             ValueError: the text of a message spells a control token, or the template cannot be followed.
@@ -137,7 +137,8 @@ class ChatEncoder:
                         f"a {message['role']} message contains the special token {found.group()!r}; "
                         "data.allow_special_tokens=true lets it through as a control token"
                     )
-        full = self.render(messages)
+        asks = messages[-1]["role"] != "assistant"
+        full = self.render(messages, add_generation_prompt=asks)
         pieces: list[Segment] = []
         position = 0
         last = len(messages) - 1
@@ -158,6 +159,8 @@ class ChatEncoder:
                 response = full[start : end + len(self.end_of_turn)]
             pieces += [Segment(full[position:start], False), Segment(response, True)]
             position = start + len(response)
+        if asks:
+            pieces.append(Segment(full[position:], False))
         return pieces
 
     def encode(self, batch: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[int]]]:
@@ -179,84 +182,184 @@ class ChatEncoder:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids from which the model generates its answer."""
-        return self._ids([self.render(messages, add_generation_prompt=True)])[0]
+        return self.encode([self.segments(messages)])[0][0]
 
 
-def _chunks(rows: Sequence[Any], size: int = 1000) -> list[Sequence[Any]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _response_start(labels: list[int], number: int) -> int:
+    """Where the response of that number begins (0: the first one)."""
+    starts = [at for at, label in enumerate(labels) if label != IGNORED and (at == 0 or labels[at - 1] == IGNORED)]
+    return starts[number]
 
 
-def encode_split(
-    encoder: ChatEncoder, rows: list[Conversation], counts: Counts, max_length: int, overlength: str
+def _encode(
+    encoder: ChatEncoder,
+    rows: Sequence[Any],
+    segments_of: Callable[[Any], list[list[Segment]]],
+    columns_of: Callable[[Any, list[tuple[list[int], list[int]]]], dict[str, Any] | None],
+) -> tuple["Dataset", list[Any]]:
+    """Encode rows a thousand at a time; `columns_of` makes a row of the Dataset, or None to leave it out.
+
+    Raises:
+        DataError: names the first rows that `segments_of` or `columns_of` refuses, and counts the others.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    tables, kept, problems = [], [], Problems()
+    for start in range(0, len(rows), 1000):
+        chunk, parts = [], []
+        for row in rows[start : start + 1000]:
+            try:
+                parts.append(segments_of(row))
+                chunk.append(row)
+            except ValueError as error:
+                problems.add(row.where, str(error))
+        encoded = iter(encoder.encode([conversation for part in parts for conversation in part]))
+        table = []
+        for row, part in zip(chunk, parts, strict=True):
+            conversations = [next(encoded) for _ in part]
+            try:
+                columns = columns_of(row, conversations)
+            except ValueError as error:
+                problems.add(row.where, str(error))
+                continue
+            if columns is not None:
+                table.append(columns)
+                kept.append(row)
+        if table:
+            tables.append(Dataset.from_list(table))
+    problems.raise_if_any()
+    return concatenate_datasets(tables) if tables else Dataset.from_list([]), kept
+
+
+@dataclass
+class LengthRule:
+    """What happens to rows longer than `max_length` (truncate, drop or error), counting what it did."""
+
+    max_length: int
+    overlength: str
+    counts: Counts
+
+    def room(self, length: int, prompt: int) -> int | None:
+        """How many tokens of a row are kept; None to leave it out.
+
+        Raises:
+            ValueError: the row is too long and overlength=error.
+        """
+        if length <= self.max_length:
+            return length
+        if self.overlength == "error":
+            raise ValueError(
+                f"{length} tokens, stage.max_length={self.max_length} (data.overlength=truncate cuts long rows, "
+                "data.overlength=drop leaves them out)"
+            )
+        if self.overlength == "drop":
+            self.counts.too_long += 1
+            return None
+        if prompt >= self.max_length:
+            self.counts.prompt_too_long += 1
+            return None
+        self.counts.truncated += 1
+        return self.max_length
+
+
+def encode_conversations(
+    encoder: ChatEncoder, rows: Sequence[Conversation], counts: Counts, max_length: int, overlength: str
 ) -> Encoded:
-    """Encode one split, counting in `counts` what `overlength` (truncate, drop or error) did to long rows.
+    """Encode instruction rows into `input_ids` and `labels`; every response carries loss, nothing else does.
 
     Raises:
         DataError: names the rows that contain control tokens, do not fit the template, or are too long.
     """
-    from datasets import Dataset, concatenate_datasets
+    rule = LengthRule(max_length, overlength, counts)
 
-    tables, kept, lengths = [], [], []
-    problems: list[str] = []
-    loss_tokens = without_end = refused = 0
-    end_id = encoder.tokenizer.convert_tokens_to_ids(encoder.end_of_turn)
-    for chunk in _chunks(rows):
-        parts = []
-        for row in chunk:
-            try:
-                parts.append(encoder.segments(row.messages))
-            except ValueError as error:
-                refused += 1
-                problems += [f"{row.where}: {error}"] if len(problems) < 5 else []
-                parts.append([])
-        table: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        for row, segments, (ids, labels) in zip(chunk, parts, encoder.encode(parts), strict=True):
-            if not segments:
-                continue
-            if len(ids) > max_length:
-                if overlength == "error":
-                    refused += 1
-                    what = f"{row.where}: {len(ids)} tokens, stage.max_length={max_length}"
-                    problems += [what] if len(problems) < 5 else []
-                    continue
-                if overlength == "drop":
-                    counts.too_long += 1
-                    continue
-                ids, labels = ids[:max_length], labels[:max_length]
-                if all(label == IGNORED for label in labels):
-                    counts.prompt_too_long += 1
-                    continue
-                counts.truncated += 1
-            without_end += labels[-1] != end_id
-            loss_tokens += sum(label != IGNORED for label in labels)
-            table["input_ids"].append(ids)
-            table["labels"].append(labels)
-            kept.append(row)
-            lengths.append(len(ids))
-        tables.append(Dataset.from_dict(table))
-    if problems:
-        more = [f"... and {refused - len(problems)} more rows"] if refused > len(problems) else []
-        hint = ["data.overlength=truncate cuts long rows, data.overlength=drop leaves them out"]
-        raise DataError(*problems, *more, *(hint if overlength == "error" else []))
+    def columns(row: Conversation, encoded: list[tuple[list[int], list[int]]]) -> dict[str, Any] | None:
+        [(ids, labels)] = encoded
+        room = rule.room(len(ids), _response_start(labels, 0))
+        return None if room is None else {"input_ids": ids[:room], "labels": labels[:room]}
+
+    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.messages)], columns)
     counts.kept = len(kept)
-    filled = [table for table in tables if len(table)]
-    return Encoded(concatenate_datasets(filled) if filled else tables[0], kept, lengths, loss_tokens, without_end)
+    lengths = [len(ids) for ids in dataset["input_ids"]] if kept else []
+    labels = list(dataset["labels"]) if kept else []
+    return Encoded(
+        dataset,
+        kept,
+        lengths,
+        tokens=sum(lengths),
+        loss_tokens=sum(label != IGNORED for row in labels for label in row),
+        without_end=sum(row[-1] != encoder.end_id for row in labels),
+    )
+
+
+def encode_pairs(
+    encoder: ChatEncoder, rows: Sequence[Pair], counts: Counts, max_length: int, overlength: str
+) -> Encoded:
+    """Encode preference rows into `prompt_ids`, `chosen_ids`, `rejected_ids` and, where rows have one, `margin`.
+
+    An answer's ids follow its prompt's and end with the token that ends the turn. A pair whose answers are the
+    same, perhaps only after the cut, teaches nothing and is left out and counted.
+
+    Raises:
+        DataError: as `encode_conversations`; or every pair is a tie.
+    """
+    rule = LengthRule(max_length, overlength, counts)
+
+    def segments(row: Pair) -> list[list[Segment]]:
+        return [encoder.segments([*row.prompt, *answer]) for answer in (row.chosen, row.rejected)]
+
+    def columns(row: Pair, encoded: list[tuple[list[int], list[int]]]) -> dict[str, Any] | None:
+        answered = sum(message["role"] == "assistant" for message in row.prompt)
+        prompt = _response_start(encoded[0][1], answered)
+        room = rule.room(max(len(ids) for ids, _ in encoded), prompt)
+        if room is None:
+            return None
+        chosen, rejected = (ids[prompt:room] for ids, _ in encoded)
+        if chosen == rejected:
+            counts.ties += 1
+            return None
+        made: dict[str, Any] = {"prompt_ids": encoded[0][0][:prompt], "chosen_ids": chosen, "rejected_ids": rejected}
+        return made | ({"margin": row.margin} if row.margin is not None else {})
+
+    margins = sum(row.margin is not None for row in rows)
+    if 0 < margins < len(rows):
+        without = next(row for row in rows if row.margin is None)
+        raise DataError(f"{without.where}: no 'margin', but {margins} of {len(rows)} rows have one")
+    dataset, kept = _encode(encoder, rows, segments, columns)
+    counts.kept = len(kept)
+    if rows and counts.ties == len(rows):
+        raise DataError(f"in all {len(rows)} pairs chosen and rejected are the same: there is nothing to learn")
+    ids = [list(dataset[name]) if kept else [] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    sizes = [(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*ids, strict=True)]
+    ends = [(chosen[-1], rejected[-1]) for chosen, rejected in zip(ids[1], ids[2], strict=True)]
+    return Encoded(
+        dataset,
+        kept,
+        lengths=[prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes],
+        tokens=sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in sizes),
+        loss_tokens=sum(chosen + rejected for _, chosen, rejected in sizes),
+        without_end=sum(end != (encoder.end_id, encoder.end_id) for end in ends),
+    )
 
 
 def encode_splits(
-    encoder: ChatEncoder, splits: Splits, max_length: int, overlength: str
+    encode: Callable[[Any, Counts], Encoded], splits: Splits[Any], max_length: int
 ) -> tuple[Encoded, Encoded | None]:
     """Encode the rows to train on and those held out (None where there are none).
 
     Raises:
-        DataError: no row is left to train on.
+        DataError: no row is left to train on, or none keeps its end.
     """
-    train = encode_split(encoder, splits.train, splits.counts["train"], max_length, overlength)
+    counts = splits.counts["train"]
+    train = encode(splits.train, counts)
     if not train.rows:
-        counts = splits.counts["train"]
         raise DataError(
-            f"no rows left to train on with stage.max_length={max_length}: "
-            f"{counts.prompt_too_long} prompts fill it alone, {counts.too_long} rows are longer"
+            f"no rows left to train on with stage.max_length={max_length}: {counts.prompt_too_long} prompts fill it "
+            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties"
         )
-    test = encode_split(encoder, splits.test, splits.counts["test"], max_length, overlength) if splits.test else None
+    if train.without_end == len(train.rows):
+        raise DataError(
+            "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
+            "or set data.overlength=drop"
+        )
+    test = encode(splits.test, splits.counts["test"]) if splits.test else None
     return train, test if test is not None and test.rows else None

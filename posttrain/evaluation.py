@@ -1,14 +1,16 @@
-"""Answers of a model to held-out prompts."""
+"""What a model answers to held-out prompts, how likely it finds an answer, and how it scores one."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-from posttrain.data import Conversation
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from posttrain.encoding import ChatEncoder
+
+
+ANSWERED = 16  # prompts of the panel whose greedy answers are kept, before and after
 
 
 class Answer(NamedTuple):
@@ -18,9 +20,17 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def panel(rows: Sequence[Conversation], encoder: "ChatEncoder", size: int, room: int) -> list[Conversation]:
+class Generated(NamedTuple):
+    """Prompts and the completions generated from them, as ids; a completion includes the token that ended it."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    ended: list[bool]
+
+
+def panel(rows: Sequence[Any], encoder: "ChatEncoder", size: int, room: int) -> list[Any]:
     """The first `size` rows whose prompts leave the model room to answer: the same ones before and after."""
-    chosen: list[Conversation] = []
+    chosen: list[Any] = []
     for row in rows:
         if len(chosen) == size:
             break
@@ -29,14 +39,21 @@ def panel(rows: Sequence[Conversation], encoder: "ChatEncoder", size: int, room:
     return chosen
 
 
-def answer(
-    model: "PreTrainedModel", encoder: "ChatEncoder", rows: Sequence[Conversation], max_new_tokens: int
-) -> list[Answer]:
-    """The most likely answer to each prompt, token by token (greedy), all prompts in one left-padded batch."""
+def share_ended(answers: Sequence[Answer]) -> float:
+    """Share of answers that the model ended by itself; NaN of none."""
+    return sum(reply.ended for reply in answers) / len(answers) if answers else float("nan")
+
+
+def generate(
+    model: "PreTrainedModel",
+    encoder: "ChatEncoder",
+    rows: Sequence[Any],
+    max_new_tokens: int,
+    temperature: float | None = None,
+) -> Generated:
+    """Complete each row's prompt, all in one left-padded batch; greedily, or sampled at `temperature`."""
     import torch
 
-    if not rows:
-        return []
     prompts = [encoder.prompt_ids(row.prompt) for row in rows]
     width = max(map(len, prompts))
     pad = encoder.tokenizer.pad_token_id
@@ -49,18 +66,72 @@ def answer(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=temperature is not None,
             suppress_tokens=[pad],
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            temperature=temperature,
+            top_p=None if temperature is None else 1.0,
+            top_k=None if temperature is None else 0,
         )
     model.train(training)
     stops = model.generation_config.eos_token_id
     stop_ids = {stops} if isinstance(stops, int) else set(stops)
-    answers = []
+    completions, ended = [], []
     for completion in output[:, width:].tolist():
         end = next((index for index, token in enumerate(completion) if token in stop_ids), None)
-        text = encoder.tokenizer.decode(completion[:end], skip_special_tokens=True)
-        answers.append(Answer(str(text), end is not None))
-    return answers
+        completions.append(completion if end is None else completion[: end + 1])
+        ended.append(end is not None)
+    return Generated(prompts, completions, ended)
+
+
+def answer(model: "PreTrainedModel", encoder: "ChatEncoder", rows: Sequence[Any], max_new_tokens: int) -> list[Answer]:
+    """The most likely answer to each prompt, token by token (greedy)."""
+    if not rows:
+        return []
+    made = generate(model, encoder, rows, max_new_tokens)
+    texts = [encoder.tokenizer.decode(completion, skip_special_tokens=True) for completion in made.completions]
+    return [Answer(str(text), ended) for text, ended in zip(texts, made.ended, strict=True)]
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
+    """(rows, longest), filled up with `value`."""
+    import torch
+
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def completion_logps(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad: int,
+    batch_size: int = 16,
+) -> "torch.Tensor":
+    """log π(completion | prompt) in nats, summed over the completion's tokens, as a float32 tensor (rows)."""
+    import torch
+
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        pairs = list(zip(prompts, completions, strict=True))[start : start + batch_size]
+        ids = pad_right([[*prompt, *completion] for prompt, completion in pairs], pad).to(model.device)
+        mask = pad_right([[1] * (len(prompt) + len(completion)) for prompt, completion in pairs], 0).to(model.device)
+        learned = pad_right([[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs], 0)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        found.append((picked * learned[:, 1:].to(model.device)).sum(-1).cpu())
+    return torch.cat(found)
+
+
+def scores(model: "PreTrainedModel", rows: Sequence[Sequence[int]], pad: int, batch_size: int = 16) -> list[float]:
+    """The reward of each conversation, read by the model at its last token that is not padding."""
+    import torch
+
+    found: list[float] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        ids = pad_right(part, pad).to(model.device)
+        mask = pad_right([[1] * len(row) for row in part], 0).to(model.device)
+        with torch.no_grad():
+            found += model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu().tolist()
+    return found

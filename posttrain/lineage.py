@@ -4,7 +4,7 @@ config.yaml      the resolved configuration
 run.json         what the run is: configuration, data, starting weights, number of processes
 run.log          everything that was printed, and more
 metrics.jsonl    a line per log entry
-samples.json     the prompt panel before and after
+samples.json     the prompt panel before and after (report_card.json for a reward model)
 checkpoint-N/    to resume from
 model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)
 posttrain.json   the manifest, written last: a folder with it is complete
@@ -19,18 +19,19 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
 from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, write_atomically
-from posttrain.config import differences
+from posttrain.config import Config, differences
 from posttrain.errors import ConfigError, PosttrainError
 
 MANIFEST = "posttrain.json"
 IDENTITY = "run.json"
-OWN_FILES = (MANIFEST, IDENTITY, "config.yaml", "run.log", "metrics.jsonl", "samples.json", ".lock")
+OWN_FILES = (MANIFEST, IDENTITY, "config.yaml", "run.log", "metrics.jsonl", "samples.json", "report_card.json", ".lock")
 OWN_FOLDERS = ("model", "adapter", "base", "runs")
 # Keys that change what is shown or kept, never what is learned.
 FREE_KEYS = (
@@ -70,6 +71,26 @@ def parent_of(model_folder: Path) -> dict[str, Any] | None:
     return json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
 
 
+def with_starting_model(config: Config) -> tuple[Config, str]:
+    """The configuration with `model.model_name_or_path` filled in, and why this model was taken.
+
+    Raises:
+        ConfigError: the SFT run whose model this stage would start from has not finished.
+    """
+    if config.model.model_name_or_path is not None:
+        return config, "named by model.model_name_or_path"
+    sft = Path(config.output_dir) / config.run_name / "sft"
+    if config.stage.name != "sft" and (sft / MANIFEST).is_file():
+        model = replace(config.model, model_name_or_path=str(sft), from_scratch=False)
+        return replace(config, model=model), "the SFT model of this run"
+    if config.stage.name != "sft" and (sft / IDENTITY).is_file():
+        raise ConfigError(
+            f"{sft} has not finished; run stage=sft run_name={config.run_name} again, "
+            "or name another model with model.model_name_or_path=…"
+        )
+    return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
+
+
 class RunFolder:
     """One run's folder. Only the main process writes to it."""
 
@@ -81,6 +102,7 @@ class RunFolder:
         self.log = path / "run.log"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.json"
+        self.report_card = path / "report_card.json"
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
@@ -147,7 +169,7 @@ class RunFolder:
         return [
             entry
             for entry in self.path.iterdir()
-            if entry.name not in (*OWN_FILES, "multirun.yaml", "sweep.json", "sweep.lock")
+            if entry.name not in (*OWN_FILES, "multirun.yaml", "sweep.svg")
             and not (entry.is_dir() and ("=" in entry.name or entry.name == ".submitit"))
         ]
 

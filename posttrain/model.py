@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ def source(model: ModelConfig) -> str:
     Raises:
         ConfigError: a path that does not exist, or a folder that holds no model.
     """
-    name = model.model_name_or_path
+    name = model.start
     if name == EMBEDDED:
         return str(paths.TINY)
     folder = Path(name)
@@ -49,7 +49,7 @@ def source(model: ModelConfig) -> str:
 
 def is_local(model: ModelConfig) -> bool:
     """Whether the model can be had without a network."""
-    return model.model_name_or_path == EMBEDDED or Path(model.model_name_or_path).is_dir()
+    return model.start == EMBEDDED or Path(model.start).is_dir()
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def _named_failure(model: ModelConfig, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors and tokenizers raise their own kinds, bare Exception among them
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: {what}: {reason}") from error
+        raise ConfigError(f"model.model_name_or_path={model.start}: {what}: {reason}") from error
 
 
 def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[str]]:
@@ -84,11 +84,11 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
             notes.append("tokenizer: AutoTokenizer splits text otherwise than tokenizer.json; tokenizer.json is used")
             if not _agrees_with(tokenizer, file):
                 raise ConfigError(
-                    f"model.model_name_or_path={model.model_name_or_path}: "
+                    f"model.model_name_or_path={model.start}: "
                     "transformers splits text otherwise than the model's tokenizer.json"
                 )
     if tokenizer.eos_token is None:
-        raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: the tokenizer has no EOS token")
+        raise ConfigError(f"model.model_name_or_path={model.start}: the tokenizer has no EOS token")
     notes += _ensure_chat_template(tokenizer, model)
     notes += _ensure_pad_token(tokenizer)
     return tokenizer, notes
@@ -112,9 +112,9 @@ def _ensure_chat_template(tokenizer: Any, model: ModelConfig) -> list[str]:
             return []
         tokenizer.chat_template = plain_template(tokenizer)
         return ["chat template: posttrain's plain text (the tokenizer brings none)"]
-    if (Path(model.model_name_or_path) / "posttrain.json").is_file():
+    if (Path(model.start) / "posttrain.json").is_file():
         raise ConfigError(
-            f"model.chat_template_path={model.chat_template_path}: {model.model_name_or_path} was trained with the "
+            f"model.chat_template_path={model.chat_template_path}: {model.start} was trained with the "
             "template saved beside it; another one would change what it has learned to read. Leave the key out"
         )
     try:
@@ -172,7 +172,7 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
 
     name = source(model)
     adapter = (Path(name) / "adapter_config.json").is_file()
-    if not adapter and not model.from_scratch and model.model_name_or_path != EMBEDDED:
+    if not adapter and not model.from_scratch and model.start != EMBEDDED:
         return name
     state = PartialState()
     if state.is_main_process:
@@ -202,10 +202,43 @@ def load_causal_lm(
     Raises:
         ConfigError: weights are missing, have another shape, are not finite, or are not safetensors.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
+    loaded = _load(AutoModelForCausalLM, model, tokenizer, path, quantised)
+    _agree_on_special_tokens(loaded, tokenizer)
+    return loaded
+
+
+def load_reward_model(
+    model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", path: str, seed: int, quantised: bool = True
+) -> "PreTrainedModel":
+    """A sequence-classification model with one output, its head new (drawn with `seed`) or as it was saved.
+
+    Raises:
+        ConfigError: as `load_causal_lm`; the head alone may be missing.
+    """
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(seed)
+    known = {"num_labels": 1}
+    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, quantised, {"score.weight"}, **known)
+    # the score is read at the last token that is not padding, so padding has to be known by its id
+    loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return loaded
+
+
+def _load(
+    auto_class: Any,
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    path: str,
+    quantised: bool,
+    may_miss: Collection[str] = (),
+    **options: Any,
+) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
     if quantised and (model.load_in_4bit or model.load_in_8bit):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=model.load_in_4bit,
@@ -217,12 +250,13 @@ def load_causal_lm(
         # each process of a distributed run quantises onto its own device
         if torch.cuda.is_available():
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        options["quantization_config"].llm_int8_skip_modules = ["lm_head", "score"]
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
-    if path == model.model_name_or_path:
+    if path == model.start:
         options["revision"] = model.model_revision
     with _named_failure(model, "its weights cannot be loaded"):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = auto_class.from_pretrained(
             path,
             dtype=model.dtype,
             use_safetensors=True,
@@ -231,19 +265,18 @@ def load_causal_lm(
             **options,
         )
     for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            names = sorted(str(name) for name in report[kind])
+        names = sorted({str(name) for name in report[kind]} - set(may_miss))
+        if names:
             raise ConfigError(
-                f"model.model_name_or_path={model.model_name_or_path}: {len(names)} {kind.replace('_', ' ')} in its "
+                f"model.model_name_or_path={model.start}: {len(names)} {kind.replace('_', ' ')} in its "
                 f"weights ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
                 "transformers would fill them with random numbers"
             )
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            raise ConfigError(f"model.model_name_or_path={model.model_name_or_path}: {name} holds NaN or infinity")
+            raise ConfigError(f"model.model_name_or_path={model.start}: {name} holds NaN or infinity")
     _keep_quantised_layers_trainable(loaded)
     _fit_embeddings(loaded, len(tokenizer))
-    _agree_on_special_tokens(loaded, tokenizer)
     return loaded
 
 
@@ -285,7 +318,7 @@ def _agree_on_special_tokens(model: Any, tokenizer: Any) -> None:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
 
 
-def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | None":
+def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = "CAUSAL_LM") -> "LoraConfig | None":
     """The adapter to train, each of whose target names is known to match something.
 
     Raises:
@@ -298,6 +331,7 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | 
     if not model.use_peft:
         return None
     linear = {name: module for name, module in loaded.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear.pop("score", None)  # a reward model's head is trained whole, not through an adapter
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     targets = model.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear":
@@ -314,7 +348,7 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module") -> "LoraConfig | 
     everything = targets == "all-linear"
     chosen = [module for name, module in linear.items() if everything or name.rsplit(".", 1)[-1] in targets]
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,

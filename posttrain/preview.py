@@ -20,6 +20,8 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
         "also held out": counts.in_test_too,
         "prompt too long": counts.prompt_too_long,
         "too long": counts.too_long,
+        "ties": counts.ties,
+        "bad": counts.bad,
     }
     left_out = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)
     cells = [counts.read, counts.kept if encoded else 0, counts.truncated, left_out or 0, counts.duplicates]
@@ -28,10 +30,15 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
     return [cell if isinstance(cell, str) else f"{cell:,}" for cell in [*cells, tokens]] + [share]
 
 
-def show_data(prepared: Prepared, max_length: int) -> None:
+def _response_tokens(config: Config) -> str:
+    """A reward model reads its score after the last token; elsewhere each token of a response is learned."""
+    return "tokens of responses" if config.stage.name == "reward" else "tokens that carry loss"
+
+
+def show_data(config: Config, prepared: Prepared) -> None:
     """Print what was read, kept, cut and left out, and warn of what should not go unseen."""
-    names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", "tokens that carry loss")
-    train, counts = prepared.train, prepared.splits.counts["train"]
+    names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", _response_tokens(config))
+    train, counts, max_length = prepared.train, prepared.splits.counts["train"], config.stage.max_length
     cells = zip(names, _summary(train, counts), _summary(prepared.test, prepared.splits.counts["test"]), strict=True)
     show_table("data", ("", "train", "held out"), list(cells))
     for note in prepared.splits.notes:
@@ -43,6 +50,8 @@ def show_data(prepared: Prepared, max_length: int) -> None:
         )
     if counts.prompt_too_long:
         warn(f"{counts.prompt_too_long} rows are left out: their prompt alone fills stage.max_length={max_length}")
+    if counts.ties:
+        warn(f"{counts.ties} pairs are left out: chosen and rejected are the same, perhaps only after the cut")
     if counts.duplicates:
         warn(f"{counts.duplicates} of {counts.kept} rows to train on repeat another one exactly")
     if prepared.test is None:
@@ -76,7 +85,7 @@ def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, tra
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")
-    say(f"tokens that carry loss: {prepared.train.loss_tokens:,} per epoch")
+    say(f"{_response_tokens(config)}: {prepared.train.loss_tokens:,} per epoch")
     if stage.warmup_steps >= steps:
         warn(
             f"stage.warmup_steps={stage.warmup_steps} is not below the {steps} steps of the run: "
@@ -116,7 +125,7 @@ def _end_check(prepared: Prepared, encoded: Encoded) -> str:
 def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
     """Everything that can be known without loading a model."""
     train, tokenizer = prepared.train, prepared.encoder.tokenizer
-    show_data(prepared, config.stage.max_length)
+    show_data(config, prepared)
     low, high = min(train.lengths), max(train.lengths)
     middle = sorted(train.lengths)[len(train.lengths) // 2]
     say(f"length in tokens: {low} {histogram(train.lengths)} {high}; half of the rows have at most {middle}")

@@ -1,41 +1,19 @@
-"""The table at the end of a sweep: a line for each point, made from the run folders alone."""
+"""The table and the picture at the end of a sweep, made from the run folders alone."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from posttrain.compose import Command
-from posttrain.console import show_table
+from posttrain.console import say, show_table
 from posttrain.lineage import IDENTITY, MANIFEST
+from posttrain.stages import STAGES
 
-SHOWN_METRICS = {"eval_loss": "held-out loss", "train_loss": "train loss", "ended_by_eos": "ended by EOS"}
+PICTURE = "sweep.svg"
 
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def show_sweep(command: Command) -> None:
-    """Print every point of the sweep's folder, finished or not, also those of earlier sweeps over the same keys."""
-    assert command.config is not None
-    config = command.config
-    folder = Path(config.output_dir) / config.run_name / config.stage.name
-    points = sorted(path for path in folder.glob("*=*") if path.is_dir()) if folder.is_dir() else []
-    if not points:
-        return
-    found = [(point, _read(point / MANIFEST)) for point in points]
-    names = [name for name in SHOWN_METRICS if any(name in manifest.get("metrics", {}) for _, manifest in found)]
-    keys = list(dict.fromkeys(part.partition("=")[0] for point in points for part in point.name.split(",")))
-    rows = []
-    for point, manifest in found:
-        values = dict(part.partition("=")[::2] for part in point.name.split(","))
-        metrics = manifest.get("metrics", {})
-        begun = (point / IDENTITY).is_file()
-        state = "complete" if manifest else "not finished" if begun else "did not begin"
-        cells = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
-        rows.append((*(values.get(key, "") for key in keys), *cells, state))
-    rows.sort(key=lambda row: [float(cell) if _is_number(cell) else cell for cell in row[: len(keys)]])
-    show_table(f"sweep: {folder}/<point>", (*keys, *(SHOWN_METRICS[name] for name in names), "state"), rows)
 
 
 def _is_number(text: str) -> bool:
@@ -44,3 +22,65 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _values(point: Path) -> dict[str, str]:
+    """The swept keys of a point and their values, from its folder's name."""
+    return dict(part.partition("=")[::2] for part in point.name.split(","))
+
+
+def show_sweep(command: Command) -> None:
+    """Print every point of the sweep's folder, finished or not, also those of earlier sweeps, and draw them."""
+    assert command.config is not None
+    config = command.config
+    folder = Path(config.output_dir) / config.run_name / config.stage.name
+    points = sorted(path for path in folder.glob("*=*") if path.is_dir()) if folder.is_dir() else []
+    if not points:
+        return
+    found = [(point, _read(point / MANIFEST).get("metrics")) for point in points]
+    swept = STAGES[config.stage.name].swept
+    names = [name for name in swept if any(metrics and name in metrics for _, metrics in found)]
+    keys = list(dict.fromkeys(key for point in points for key in _values(point)))
+    rows = []
+    for point, metrics in found:
+        values = _values(point)
+        begun = (point / IDENTITY).is_file()
+        state = "complete" if metrics is not None else "not finished" if begun else "did not begin"
+        cells = [f"{metrics[name]:.4g}" if metrics and name in metrics else "" for name in names]
+        rows.append((*(values.get(key, "") for key in keys), *cells, state))
+    rows.sort(
+        key=lambda row: [(0, float(cell), "") if _is_number(cell) else (1, 0.0, cell) for cell in row[: len(keys)]]
+    )
+    show_table(f"sweep: {folder}/<point>", (*keys, *(swept[name] for name in names), "state"), rows)
+    finished = [(_values(point), metrics) for point, metrics in found if metrics is not None]
+    if len(finished) > 1 and names:
+        _draw(finished, {name: swept[name] for name in names}, folder / PICTURE)
+        say(f"picture: {folder / PICTURE}")
+
+
+def _draw(points: list[tuple[dict[str, str], dict[str, float]]], names: dict[str, str], file: Path) -> None:
+    """One panel a metric, over KL where the stage measures it (the trade-off), else over the points in order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    over_kl = "kl" in names
+    shown = [name for name in names if name != "kl"]
+    labels = [", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items()) for values, _ in points]
+    order = sorted(range(len(points)), key=lambda i: points[i][1]["kl"] if over_kl else i)
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.4), layout="constrained", squeeze=False)
+    for axes, name in zip(panels[0], shown, strict=True):
+        x = [points[i][1]["kl"] if over_kl else position for position, i in enumerate(order)]
+        y = [points[i][1].get(name, float("nan")) for i in order]
+        axes.plot(x, y, marker="o")
+        if over_kl:
+            for at, height, i in zip(x, y, order, strict=True):
+                axes.annotate(labels[i], (at, height), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.set_xlabel("KL from the reference (nats per answer)")
+        else:
+            axes.set_xticks(x, [labels[i] for i in order], rotation=30, ha="right", fontsize=8)
+        axes.set_title(names[name], fontsize=10)
+        axes.margins(0.15)
+    figure.savefig(file)
+    pyplot.close(figure)

@@ -14,23 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain import data, lineage, model
+from posttrain import lineage, model, sources
 from posttrain.checkpoint import StopSignals
 from posttrain.config import Config, to_dict
 from posttrain.console import is_main_process, logging_to, say, show_table, warn
-from posttrain.errors import PosttrainError
-from posttrain.evaluation import Answer, answer, panel
+from posttrain.evaluation import panel
 from posttrain.lineage import RunFolder
-from posttrain.model import load_causal_lm, load_tokenizer, prepare_base, source
+from posttrain.model import load_tokenizer, prepare_base
 from posttrain.preview import show_data, show_dry_run, show_plan
+from posttrain.saving import save_model
 from posttrain.stages import STAGES
-from posttrain.stages.base import Prepared
+from posttrain.stages.base import Judgement, Prepared, Work
 
-PANEL_SIZE = 16  # prompts answered before and after
+PANEL_SIZE = 64  # held-out prompts that a stage may have answered
 PANEL_SHOWN = 3
 ANSWER_TOKENS = 96
-# A reloaded model must give the logits that it gave before saving, up to float32 rounding of a merge.
-RELOAD_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Result:
 def _network_only_where_needed(config: Config) -> Iterator[None]:
     """No telemetry ever, and no look at the Hub when model and data are here; what the user set stays."""
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    if model.is_local(config.model) and data.is_local(config.data):
+    if model.is_local(lineage.with_starting_model(config)[0].model) and sources.is_local(config.data):
         wanted["HF_HUB_OFFLINE"] = "1"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -71,8 +69,9 @@ def run_stage(config: Config, path: Path) -> Result | None:
         try:
             if config.dry_run:
                 with logging_to(None):
-                    _, prepared = _prepare(config)
-                    show_dry_run(config, prepared, _processes())
+                    resolved, why = lineage.with_starting_model(config)
+                    _, prepared = _prepare(resolved, why)
+                    show_dry_run(resolved, prepared, _processes())
                 return None
             folder = RunFolder(path)
             with folder.lock() if is_main_process() else contextlib.nullcontext(), logging_to(folder.log):
@@ -94,20 +93,23 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _prepare(config: Config) -> tuple[Any, Prepared]:
-    say(f"model: {config.model.model_name_or_path}" + (" (random weights)" if _is_random(config) else ""))
+def _prepare(config: Config, why: str) -> tuple[Any, Prepared]:
+    chosen = config.model.start
+    random = config.model.from_scratch or chosen == model.EMBEDDED
+    say(f"model: {chosen} ({why}{', random weights' if random else ''})")
+    if config.stage.name != "sft" and chosen == config.model.base_model:
+        warn(
+            f"stage={config.stage.name} expects an SFT model, and {config.output_dir}/{config.run_name}/sft is not "
+            f"there: run stage=sft run_name={config.run_name} first, or name one with model.model_name_or_path=…"
+        )
     tokenizer, notes = load_tokenizer(config.model)
     for note in notes:
         say(note)
     return tokenizer, STAGES[config.stage.name].prepare(config, tokenizer)
 
 
-def _is_random(config: Config) -> bool:
-    return config.model.from_scratch or config.model.model_name_or_path == "posttrain/tiny"
-
-
 def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
-    model_folder = Path(source(config.model))
+    model_folder = Path(model.source(config.model))
     return {
         "config": to_dict(config),
         "data": {"fingerprint": prepared.splits.fingerprint()},
@@ -118,10 +120,11 @@ def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
 
 
 def _run(config: Config, folder: RunFolder) -> Result:
-    stage = STAGES[config.stage.name]
     if config.overwrite and is_main_process():
         folder.clear()
-    tokenizer, prepared = _prepare(config)
+    config, why = lineage.with_starting_model(config)
+    stage = STAGES[config.stage.name]
+    tokenizer, prepared = _prepare(config, why)
     identity = _identity(config, prepared)
     state = folder.state(identity)
     if state == "complete":
@@ -132,10 +135,10 @@ def _run(config: Config, folder: RunFolder) -> Result:
     checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
     for fault in faults:
         warn(fault)
-    show_data(prepared, config.stage.max_length)
+    show_data(config, prepared)
 
     base = prepare_base(config.model, tokenizer, folder.base)
-    loaded = load_causal_lm(config.model, tokenizer, base)
+    loaded = stage.load(config, tokenizer, base)
     trainer = stage.build(config, prepared, loaded, tokenizer, folder.path)
     trainer.remove_callback(_printing_progress())
     trainer.add_callback(_progress(folder))
@@ -146,12 +149,12 @@ def _run(config: Config, folder: RunFolder) -> Result:
     show_plan(config, prepared, _processes(), len(trainer.train_dataset), counts)
     say(f"device: {trainer.args.device}, precision: {trainer.accelerator.mixed_precision.replace('no', 'fp32')}")
 
-    room = min(prepared.positions or sys.maxsize, config.stage.max_length)
-    new_tokens = min(ANSWER_TOKENS, max(room // 2, 1))
+    new_tokens = min(ANSWER_TOKENS, max(prepared.room // 2, 1))
     rows = prepared.test.rows if prepared.test else prepared.train.rows
-    shown = panel(rows, prepared.encoder, PANEL_SIZE, room - new_tokens)
-    before_loss = trainer.evaluate().get("eval_loss") if prepared.test else None
-    before = answer(trainer.accelerator.unwrap_model(trainer.model), prepared.encoder, shown, new_tokens)
+    shown = panel(rows, prepared.encoder, PANEL_SIZE, prepared.room - new_tokens)
+    work = Work(config, prepared, trainer, shown, base, new_tokens)
+    stage.preflight(work)
+    before = stage.judge(work)
 
     started = time.monotonic()
     with StopSignals() as signals:
@@ -166,44 +169,42 @@ def _run(config: Config, folder: RunFolder) -> Result:
     seconds = time.monotonic() - started
 
     say("training is done; judging and saving")
-    metrics = {"train_loss": output.training_loss}
-    if prepared.test:
-        metrics |= {"eval_loss_before": before_loss, "eval_loss": trainer.evaluate()["eval_loss"]}
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    after = answer(trained, prepared.encoder, shown, new_tokens)
+    after = stage.judge(work)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
-    metrics |= {
+    metrics = {
+        "train_loss": output.training_loss,
+        **{f"{name}_before": value for name, value in before.metrics.items()},
+        **after.metrics,
         "tokens_per_second": tokens / seconds,
         "trained_tokens": round(prepared.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
-        "ended_by_eos_before": _share_ended(before),
-        "ended_by_eos": _share_ended(after),
     }
-    probe = trainer.train_dataset[0]["input_ids"][:64]
-    _save(config, folder, trainer, tokenizer, base, probe)
+    save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
-        samples = [
-            {
-                "prompt": row.prompt,
-                "reference": row.messages[-1]["content"],
-                "before": old._asdict(),
-                "after": new._asdict(),
-            }
-            for row, old, new in zip(shown, before, after, strict=True)
-        ]
-        folder.samples.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+        for name, content in {**after.files, **_samples(shown, before, after)}.items():
+            (folder.path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         folder.finish(_manifest(config, prepared, identity, metrics))
     trainer.accelerator.wait_for_everyone()
-    _show_result(config, prepared, folder, metrics, list(zip(shown, before, after, strict=True)))
+    _show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, stage.objective)
+
+
+def _samples(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, Any]:
+    """The prompt panel as samples.json."""
+    return (
+        {
+            "samples.json": [
+                {"prompt": row.prompt, "reference": row.reference, "before": old._asdict(), "after": new._asdict()}
+                for row, old, new in zip(shown, before.answers, after.answers, strict=False)
+            ]
+        }
+        if after.answers
+        else {}
+    )
 
 
 def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Result:
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
-
-
-def _share_ended(answers: list[Answer]) -> float:
-    return sum(reply.ended for reply in answers) / len(answers) if answers else math.nan
 
 
 def _printing_progress() -> Any:
@@ -234,57 +235,10 @@ def _progress(folder: RunFolder) -> Any:
     return Progress()
 
 
-def _save(config: Config, folder: RunFolder, trainer: Any, tokenizer: Any, base: str, probe: list[int]) -> None:
-    """Write model/ (and adapter/), load it again as the next stage will, and compare its logits.
-
-    Raises:
-        PosttrainError: the saved model does not give the logits of the trained one.
-    """
-    import torch
-    from accelerate.utils import is_peft_model
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    quantised = config.model.load_in_4bit or config.model.load_in_8bit
-    # without the mixed-precision wrapper: weights are compared, not roundings
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    trained.eval()
-    ids = torch.tensor([probe], device=trained.device)
-    with torch.no_grad():
-        expected = trained(input_ids=ids).logits.float().cpu()
-    if is_peft_model(trained):
-        trainer.save_model(str(folder.adapter))
-        if is_main_process():
-            fresh = load_causal_lm(config.model, tokenizer, base, quantised=False)
-            generation = fresh.generation_config
-            merged = PeftModel.from_pretrained(fresh, str(folder.adapter)).merge_and_unload()
-            merged.generation_config = generation
-            merged.save_pretrained(folder.model)
-            tokenizer.save_pretrained(folder.model)
-    else:
-        trainer.save_model(str(folder.model))
-    trainer.accelerator.wait_for_everyone()
-    if not is_main_process():
-        return
-    saved = AutoModelForCausalLM.from_pretrained(folder.model, dtype=config.model.dtype)
-    saved.eval()
-    with torch.no_grad():
-        actual = saved(input_ids=ids.cpu()).logits.float()
-    scale = max(float(expected.abs().max()), 1.0)
-    difference = float((actual - expected).abs().max()) / scale
-    exact = config.model.dtype == "float32" and not quantised
-    say(f"saved model: logits within {difference:.1e} of the trained model's")
-    if not math.isfinite(difference) or (exact and difference > RELOAD_TOLERANCE):
-        raise PosttrainError(
-            f"{folder.model} gives other logits than the model that was trained (relative difference {difference:.1e}, "
-            f"at most {RELOAD_TOLERANCE:.0e} is rounding); the checkpoint in {folder.path} is whole"
-        )
-
-
 def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    model_folder = Path(source(config.model))
+    model_folder = Path(model.source(config.model))
     parent = lineage.parent_of(model_folder)
     return {
         "format": 1,
@@ -294,7 +248,7 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
         **identity,
         "inputs": {
             "model": {
-                "path": config.model.model_name_or_path,
+                "path": config.model.start,
                 "stage": parent["stage"] if parent else None,
                 "weights": identity["model"],
             }
@@ -313,29 +267,37 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
 
 
 def _show_result(
-    config: Config,
-    prepared: Prepared,
-    folder: RunFolder,
-    metrics: dict[str, Any],
-    answers: list[tuple[Any, Answer, Answer]],
+    config: Config, folder: RunFolder, metrics: dict[str, Any], shown: list[Any], before: Judgement, after: Judgement
 ) -> None:
-    rows = []
-    if prepared.test:
-        rows.append(("held-out loss (per token)", f"{metrics['eval_loss_before']:.4f}", f"{metrics['eval_loss']:.4f}"))
-    ended = f"{len(answers)} answers ended by the model itself"
-    rows.append((ended, f"{metrics['ended_by_eos_before']:.0%}", f"{metrics['ended_by_eos']:.0%}"))
-    for row, old, new in answers[:PANEL_SHOWN]:
-        question = row.prompt[-1]["content"]
-        rows.append((_short(question), _short(old.text), _short(new.text)))
+    rows: list[tuple[str, ...]] = []
+    for name, label in STAGES[config.stage.name].shown.items():
+        values = [_number(name, judgement.metrics.get(name)) for judgement in (before, after)]
+        if any(values):
+            rows.append((label, *values))
+    answered = list(zip(shown, before.answers, after.answers, strict=False))
+    for row, old, new in answered[:PANEL_SHOWN]:
+        rows.append((_short(row.prompt[-1]["content"]), _short(old.text), _short(new.text)))
     show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
+    if after.table:
+        show_table("report card", ("", ""), after.table, headed=False)
     more = [
         ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
-        ("trained tokens", f"{metrics['trained_tokens']:,} that carry loss, in {metrics['steps']:,} steps"),
+        ("trained tokens", f"{metrics['trained_tokens']:,} of responses, in {metrics['steps']:,} steps"),
         ("model", _relative(folder.model)),
     ]
     show_table("result", ("", ""), more, headed=False)
-    if answers:
-        say(f"ask it:\n  {ask_command(_relative(folder.model), answers[0][0].prompt[-1]['content'])}")
+    if answered:
+        say(f"ask it:\n  {ask_command(_relative(folder.model), answered[0][0].prompt[-1]['content'])}")
+    following = {"sft": ("reward", "dpo")}.get(config.stage.name, ())
+    if following:
+        commands = (f"  python -m posttrain.run stage={name} run_name={config.run_name}" for name in following)
+        say("next, with preference data:\n" + "\n".join(commands))
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.1%}" if name in ("accuracy", "ended_by_eos") else f"{value:.4f}"
 
 
 def _relative(path: Path) -> str:

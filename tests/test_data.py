@@ -24,6 +24,7 @@ def data(name: Any, **changes: Any) -> DataConfig:
         "test_size": 0.0,
         "max_rows": None,
         "overlength": "truncate",
+        "bad_rows": "error",
         "allow_special_tokens": False,
     }
     return DataConfig(dataset_name=name, columns=InstructionColumns(**columns), **(settings | changes))

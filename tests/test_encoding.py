@@ -6,7 +6,7 @@ import pytest
 import tokenizers_for_tests as made
 
 from posttrain.data import Conversation, Counts
-from posttrain.encoding import IGNORED, ChatEncoder, encode_split, plain_template
+from posttrain.encoding import IGNORED, ChatEncoder, encode_conversations, plain_template
 from posttrain.errors import ConfigError, DataError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -145,7 +145,7 @@ def test_long_rows_are_cut_without_an_eos_and_counted() -> None:
     encoder = ChatEncoder(tokenizer)
     prompt = len(encoder.prompt_ids(QUESTION))
     counts = Counts()
-    split = encode_split(encoder, conversations(1, 50), counts, prompt + 10, "truncate")
+    split = encode_conversations(encoder, conversations(1, 50), counts, prompt + 10, "truncate")
     assert (counts.kept, counts.truncated, split.without_end) == (2, 1, 1)
     cut = split.dataset[1]
     assert len(cut["input_ids"]) == prompt + 10
@@ -156,7 +156,7 @@ def test_long_rows_are_cut_without_an_eos_and_counted() -> None:
 def test_rows_whose_prompt_fills_everything_are_left_out_and_counted() -> None:
     encoder = ChatEncoder(plain(made.gpt2_like()))
     counts = Counts()
-    split = encode_split(encoder, conversations(1, 2), counts, len(encoder.prompt_ids(QUESTION)), "truncate")
+    split = encode_conversations(encoder, conversations(1, 2), counts, len(encoder.prompt_ids(QUESTION)), "truncate")
     assert (counts.kept, counts.prompt_too_long, len(split.rows)) == (0, 2, 0)
 
 
@@ -164,8 +164,8 @@ def test_overlength_drop_and_error() -> None:
     encoder = ChatEncoder(plain(made.gpt2_like()))
     prompt = len(encoder.prompt_ids(QUESTION))
     counts = Counts()
-    split = encode_split(encoder, conversations(1, 50, 2), counts, prompt + 10, "drop")
+    split = encode_conversations(encoder, conversations(1, 50, 2), counts, prompt + 10, "drop")
     assert [row.where for row in split.rows] == ["rows.jsonl line 1", "rows.jsonl line 3"]
     assert counts.too_long == 1
     with pytest.raises(DataError, match=r"rows.jsonl line 2: \d+ tokens, stage.max_length="):
-        encode_split(encoder, conversations(1, 50, 2), Counts(), prompt + 10, "error")
+        encode_conversations(encoder, conversations(1, 50, 2), Counts(), prompt + 10, "error")

@@ -1,6 +1,6 @@
 """The stages, and the only list of them."""
 
-from posttrain.stages import sft
+from posttrain.stages import dpo, reward, sft
 from posttrain.stages.base import Stage
 
-STAGES: dict[str, Stage] = {"sft": Stage(prepare=sft.prepare, build=sft.build, objective="eval_loss")}
+STAGES: dict[str, Stage] = {"sft": sft.STAGE, "reward": reward.STAGE, "dpo": dpo.STAGE}

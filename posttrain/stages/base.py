@@ -1,13 +1,15 @@
-"""What a stage is: its data made ready, and a trainer for it."""
+"""What a stage is: its data made ready, its model, a trainer for it, and a judge of what it has learned."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from posttrain.config import Config
 from posttrain.data import Splits
 from posttrain.encoding import ChatEncoder, Encoded
+from posttrain.errors import ConfigError
+from posttrain.model import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,20 +20,64 @@ class Prepared:
     """Everything that a stage knows before it loads a model."""
 
     encoder: ChatEncoder
-    splits: Splits
+    splits: Splits[Any]
     train: Encoded
     test: Encoded | None
-    positions: int | None  # the model's limit on prompt and response together
+    room: int  # tokens that prompt and response together may have
+
+
+@dataclass
+class Judgement:
+    """What a model can do at one moment: numbers, and what else the stage wants to keep or show."""
+
+    metrics: dict[str, float]
+    answers: list[Any] = field(default_factory=list)  # evaluation.Answer, one for each row of the panel
+    files: dict[str, Any] = field(default_factory=dict)  # file name in the run folder -> JSON content
+    table: list[tuple[str, ...]] = field(default_factory=list)  # rows of a table of its own
+
+
+class Work(NamedTuple):
+    """A stage in the middle of a run, as its judge sees it."""
+
+    config: Config
+    prepared: Prepared
+    trainer: Any
+    panel: Sequence[Any]  # held-out rows whose prompts are answered before and after
+    base: str  # path of the weights that the stage started from
+    new_tokens: int  # the most tokens that an answer may have
+
+
+class Load(Protocol):
+    """Load the model of a stage from `path`."""
+
+    def __call__(
+        self, config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
+    ) -> "PreTrainedModel": ...
 
 
 class Stage(NamedTuple):
-    """One way to train.
+    """One way to train."""
 
-    prepare: (config, tokenizer) -> Prepared; reads and checks the data, loads no model.
-    build: (config, prepared, model, tokenizer, folder) -> a trainer, ready to train.
-    objective: the metric that a sweep compares.
+    prepare: Callable[[Config, "PreTrainedTokenizerBase"], Prepared]  # reads and checks the data, loads no model
+    load: Load
+    build: Callable[[Config, Prepared, "PreTrainedModel", "PreTrainedTokenizerBase", Path], Any]  # -> Trainer
+    preflight: Callable[[Work], None]  # refuses a start that cannot be right
+    judge: Callable[[Work], Judgement]  # called before the first step and after the last
+    objective: str  # the metric that a sweep compares
+    shown: dict[str, str]  # metric -> its name in the table of a run, in this order
+    swept: dict[str, str]  # metric -> its name in the table of a sweep
+
+
+def check_length(config: Config) -> int:
+    """stage.max_length, if the model has positions for it.
+
+    Raises:
+        ConfigError: it has not.
     """
-
-    prepare: Callable[[Config, "PreTrainedTokenizerBase"], Prepared]
-    build: Callable[[Config, Prepared, "PreTrainedModel", "PreTrainedTokenizerBase", Path], Any]
-    objective: str
+    limit = positions(config.model)
+    if limit is not None and config.stage.max_length > limit:
+        raise ConfigError(
+            f"stage.max_length={config.stage.max_length} exceeds the {limit} positions of "
+            f"{config.model.start}; set stage.max_length={limit} or less"
+        )
+    return int(config.stage.max_length)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from posttrain.arguments import trainer_arguments
 from posttrain.config import Config
 from posttrain.data import read_instructions
-from posttrain.encoding import IGNORED, ChatEncoder, encode_splits
-from posttrain.errors import ConfigError, DataError
-from posttrain.model import lora_config, positions
-from posttrain.stages.base import Prepared
+from posttrain.encoding import IGNORED, ChatEncoder, encode_conversations, encode_splits
+from posttrain.evaluation import ANSWERED, answer, share_ended
+from posttrain.model import load_causal_lm, lora_config
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, check_length
 
 if TYPE_CHECKING:
     import torch
@@ -18,27 +18,25 @@ if TYPE_CHECKING:
 
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
-    """Read and encode the instruction rows.
-
-    Raises:
-        ConfigError: stage.max_length is more than the model has positions for.
-        DataError: no response keeps its end.
-    """
-    limit = positions(config.model)
-    if limit is not None and config.stage.max_length > limit:
-        raise ConfigError(
-            f"stage.max_length={config.stage.max_length} exceeds the {limit} positions of "
-            f"{config.model.model_name_or_path}; set stage.max_length={limit} or less"
-        )
+    """Read and encode the instruction rows."""
+    room = check_length(config)
     encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
     splits = read_instructions(config.data)
-    train, test = encode_splits(encoder, splits, config.stage.max_length, config.data.overlength)
-    if train.without_end == len(train.rows):
-        raise DataError(
-            "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
-            "or set data.overlength=drop"
-        )
-    return Prepared(encoder, splits, train, test, limit)
+    encode = partial(encode_conversations, encoder, max_length=room, overlength=config.data.overlength)
+    train, test = encode_splits(lambda rows, counts: encode(rows, counts=counts), splits, room)
+    return Prepared(encoder, splits, train, test, room)
+
+
+def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
+    return load_causal_lm(config.model, tokenizer, path, quantised)
+
+
+def judge(work: Work) -> Judgement:
+    """Held-out loss and the prompt panel."""
+    metrics = {"eval_loss": work.trainer.evaluate()["eval_loss"]} if work.prepared.test else {}
+    model = work.trainer.accelerator.unwrap_model(work.trainer.model)
+    answers = answer(model, work.prepared.encoder, work.panel[:ANSWERED], work.new_tokens)
+    return Judgement(metrics | {"ended_by_eos": share_ended(answers)}, answers)
 
 
 def pad_packed(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, "torch.Tensor"]:
@@ -113,3 +111,15 @@ def build(
     if packing and "flash" not in str(model.config._attn_implementation):
         trainer.data_collator = partial(pad_packed, pad_token_id=tokenizer.pad_token_id)
     return trainer
+
+
+STAGE = Stage(
+    prepare=prepare,
+    load=load,
+    build=build,
+    preflight=lambda work: None,  # the labels have been checked row by row
+    judge=judge,
+    objective="eval_loss",
+    shown={"eval_loss": "held-out loss (per token)", "ended_by_eos": "answers ended by the model itself"},
+    swept={"eval_loss": "held-out loss", "train_loss": "train loss", "ended_by_eos": "ended by EOS"},
+)

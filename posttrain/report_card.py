@@ -1,0 +1,185 @@
+"""Whether a reward model is fit to be optimised against: its held-out pairs, judged in numbers and in words."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, pstdev, quantiles
+from typing import Any
+
+# A model is fit when, of held-out pairs, the lower end of its accuracy's interval, its calibration error and the
+# part of its score that length explains are within these.
+THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlation": 0.7}
+BINS = 10
+
+
+@dataclass
+class ScoredPair:
+    """The rewards that a model gave to the two answers of one held-out pair, and their lengths in tokens."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    chosen_length: int
+    rejected_length: int
+
+    @property
+    def margin(self) -> float:
+        return self.chosen_score - self.rejected_score
+
+
+def wilson(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that holds the true share with 95 % confidence (Wilson 1927), for `successes` of `count`."""
+    if count == 0:
+        return 0.0, 1.0
+    share = successes / count
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Pearson's r; 0 where either does not vary."""
+    mean_one, mean_other = fmean(one), fmean(other)
+    covariance = sum((x - mean_one) * (y - mean_other) for x, y in zip(one, other, strict=True))
+    scale = math.sqrt(sum((x - mean_one) ** 2 for x in one) * sum((y - mean_other) ** 2 for y in other))
+    return covariance / scale if scale > 0 else 0.0
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + e^-x), without overflow."""
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
+
+
+def reliability(margins: Sequence[float]) -> tuple[float, list[dict[str, float]]]:
+    """Expected calibration error of σ(|margin|) as the probability of being right, and its bins (Guo et al. 2017)."""
+    bins: list[list[float]] = [[] for _ in range(BINS)]
+    for margin in margins:
+        if margin != 0:
+            confidence = sigmoid(abs(margin))
+            bins[min(int((confidence - 0.5) * 2 * BINS), BINS - 1)].append(margin)
+    rows = [
+        {
+            "pairs": len(held),
+            "confidence": fmean(sigmoid(abs(margin)) for margin in held),
+            "accuracy": fmean(margin > 0 for margin in held),
+        }
+        for held in bins
+        if held
+    ]
+    total = sum(row["pairs"] for row in rows)
+    error = sum(row["pairs"] / total * abs(row["accuracy"] - row["confidence"]) for row in rows) if total else 0.0
+    return error, rows
+
+
+def _distribution(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {
+        "mean": fmean(values),
+        "sd": pstdev(values),
+        "min": min(values),
+        "quartile_1": low,
+        "median": middle,
+        "quartile_3": high,
+        "max": max(values),
+    }
+
+
+def _first_wins(pair: ScoredPair) -> bool:
+    """What a rule scores that knows nothing: the answer whose text happens to come first by its hash."""
+    first, second = (hashlib.sha256(text.encode()).digest() for text in (pair.chosen, pair.rejected))
+    return first < second
+
+
+def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> dict[str, Any]:
+    """Judge a reward model by its scores of held-out pairs.
+
+    Shares are over pairs, not over batches; a tie is neither right nor wrong but counts among the pairs.
+    `best_accuracy` is the share of labels known to be right, where it is known.
+    """
+    count = len(pairs)
+    margins = [pair.margin for pair in pairs]
+    right, ties = sum(margin > 0 for margin in margins), sum(margin == 0 for margin in margins)
+    low, high = wilson(right, count)
+    lengths = [pair.chosen_length - pair.rejected_length for pair in pairs]
+    longer = fmean(0.5 if length == 0 else float(length > 0) for length in lengths)
+    error, bins = reliability(margins)
+    by_length = correlation(
+        [score for pair in pairs for score in (pair.chosen_score, pair.rejected_score)],
+        [float(length) for pair in pairs for length in (pair.chosen_length, pair.rejected_length)],
+    )
+    card: dict[str, Any] = {
+        "pairs": count,
+        "accuracy": right / count,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "ties": ties,
+        "mean_margin": fmean(margins),
+        "loss": fmean(math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0) for margin in margins),
+        "best_accuracy": best_accuracy,
+        "baselines": {"longer_wins": longer, "shorter_wins": 1 - longer, "first_wins": fmean(map(_first_wins, pairs))},
+        "length_correlation": by_length,
+        "calibration_error": error,
+        "reliability": bins,
+        "chosen": _distribution([pair.chosen_score for pair in pairs]),
+        "rejected": _distribution([pair.rejected_score for pair in pairs]),
+        "most_confidently_wrong": [
+            asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:5] if pair.margin < 0
+        ],
+        "thresholds": THRESHOLDS,
+    }
+    verdict, reasons = judge(card)
+    return card | {"verdict": verdict, "reasons": reasons}
+
+
+def judge(card: dict[str, Any]) -> tuple[str, list[str]]:
+    """The verdict in words, and what speaks against the model."""
+    null = max(card["baselines"]["longer_wins"], card["baselines"]["shorter_wins"])
+    if card["accuracy_low"] <= null:
+        return "no better than length", [
+            f"its accuracy may be as low as {card['accuracy_low']:.0%}, and length alone is right about {null:.0%}"
+        ]
+    reasons = []
+    if card["accuracy_low"] < THRESHOLDS["accuracy_low"]:
+        reasons.append(f"its accuracy may be as low as {card['accuracy_low']:.0%}")
+    if card["calibration_error"] > THRESHOLDS["calibration_error"]:
+        reasons.append(f"its margins are off as probabilities by {card['calibration_error']:.2f}")
+    if abs(card["length_correlation"]) > THRESHOLDS["length_correlation"]:
+        reasons.append(f"its score follows length (correlation {card['length_correlation']:.2f})")
+    return ("weak" if reasons else "fit to optimise against"), reasons
+
+
+def card_table(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """The card's lines for a person."""
+    accuracy = f"{card['accuracy']:.1%} ({card['accuracy_low']:.1%} to {card['accuracy_high']:.1%})"
+    rows = [
+        ("held-out pairs", f"{card['pairs']:,}, {card['ties']} of them ties"),
+        ("accuracy (95 % interval)", accuracy),
+    ]
+    if card["best_accuracy"] is not None:
+        rows.append(("best possible accuracy", f"{card['best_accuracy']:.1%}, so {_near(card)}"))
+    base = card["baselines"]
+    rows += [
+        ("the longer answer wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),
+        ("whichever is first wins", f"{base['first_wins']:.1%}"),
+        ("mean margin", f"{card['mean_margin']:.3f}"),
+        ("reward against length", f"correlation {card['length_correlation']:+.2f}"),
+        ("calibration error", f"{card['calibration_error']:.3f}"),
+        ("score of chosen", f"{card['chosen']['mean']:.2f} ± {card['chosen']['sd']:.2f}"),
+        ("score of rejected", f"{card['rejected']['mean']:.2f} ± {card['rejected']['sd']:.2f}"),
+        ("verdict", card["verdict"] + (f": {'; '.join(card['reasons'])}" if card["reasons"] else "")),
+        (
+            "fit means",
+            f"accuracy surely ≥ {THRESHOLDS['accuracy_low']:.0%} and above length alone, calibration error ≤ "
+            f"{THRESHOLDS['calibration_error']}, correlation with length within ±{THRESHOLDS['length_correlation']}",
+        ),
+    ]
+    return rows
+
+
+def _near(card: dict[str, Any]) -> str:
+    reached = (card["accuracy"] - 0.5) / (card["best_accuracy"] - 0.5)
+    return f"{reached:.0%} of the way there from guessing"

@@ -1,0 +1,128 @@
+"""The result of a run as a plain model folder, loaded again and compared before anyone relies on it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config import Config
+from posttrain.console import is_main_process, say
+from posttrain.errors import PosttrainError
+from posttrain.evaluation import scores
+from posttrain.lineage import RunFolder
+from posttrain.paths import PACKAGE
+from posttrain.stages.base import Load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The reloaded model's outputs must be those of the trained one, up to float32 rounding of a merge (relative).
+RELOAD_TOLERANCE = 1e-3
+PROBE_TOKENS = 64
+
+
+def save_model(
+    config: Config, folder: RunFolder, trainer: Any, tokenizer: "PreTrainedTokenizerBase", base: str, load: Load
+) -> None:
+    """Write model/ and, after LoRA, adapter/ beside it; read model/ again and compare.
+
+    Raises:
+        PosttrainError: the saved model does not give the outputs of the trained one.
+    """
+    from accelerate.utils import is_peft_model
+    from peft import PeftModel
+
+    rows = _probe(trainer.train_dataset)
+    # without the mixed-precision wrapper: weights are compared, not roundings
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trained.eval()
+    is_classifier = config.stage.name == "reward"
+    expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
+    if is_peft_model(trained):
+        trainer.save_model(str(folder.adapter))
+        if is_main_process():
+            fresh = load(config, tokenizer, base, quantised=False)
+            merged = PeftModel.from_pretrained(fresh, str(folder.adapter)).merge_and_unload()
+            if hasattr(fresh, "generation_config"):
+                merged.generation_config = fresh.generation_config
+            merged.save_pretrained(folder.model)
+            tokenizer.save_pretrained(folder.model)
+    else:
+        trainer.save_model(str(folder.model))
+    trainer.accelerator.wait_for_everyone()
+    if not is_main_process():
+        return
+    actual = _scores_in_a_new_process(folder.model, rows) if is_classifier else _logits_of(folder.model, rows, config)
+    scale = max(float(expected.abs().max()), 1.0)
+    difference = float((actual - expected).abs().max()) / scale
+    what = "scores" if is_classifier else "logits"
+    exact = config.model.dtype == "float32" and not (config.model.load_in_4bit or config.model.load_in_8bit)
+    say(f"saved model: read again, its {what} are within {difference:.1e} of the trained model's")
+    if not math.isfinite(difference) or (exact and difference > RELOAD_TOLERANCE):
+        raise PosttrainError(
+            f"{folder.model} gives other {what} than the model that was trained (relative difference {difference:.1e}, "
+            f"at most {RELOAD_TOLERANCE:.0e} is rounding); the checkpoint in {folder.path} is whole"
+        )
+
+
+def _probe(dataset: Any) -> list[list[int]]:
+    """A few rows as the model reads them."""
+    columns = ("input_ids", "chosen_ids", "rejected_ids")
+    names = [name for name in columns if name in dataset.column_names]
+    return [dataset[index][name][:PROBE_TOKENS] for index in range(min(4, len(dataset))) for name in names]
+
+
+def _outputs(model: Any, rows: Sequence[Sequence[int]], pad: int, is_classifier: bool) -> Any:
+    """The scores of a reward model; of a causal one the logits after the last token of each row."""
+    import torch
+
+    if is_classifier:
+        return torch.tensor(scores(model, rows, pad))
+    with torch.no_grad():
+        last = [model(input_ids=torch.tensor([row], device=model.device)).logits[0, -1].float().cpu() for row in rows]
+    return torch.stack(last)
+
+
+def _logits_of(folder: Path, rows: list[list[int]], config: Config) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.model.dtype).eval()
+    return _outputs(model, rows, model.config.pad_token_id, is_classifier=False)
+
+
+def _scores_in_a_new_process(folder: Path, rows: list[list[int]]) -> Any:
+    """A reward model is used by processes that know nothing of this one: padding, head and all come from its folder."""
+    import torch
+
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.saving", str(folder)],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    if done.returncode:
+        raise PosttrainError(
+            f"{folder} cannot be loaded again: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
+        )
+    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Score the rows on standard input with the model whose folder is named, loaded as any user would."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    [folder] = sys.argv[1:]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    pad = AutoTokenizer.from_pretrained(folder).pad_token_id
+    sys.stdout.write("\n" + json.dumps(scores(model, json.load(sys.stdin), pad)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Rows as they stand in files, folders and Hub data sets, each with its place; no type is inferred."""
+
+import csv
+import glob
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import DataConfig
+from posttrain.errors import ConfigError, DataError
+
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+HELD_OUT_NAMES = ("test", "validation")
+SHOWN_PROBLEMS = 5
+
+
+class Problems:
+    """Collects what is wrong with rows, so that the first few are told at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, where: str, what: str) -> None:
+        self.count += 1
+        if len(self.lines) < SHOWN_PROBLEMS:
+            self.lines.append(f"{where}: {what}")
+
+    def raise_if_any(self) -> None:
+        if self.count > len(self.lines):
+            self.lines.append(f"... and {self.count - len(self.lines)} more rows")
+        if self.lines:
+            raise DataError(*self.lines)
+
+
+Record = tuple[str, Any]  # where it stands, and what stands there
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return row
+
+
+def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield where, json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys)
+            except json.JSONDecodeError as error:
+                problems.add(where, f"invalid JSON ({error.msg} at column {error.colno})")
+            except ValueError as error:  # not UTF-8, or a key that stands twice
+                problems.add(where, f"invalid JSON ({error})")
+
+
+def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except ValueError as error:
+        problems.add(str(path), f"invalid JSON ({error})")
+        return
+    if not isinstance(rows, list):
+        problems.add(str(path), "must hold a list of objects; one object a line belongs in a .jsonl file")
+        return
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} item {number}", row
+
+
+def _read_csv(path: Path, problems: Problems) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                where = f"{path} line {reader.line_num}"
+                if None in row or None in row.values():
+                    problems.add(where, f"has not as many fields as the header ({len(reader.fieldnames or ())})")
+                else:
+                    yield where, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            problems.add(f"{path} line {reader.line_num}", f"invalid CSV ({error})")
+
+
+def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+    except pyarrow.ArrowException as error:
+        problems.add(str(path), f"invalid Parquet ({str(error).splitlines()[0]})")
+
+
+_READERS: dict[str, Callable[[Path, Problems], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _files(name: str) -> list[Path]:
+    """The files that a path or pattern names; none where it is not a local name."""
+    if Path(name).is_file():
+        return [Path(name)]
+    return sorted(Path(found) for found in glob.glob(name) if Path(found).is_file())  # noqa: PTH207, it takes absolute patterns
+
+
+def _sources(data: DataConfig) -> list[str]:
+    return [data.dataset_name] if isinstance(data.dataset_name, str) else list(data.dataset_name)
+
+
+def is_local(data: DataConfig) -> bool:
+    """Whether every source is a file or folder here."""
+    return all(_files(name) or Path(name).is_dir() for name in _sources(data))
+
+
+def check_source(data: DataConfig) -> None:
+    """Refuse a source that cannot exist, before anything slow is done.
+
+    Raises:
+        ConfigError: no such file, or files of a type that is not read.
+    """
+    names = _sources(data)
+    for name in names:
+        found = _files(name)
+        looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in FILE_TYPES or name.count("/") > 1
+        if not found and not Path(name).is_dir() and (looks_local or "*" in name or len(names) > 1):
+            raise ConfigError(f"data.dataset_name={name}: no such file")
+        for path in found:
+            if path.suffix not in _READERS:
+                known = ", ".join(FILE_TYPES)
+                raise ConfigError(f"data.dataset_name={path}: the type {path.suffix!r} is not one of {known}")
+
+
+def _read_files(paths: list[Path], problems: Problems, sources: dict[str, str]) -> Iterator[Record]:
+    for path in paths:
+        with path.open("rb") as content:
+            sources[str(path.resolve())] = hashlib.file_digest(content, "sha256").hexdigest()
+        yield from _READERS[path.suffix](path, problems)
+
+
+def _read_dataset(dataset: Any, name: str, sources: dict[str, str]) -> Iterator[Record]:
+    sources[name] = dataset._fingerprint
+    for number, row in enumerate(dataset, start=1):
+        yield f"{name} row {number}", row
+
+
+def _read_folder_or_hub(data: DataConfig, name: str, sources: dict[str, str]) -> dict[str, Iterator[Record]]:
+    """Splits of a folder saved by `datasets` or of a data set on the Hub."""
+    import datasets
+
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
+            raise ConfigError(
+                f"data.dataset_name={name} is a folder that datasets.save_to_disk did not write; "
+                f"name its files instead ({', '.join(FILE_TYPES)}; a pattern such as '{name}/*.jsonl' will do)"
+            )
+        saved = datasets.load_from_disk(name)
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {data.dataset_train_split: saved}
+    else:
+        try:
+            wanted = [split for split in (data.dataset_test_split, *HELD_OUT_NAMES) if split]
+            available = datasets.get_dataset_split_names(name, data.dataset_config)
+            chosen = [data.dataset_train_split, *(split for split in wanted if split in available)]
+            splits = {split: datasets.load_dataset(name, data.dataset_config, split=split) for split in chosen}
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"data.dataset_name={name} is neither a file here nor a data set that could be had from the Hub "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
+    if data.dataset_train_split not in splits:
+        raise ConfigError(
+            f"data.dataset_train_split={data.dataset_train_split} is not a split of {name}; it has {', '.join(splits)}"
+        )
+    return {
+        split: _read_dataset(rows, f"{name}[{split}]", sources)
+        for split, rows in splits.items()
+        if split in (data.dataset_train_split, data.dataset_test_split, *HELD_OUT_NAMES)
+    }
+
+
+def records(data: DataConfig, sources: dict[str, str], problems: Problems) -> dict[str, Iterable[Record]]:
+    """The source's splits; files have one, whose rows may say in `split` which part they belong to."""
+    check_source(data)
+    parts: dict[str, Iterable[Record]] = {}
+    paths = [path for name in _sources(data) for path in _files(name)]
+    if paths:
+        parts[data.dataset_train_split] = _read_files(paths, problems, sources)
+    else:
+        parts.update(_read_folder_or_hub(data, _sources(data)[0], sources))
+    if data.dataset_test_split and (paths := _files(data.dataset_test_split)):
+        parts[data.dataset_test_split] = _read_files(paths, problems, sources)
+    return parts

@@ -1,0 +1,118 @@
+"""Reward modelling: TRL's RewardTrainer on pairs, and a report card of what it has learned."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.arguments import trainer_arguments
+from posttrain.config import Config
+from posttrain.data import read_preferences
+from posttrain.encoding import ChatEncoder, Encoded, encode_pairs, encode_splits
+from posttrain.evaluation import scores
+from posttrain.model import load_reward_model, lora_config
+from posttrain.report_card import ScoredPair, card_table, report_card
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, check_length
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prepare_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+    """Read and encode the preference rows, for the reward model and for DPO alike."""
+    room = check_length(config)
+    encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
+    splits = read_preferences(config.data)
+    encode = partial(encode_pairs, encoder, max_length=room, overlength=config.data.overlength)
+    train, test = encode_splits(lambda rows, counts: encode(rows, counts=counts), splits, room)
+    return Prepared(encoder, splits, train, test, room)
+
+
+def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
+    return load_reward_model(config.model, tokenizer, path, config.seed, quantised)
+
+
+def conversations(encoded: Encoded) -> "Dataset":
+    """The ids of both whole conversations of each pair: what a reward model reads, in training and ever after."""
+
+    def join(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
+
+    return encoded.dataset.map(join, remove_columns="prompt_ids")
+
+
+def build(
+    config: Config, prepared: Prepared, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> Any:
+    """The trainer: TRL's, with our checkpoints."""
+    from trl import RewardConfig, RewardTrainer
+
+    from posttrain.checkpoint import SafeTrainer
+
+    class Trainer(SafeTrainer, RewardTrainer):
+        pass
+
+    return Trainer(
+        model=model,
+        args=RewardConfig(**trainer_arguments(config, folder, prepared.test is not None)),
+        train_dataset=conversations(prepared.train),
+        eval_dataset=conversations(prepared.test) if prepared.test else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.model, model, "SEQ_CLS"),
+    )
+
+
+def judge(work: Work) -> Judgement:
+    """The report card over held-out pairs."""
+    test = work.prepared.test
+    if test is None:
+        return Judgement({})
+    trainer = work.trainer
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    training = model.training
+    model.eval()
+    pad = work.prepared.encoder.tokenizer.pad_token_id
+    read = trainer.eval_dataset
+    found = {side: scores(model, list(read[side]), pad) for side in ("chosen_ids", "rejected_ids")}
+    model.train(training)
+    pairs = [
+        ScoredPair(
+            prompt=row.prompt[-1]["content"],
+            chosen=row.chosen[-1]["content"],
+            rejected=row.rejected[-1]["content"],
+            chosen_score=chosen,
+            rejected_score=rejected,
+            chosen_length=len(ids["chosen_ids"]),
+            rejected_length=len(ids["rejected_ids"]),
+        )
+        for row, ids, chosen, rejected in zip(
+            test.rows, test.dataset, found["chosen_ids"], found["rejected_ids"], strict=True
+        )
+    ]
+    card = report_card(pairs, work.config.stage.best_accuracy)
+    metrics = {
+        "eval_loss": card["loss"],
+        **{
+            name: card[name]
+            for name in ("accuracy", "accuracy_low", "mean_margin", "calibration_error", "length_correlation")
+        },
+    }
+    return Judgement(metrics, files={"report_card.json": card}, table=list(card_table(card)))
+
+
+STAGE = Stage(
+    prepare=prepare_pairs,
+    load=load,
+    build=build,
+    preflight=lambda work: None,  # a new head is to give scores of its own
+    judge=judge,
+    objective="accuracy",
+    shown={"eval_loss": "held-out loss (Bradley–Terry)", "accuracy": "held-out accuracy", "mean_margin": "mean margin"},
+    swept={
+        "accuracy": "held-out accuracy",
+        "mean_margin": "mean margin",
+        "calibration_error": "calibration error",
+        "length_correlation": "length correlation",
+        "eval_loss": "held-out loss",
+    },
+)
