@@ -69,7 +69,6 @@ def write_problem(folder: Path) -> None:
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=0,
-        bos_token_id=None,
     )
     GPT2LMHeadModel(config).save_pretrained(folder / "reference")
     fast.save_pretrained(folder / "reference")
@@ -94,7 +93,7 @@ def distributions(model_folder: Path) -> list[list[float]]:
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    completions = [tokenizer(answer).input_ids + [tokenizer.eos_token_id] for answer in ANSWERS]
+    completions = [[*tokenizer(answer).input_ids, tokenizer.eos_token_id] for answer in ANSWERS]
     found = []
     for prompt in PROMPTS:
         prompts = [tokenizer(prompt).input_ids] * len(ANSWERS)
@@ -172,7 +171,7 @@ def prove(folder: Path) -> dict[str, Any]:
     scored = reward_model_scores(folder / "outputs/demo/reward/model")
     wanted = [[math.log(odds) for odds in ODDS[prompt]] for prompt in PROMPTS]
     centred = [[value - sum(row) / len(row) for value in row] for row in wanted]
-    flat = [sum(rows, []) for rows in (scored, centred)]
+    flat = [[value for row in rows for value in row] for rows in (scored, centred)]
     order = all(
         (row[a] > row[b]) == (true[a] > true[b])
         for row, true in zip(scored, wanted, strict=True)

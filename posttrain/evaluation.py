@@ -1,6 +1,7 @@
 """What a model answers to held-out prompts, how likely it finds an answer, and how it scores one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -100,26 +101,70 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
+class _Batch(NamedTuple):
+    ids: "torch.Tensor"  # (rows, longest), prompt and completion, padded on the right
+    mask: "torch.Tensor"  # (rows, longest), 1 on both
+    learned: "torch.Tensor"  # (rows, longest - 1), 1 where the next token belongs to the completion
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, size: int, device: Any
+) -> Iterator[_Batch]:
+    for start in range(0, len(prompts), size):
+        pairs = list(zip(prompts, completions, strict=True))[start : start + size]
+        learned = pad_right([[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs], 0)
+        yield _Batch(
+            pad_right([[*prompt, *completion] for prompt, completion in pairs], pad).to(device),
+            pad_right([[1] * (len(prompt) + len(completion)) for prompt, completion in pairs], 0).to(device),
+            learned[:, 1:].to(device),
+        )
+
+
+def _log_probs(model: "PreTrainedModel", batch: _Batch) -> "torch.Tensor":
+    """(rows, longest - 1, vocabulary), in float32."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    found: torch.Tensor = logits[:, :-1].float().log_softmax(-1)
+    return found
+
+
 def completion_logps(
     model: "PreTrainedModel",
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad: int,
-    batch_size: int = 16,
+    batch_size: int = 8,
 ) -> "torch.Tensor":
     """log π(completion | prompt) in nats, summed over the completion's tokens, as a float32 tensor (rows)."""
     import torch
 
     found = []
-    for start in range(0, len(prompts), batch_size):
-        pairs = list(zip(prompts, completions, strict=True))[start : start + batch_size]
-        ids = pad_right([[*prompt, *completion] for prompt, completion in pairs], pad).to(model.device)
-        mask = pad_right([[1] * (len(prompt) + len(completion)) for prompt, completion in pairs], 0).to(model.device)
-        learned = pad_right([[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs], 0)
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        found.append((picked * learned[:, 1:].to(model.device)).sum(-1).cpu())
+    for batch in _batches(prompts, completions, pad, batch_size, model.device):
+        picked = _log_probs(model, batch).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
+        found.append((picked * batch.learned).sum(-1).cpu())
+    return torch.cat(found)
+
+
+def completion_kl(
+    policy: "PreTrainedModel",
+    reference: Callable[[], AbstractContextManager["PreTrainedModel"]],
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad: int,
+    batch_size: int = 8,
+) -> "torch.Tensor":
+    """KL(policy‖reference) over the next token, summed over each completion's positions, in nats, as (rows)."""
+    import torch
+
+    found = []
+    for batch in _batches(prompts, completions, pad, batch_size, policy.device):
+        ours = _log_probs(policy, batch)
+        with reference() as model:
+            theirs = _log_probs(model, batch)
+        at_each = (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)  # below 0 only by rounding
+        found.append((at_each * batch.learned).sum(-1).cpu())
     return torch.cat(found)
 
 

@@ -75,13 +75,15 @@ def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, tra
     stage = config.stage
     accumulation = config.trainer.get("gradient_accumulation_steps", 1)
     batch, steps = steps_planned(config, rows, processes)
-    unit = "packed rows" if config.trainer.get("packing") else "rows"
+    unit = "pairs" if config.stage.name != "sft" else "packed rows" if config.trainer.get("packing") else "rows"
     say(
         f"batch: {stage.batch_size} per device × {accumulation} accumulation × {processes} "
         f"{'device' if processes == 1 else 'devices'} = {batch} {unit} per update"
     )
     by = f"trainer.max_steps={config.trainer['max_steps']}" if config.trainer.get("max_steps", -1) > 0 else ""
-    say(f"steps: {steps:,} ({by or f'{stage.num_epochs:g} epochs of {math.ceil(rows / batch):,}'})")
+    say(
+        f"steps: {steps:,} ({by or f'{stage.num_epochs:g} {'epoch' if stage.num_epochs == 1 else 'epochs'} of {math.ceil(rows / batch):,}'})"
+    )
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")
@@ -104,17 +106,28 @@ def histogram(lengths: Sequence[int], bins: int = 40) -> str:
     return "".join(_BARS[math.ceil(count / tallest * (len(_BARS) - 1))] for count in counts)
 
 
-def show_example(prepared: Prepared, index: int = 0) -> None:
-    """Print one row as the model sees it, the tokens that carry loss in green, each token set off."""
+def _coloured(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
+    pieces = []
+    for token, carries in zip(ids, learned, strict=True):
+        text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
+        pieces.append(f"[black on green]{text}[/]" if carries else f"[dim]{text}[/]")
+    return "[dim]·[/]".join(pieces)
+
+
+def show_example(config: Config, prepared: Prepared, index: int = 0) -> None:
+    """Print one row as the model sees it, its responses in green, each token set off."""
     row: dict[str, Any] = prepared.train.dataset[index]
     tokenizer = prepared.encoder.tokenizer
-    pieces = []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
-        pieces.append(f"[black on green]{text}[/]" if label != IGNORED else f"[dim]{text}[/]")
     where = escape(prepared.train.rows[index].where)
-    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]these carry loss[/]\n")
-    show_markup("[dim]·[/]".join(pieces) + "\n")
+    told = "the response" if config.stage.name == "reward" else "these carry loss"
+    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]{told}[/]\n")
+    if "labels" in row:
+        show_markup(_coloured(tokenizer, row["input_ids"], [label != IGNORED for label in row["labels"]]) + "\n")
+        return
+    for side in ("chosen", "rejected"):
+        answer = row[f"{side}_ids"]
+        learned = [False] * len(row["prompt_ids"]) + [True] * len(answer)
+        show_markup(f"[bold]{side}[/]\n" + _coloured(tokenizer, row["prompt_ids"] + answer, learned) + "\n")
 
 
 def _end_check(prepared: Prepared, encoded: Encoded) -> str:
@@ -129,9 +142,10 @@ def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
     low, high = min(train.lengths), max(train.lengths)
     middle = sorted(train.lengths)[len(train.lengths) // 2]
     say(f"length in tokens: {low} {histogram(train.lengths)} {high}; half of the rows have at most {middle}")
-    show_example(prepared)
+    show_example(config, prepared)
     say(f"EOS: {_end_check(prepared, train)}")
-    doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in train.dataset["input_ids"])
+    beginnings = train.dataset["input_ids" if "input_ids" in train.dataset.column_names else "prompt_ids"]
+    doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in beginnings)
     brought = f"{doubled} rows begin with two: the template and the data both bring one"
     say(f"BOS: {brought if doubled else 'no row begins with two'}")
     if config.trainer.get("packing"):

@@ -1,5 +1,6 @@
 """The result of a run as a plain model folder, loaded again and compared before anyone relies on it."""
 
+import gc
 import json
 import math
 import os
@@ -37,6 +38,7 @@ def save_model(
     from peft import PeftModel
 
     rows = _probe(trainer.train_dataset)
+    _release_optimizer(trainer)
     # without the mixed-precision wrapper: weights are compared, not roundings
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trained.eval()
@@ -51,6 +53,7 @@ def save_model(
                 merged.generation_config = fresh.generation_config
             merged.save_pretrained(folder.model)
             tokenizer.save_pretrained(folder.model)
+            del fresh, merged
     else:
         trainer.save_model(str(folder.model))
     trainer.accelerator.wait_for_everyone()
@@ -67,6 +70,15 @@ def save_model(
             f"{folder.model} gives other {what} than the model that was trained (relative difference {difference:.1e}, "
             f"at most {RELOAD_TOLERANCE:.0e} is rounding); the checkpoint in {folder.path} is whole"
         )
+
+
+def _release_optimizer(trainer: Any) -> None:
+    """Make room: from here on models are loaded beside the trained one, and nothing is trained any more."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # there the optimizer and the shards are one thing
+        return
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    gc.collect()
 
 
 def _probe(dataset: Any) -> list[list[int]]:

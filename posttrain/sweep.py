@@ -81,6 +81,6 @@ def _draw(points: list[tuple[dict[str, str], dict[str, float]]], names: dict[str
         else:
             axes.set_xticks(x, [labels[i] for i in order], rotation=30, ha="right", fontsize=8)
         axes.set_title(names[name], fontsize=10)
-        axes.margins(0.15)
+        axes.margins(0.25)
     figure.savefig(file)
     pyplot.close(figure)

@@ -77,6 +77,23 @@ def rows(tmp_path: Path) -> Path:
     )
 
 
+def data_config(name: Any, columns: Any, **changes: Any) -> Any:
+    """A DataConfig that holds nothing out, but for `changes`."""
+    from posttrain.config import DataConfig
+
+    settings: dict[str, Any] = {
+        "dataset_config": None,
+        "dataset_train_split": "train",
+        "dataset_test_split": None,
+        "test_size": 0.0,
+        "max_rows": None,
+        "overlength": "truncate",
+        "bad_rows": "error",
+        "allow_special_tokens": False,
+    }
+    return DataConfig(dataset_name=name, columns=columns, **(settings | changes))
+
+
 def weights(model: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_rows
+from conftest import data_config, write_rows
 
 from posttrain.config import DataConfig, InstructionColumns
 from posttrain.data import format_instruction, read_instructions
@@ -17,17 +17,7 @@ GOOD = {"instruction": "Say yes.", "response": "Yes."}
 def data(name: Any, **changes: Any) -> DataConfig:
     columns = {"instruction": "instruction", "response": "response", "input": "input", "system": "system"}
     columns |= changes.pop("columns", {})
-    settings: dict[str, Any] = {
-        "dataset_config": None,
-        "dataset_train_split": "train",
-        "dataset_test_split": None,
-        "test_size": 0.0,
-        "max_rows": None,
-        "overlength": "truncate",
-        "bad_rows": "error",
-        "allow_special_tokens": False,
-    }
-    return DataConfig(dataset_name=name, columns=InstructionColumns(**columns), **(settings | changes))
+    return data_config(name, InstructionColumns(**columns), **changes)
 
 
 def read(path: Path, **changes: Any) -> Any:

@@ -206,6 +206,19 @@ def test_trackers_write_where_they_are_told(posttrain: Posttrain) -> None:
     assert list(Path("outputs/demo/sft/runs").rglob("events.out.tfevents.*"))
 
 
+def test_low_memory_trains_with_checkpointed_activations_and_an_8_bit_optimizer(posttrain: Posttrain) -> None:
+    done = posttrain("trainer=low_memory", *SHORT)
+    assert done.code == 0, done
+    assert manifest()["config"]["trainer"]["optim"] == "paged_adamw_8bit"
+
+
+def test_a_model_on_the_hub_that_cannot_be_had_is_named(posttrain: Posttrain, tmp_path: Path) -> None:
+    done = posttrain("model=gpt2")
+    assert done.code == 2, done
+    assert "model.model_name_or_path=openai-community/gpt2: its tokenizer cannot be loaded" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bf16_trains_on_a_cpu_when_asked(posttrain: Posttrain) -> None:
     done = posttrain("precision=bf16", *SHORT)
     assert done.code == 0, done

@@ -1,8 +1,8 @@
 """Direct preference optimisation: TRL's DPOTrainer, its reference proven to be the model that it starts from."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from posttrain.arguments import trainer_arguments
 from posttrain.config import Config
 from posttrain.console import say, warn
 from posttrain.errors import PosttrainError
-from posttrain.evaluation import ANSWERED, answer, completion_logps, generate, share_ended
+from posttrain.evaluation import ANSWERED, answer, completion_kl, completion_logps, generate, share_ended
 from posttrain.model import load_causal_lm, lora_config
 from posttrain.stages.base import Judgement, Prepared, Stage, Work
 from posttrain.stages.reward import prepare_pairs
@@ -74,11 +74,13 @@ def build(
     own_reference = not config.model.use_peft and not arguments.get("precompute_ref_log_probs")
     path = str(model.config._name_or_path)
     if config.model.use_peft:
-        say("reference: the policy with its adapter switched off (one model in memory)")
+        say(f"policy = {path} with a new adapter\nreference = {path}, the adapter switched off (one model in memory)")
     elif own_reference:
-        say("reference: a frozen copy of the policy's starting weights (two models in memory)")
+        say(f"policy = {path}, all weights\nreference = {path}, a frozen copy (two models in memory)")
     else:
-        say("reference: log-probabilities computed once from the policy's starting weights (one model in memory)")
+        say(
+            f"policy = {path}, all weights\nreference = {path}, its log-probabilities computed once (one model in memory)"
+        )
     return Trainer(
         model=model,
         ref_model=load_causal_lm(config.model, tokenizer, path) if own_reference else None,
@@ -90,21 +92,26 @@ def build(
     )
 
 
-@contextmanager
-def reference(work: Work) -> Iterator["PreTrainedModel"]:
-    """The reference as a model: the adapter switched off, the frozen copy, or else the starting weights read anew."""
+def reference(work: Work) -> Callable[[], AbstractContextManager["PreTrainedModel"]]:
+    """Opens the reference: the adapter switched off, the frozen copy, or else the starting weights read anew."""
     from accelerate.utils import is_peft_model
 
     trainer = work.trainer
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(policy):
-        with policy.disable_adapter():
-            yield policy
-    elif trainer.ref_model is not None:
-        yield trainer.accelerator.unwrap_model(trainer.ref_model)
+
+        @contextmanager
+        def adapter_off() -> Iterator["PreTrainedModel"]:
+            with policy.disable_adapter():
+                yield policy
+
+        return adapter_off
+    frozen = trainer.ref_model
+    if frozen is not None:
+        frozen = trainer.accelerator.unwrap_model(frozen)
     else:
-        read = load_causal_lm(work.config.model, work.prepared.encoder.tokenizer, work.base)
-        yield read.to(policy.device).eval()
+        frozen = load_causal_lm(work.config.model, work.prepared.encoder.tokenizer, work.base).to(policy.device).eval()
+    return lambda: nullcontext(frozen)
 
 
 def preflight(work: Work) -> None:
@@ -123,7 +130,7 @@ def preflight(work: Work) -> None:
     tolerance = STEP_0_TOLERANCE[trainer.accelerator.mixed_precision]
     policy.eval()
     ours = completion_logps(policy, prompts, chosen, pad)
-    with reference(work) as model:
+    with reference(work)() as model:
         theirs = completion_logps(model, prompts, chosen, pad)
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -172,7 +179,8 @@ class _Live:
 def sample_kl(work: Work, count: int) -> dict[str, float]:
     """KL(π‖π_ref) in nats per answer, estimated on answers that the policy samples to held-out prompts.
 
-    The mean of log π(y|x) - log π_ref(y|x), y ~ π: unbiased, and exactly 0 while the two agree. The generators of
+    The mean over answers y ~ π of the sum over positions of KL(π(·|x, y<t)‖π_ref(·|x, y<t)), each exact: unbiased,
+    of less variance than log π(y|x) - log π_ref(y|x), never negative, and 0 while the two agree. The generators of
     the run are left as they were.
     """
     import torch
@@ -188,13 +196,10 @@ def sample_kl(work: Work, count: int) -> dict[str, float]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(work.config.seed)
         made = generate(policy, encoder, rows, work.new_tokens, temperature=1.0)
-    pad = encoder.tokenizer.pad_token_id
-    ours = completion_logps(policy, made.prompts, made.completions, pad)
-    with reference(work) as model:
-        theirs = completion_logps(model, made.prompts, made.completions, pad)
+    kl = completion_kl(policy, reference(work), made.prompts, made.completions, encoder.tokenizer.pad_token_id)
     policy.train(training)
     return {
-        "eval_kl": float((ours - theirs).mean()),
+        "eval_kl": float(kl.mean()),
         "eval_response_length": fmean(len(completion) for completion in made.completions),
     }
 

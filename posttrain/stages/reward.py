@@ -52,7 +52,7 @@ def build(
     class Trainer(SafeTrainer, RewardTrainer):
         pass
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=RewardConfig(**trainer_arguments(config, folder, prepared.test is not None)),
         train_dataset=conversations(prepared.train),
@@ -60,6 +60,12 @@ def build(
         processing_class=tokenizer,
         peft_config=lora_config(config.model, model, "SEQ_CLS"),
     )
+    if config.model.load_in_4bit or config.model.load_in_8bit:
+        # TRL puts all that is trained beside quantised weights into bf16, the head among it, which reads float32
+        for name, weight in trainer.model.named_parameters():
+            if "score" in name and weight.requires_grad:
+                weight.data = weight.data.float()
+    return trainer
 
 
 def judge(work: Work) -> Judgement:

@@ -1,0 +1,288 @@
+"""Reward modelling and DPO through the real entry point: what they start from, prove, save and refuse."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, same_weights, start, write_rows
+from test_resume import wait_for
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from posttrain import compute_dpo_loss
+from posttrain.checkpoint import MANIFEST
+
+Posttrain = Callable[..., Outcome]
+SHORT = (
+    "+trainer.max_steps=4",
+    "trainer.logging_steps=1",
+    "stage.learning_rate=1e-3",
+    "data.max_rows=60",
+    "data.test_size=20",
+)
+LORA = ("model.use_peft=true",)
+QLORA = (*LORA, "model.load_in_4bit=true")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    """Sixty pairs that do not say which split they belong to."""
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No {n} for you, ever."} for n in range(60)]
+    return f"data.dataset_name={write_rows(tmp_path / 'pairs.jsonl', rows)}"
+
+
+def manifest(stage: str) -> dict[str, Any]:
+    return json.loads(Path(f"outputs/demo/{stage}/posttrain.json").read_text())
+
+
+@pytest.mark.parametrize("more", [(), LORA, QLORA], ids=["full", "lora", "qlora"])
+def test_reward_ends_in_a_model_that_scores_when_loaded(
+    posttrain: Posttrain, pairs: str, more: tuple[str, ...]
+) -> None:
+    done = posttrain("stage=reward", pairs, *SHORT, *more)
+    assert done.code == 0, done
+    assert "warning stage=reward expects an SFT model" in done.out
+    assert "read again, its scores are within" in done.out
+    for words in (
+        "report card",
+        "accuracy (95 % interval)",
+        "the longer answer wins",
+        "calibration error",
+        "verdict",
+        "fit means",
+    ):
+        assert words in done.out
+    card = json.loads(Path("outputs/demo/reward/report_card.json").read_text())
+    assert card["pairs"] == 20
+    assert card["accuracy"] == manifest("reward")["metrics"]["accuracy"]
+    model = AutoModelForSequenceClassification.from_pretrained("outputs/demo/reward/model")
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id not in (None, model.config.eos_token_id)
+    assert not Path("outputs/demo/reward/model/adapter_config.json").exists()
+
+
+def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path, pairs: str) -> None:
+
+    def first_loss(run: str) -> float:
+        lines = [json.loads(line) for line in Path(f"outputs/{run}/reward/metrics.jsonl").read_text().splitlines()]
+        return next(float(line["loss"]) for line in lines if "loss" in line)
+
+    losses = []
+    for number, more in enumerate(((), ("+trainer.center_rewards_coefficient=0.5",))):
+        assert posttrain("stage=reward", pairs, *SHORT, *more, f"run_name=run{number}").code == 0
+        losses.append(first_loss(f"run{number}"))
+    rows = [json.loads(line) | {"margin": 3.0} for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    assert posttrain("stage=reward", pairs, *SHORT, "run_name=run2").code == 0
+    losses.append(first_loss("run2"))
+    assert losses[1] > losses[0]
+    assert losses[2] > losses[0] + 1  # -log σ(0 - 3) is 3.05 where -log σ(0) is 0.69
+
+
+@pytest.mark.parametrize(
+    "more", [(), LORA, QLORA, ("+trainer.precompute_ref_log_probs=true",)], ids=["full", "lora", "qlora", "precomputed"]
+)
+def test_dpo_starts_at_ln_2_from_its_own_reference(posttrain: Posttrain, pairs: str, more: tuple[str, ...]) -> None:
+    done = posttrain("stage=dpo", pairs, *SHORT, *more)
+    assert done.code == 0, done
+    assert "warning stage=dpo expects an SFT model" in done.out
+    assert "policy = " in done.out
+    assert "reference = " in done.out
+    assert "step 0: policy and reference agree within" in done.out
+    found = manifest("dpo")["metrics"]
+    assert found["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
+    assert found["kl_before"] == pytest.approx(0, abs=1e-4)
+    assert found["eval_loss"] < found["eval_loss_before"]
+    assert found["accuracy"] > 0.5
+    lines = [json.loads(line) for line in Path("outputs/demo/dpo/metrics.jsonl").read_text().splitlines()]
+    assert any("eval_kl" in line and "eval_chosen_logp_change" in line for line in lines)
+
+
+CHAINS = [((), ()), (LORA, LORA), (LORA, ()), ((), LORA)]
+
+
+@pytest.mark.parametrize(("sft", "dpo"), CHAINS, ids=["full-full", "lora-lora", "lora-full", "full-lora"])
+def test_in_every_chain_the_reference_is_the_sft_model(
+    posttrain: Posttrain, rows: Path, pairs: str, sft: tuple[str, ...], dpo: tuple[str, ...]
+) -> None:
+    assert (
+        posttrain(
+            f"data.dataset_name={rows}",
+            "+trainer.max_steps=3",
+            "stage.learning_rate=1e-2",
+            "stage.warmup_steps=0",
+            *sft,
+        ).code
+        == 0
+    )
+    done = posttrain("stage=dpo", pairs, *SHORT, *dpo)
+    assert done.code == 0, done
+    assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
+    assert "first loss 0.693147" in done.out
+    inputs = manifest("dpo")["inputs"]["model"]
+    assert inputs["stage"] == "sft"
+    assert inputs["weights"]["model.safetensors"] == manifest("sft")["weights"]["model.safetensors"]
+
+
+def test_an_adapter_folder_can_be_the_model(posttrain: Posttrain, rows: Path, pairs: str) -> None:
+    assert (
+        posttrain(
+            f"data.dataset_name={rows}",
+            "+trainer.max_steps=3",
+            "stage.learning_rate=1e-2",
+            "stage.warmup_steps=0",
+            *LORA,
+        ).code
+        == 0
+    )
+    done = posttrain("stage=dpo", "model.model_name_or_path=outputs/demo/sft/adapter", pairs, *SHORT)
+    assert done.code == 0, done
+    assert "first loss 0.693147" in done.out
+    merged, started = (
+        AutoModelForCausalLM.from_pretrained(path) for path in ("outputs/demo/sft/model", "outputs/demo/dpo/base")
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(merged(ids).logits, started(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_reference_stops_the_run_and_is_named(
+    posttrain: Posttrain, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is read from disk while another process has changed the weights there."""
+    from posttrain.stages import dpo
+
+    read = dpo.load_causal_lm
+
+    def changed(model: Any, tokenizer: Any, path: str, *rest: Any) -> Any:
+        loaded = read(model, tokenizer, path, *rest)
+        if (Path(path) / "read").exists():
+            with torch.no_grad():
+                loaded.transformer.h[0].mlp.c_fc.weight.mul_(3)
+        (Path(path) / "read").touch()
+        return loaded
+
+    monkeypatch.setattr(dpo, "load_causal_lm", changed)
+    done = posttrain("stage=dpo", pairs, *SHORT)
+    assert done.code == 1, done
+    assert "the reference is not the model that this stage starts from" in done.err
+    assert not Path("outputs/demo/dpo/posttrain.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["hinge", "ipo", "robust", "nca_pair", "apo_zero", "sigmoid,sft", "sigmoid_norm"])
+def test_every_loss_of_trl_is_passed_through(posttrain: Posttrain, pairs: str, kind: str) -> None:
+    done = posttrain("stage=dpo", pairs, *SHORT, f"+trainer.loss_type=[{kind}]", "+trainer.label_smoothing=0.1")
+    assert done.code == 0, done
+    assert math.isfinite(manifest("dpo")["metrics"]["eval_loss"])
+
+
+def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pairs: str) -> None:
+    """On held-out pairs of a trained policy; and a case by hand."""
+    done = posttrain("stage=dpo", pairs, *SHORT)
+    assert done.code == 0, done
+    from transformers import AutoTokenizer
+
+    from posttrain.encoding import ChatEncoder
+    from posttrain.evaluation import completion_logps
+
+    tokenizer = AutoTokenizer.from_pretrained("outputs/demo/dpo/model")
+    encoder = ChatEncoder(tokenizer)
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(f"outputs/demo/dpo/{name}").eval() for name in ("model", "base")
+    )
+    import posttrain.compose as compose
+    from posttrain.data import read_preferences
+
+    config = compose.read_command(["stage=dpo", pairs, *SHORT]).config
+    assert config is not None
+    test = read_preferences(config.data).test
+    logps = []
+    for model in (policy, reference):
+        for answers in ([row.chosen for row in test], [row.rejected for row in test]):
+            ids = [
+                encoder.encode([encoder.segments([*row.prompt, *answer])])[0][0]
+                for row, answer in zip(test, answers, strict=True)
+            ]
+            prompts = [encoder.prompt_ids(row.prompt) for row in test]
+            completions = [whole[len(prompt) :] for whole, prompt in zip(ids, prompts, strict=True)]
+            logps.append(completion_logps(model, prompts, completions, tokenizer.pad_token_id))
+    loss, _, _ = compute_dpo_loss(*logps, beta=0.1)
+    assert float(loss.mean()) == pytest.approx(manifest("dpo")["metrics"]["eval_loss"], abs=1e-5)
+    hand, chosen, rejected = compute_dpo_loss(*(torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.0)), beta=0.5)
+    assert (float(chosen), float(rejected)) == (0.5, -0.5)
+    assert float(hand) == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+def test_an_unfinished_sft_run_is_not_started_from(posttrain: Posttrain, rows: Path, pairs: str) -> None:
+    assert posttrain(f"data.dataset_name={rows}", "+trainer.max_steps=2").code == 0
+    Path("outputs/demo/sft/posttrain.json").unlink()
+    done = posttrain("stage=dpo", pairs, *SHORT)
+    assert done.code == 2, done
+    assert "outputs/demo/sft has not finished" in done.err
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_killed_and_resumed_bitwise(
+    posttrain: Posttrain, tmp_path: Path, pairs: str, stage: str, more: tuple[str, ...]
+) -> None:
+    run = [
+        f"stage={stage}",
+        pairs,
+        "+trainer.max_steps=16",
+        "trainer.save_steps=4",
+        "stage.learning_rate=1e-3",
+        "data.test_size=10",
+        *more,
+    ]
+    assert posttrain(*run, "output_dir=straight").code == 0
+    process = start(*run, cwd=tmp_path)
+    wait_for(tmp_path / "outputs/demo" / stage / "checkpoint-8" / MANIFEST, process)
+    process.kill()
+    process.communicate()
+    done = posttrain(*run)
+    assert done.code == 0, done
+    assert "resuming from checkpoint-" in done.out
+    assert same_weights(Path(f"straight/demo/{stage}/model"), Path(f"outputs/demo/{stage}/model"))
+
+
+def test_a_beta_sweep_has_a_table_and_a_picture(posttrain: Posttrain, pairs: str) -> None:
+    done = posttrain("-m", "stage=dpo", "stage.beta=0.05,0.3", pairs, *SHORT)
+    assert done.code == 0, done
+    table = done.out[done.out.index("sweep: outputs/demo/dpo") :]
+    for words in (
+        "stage.beta",
+        "held-out accuracy",
+        "reward margin",
+        "KL from reference",
+        "held-out loss",
+        "0.05",
+        "0.3",
+    ):
+        assert words in table
+    assert Path("outputs/demo/dpo/sweep.svg").stat().st_size > 5000
+
+
+def test_message_lists_with_system_prompts_and_several_turns(posttrain: Posttrain, tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+        system,
+        *({"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")),
+        {"role": "user", "content": "now"},
+    ]
+    rows = [
+        {
+            "prompt": turns,
+            "chosen": [{"role": "assistant", "content": f"yes {n}"}],
+            "rejected": [{"role": "assistant", "content": f"no {n}"}],
+        }
+        for n in range(20)
+    ]
+    write_rows(tmp_path / "chat.jsonl", rows)
+    for stage in ("reward", "dpo"):
+        done = posttrain(f"stage={stage}", "data.dataset_name=chat.jsonl", "+trainer.max_steps=2")
+        assert done.code == 0, done
+    shutil.rmtree("outputs")

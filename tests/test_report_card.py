@@ -1,0 +1,68 @@
+"""The numbers of the report card against cases worked out by hand."""
+
+import math
+
+import pytest
+
+from posttrain.report_card import ScoredPair, correlation, reliability, report_card, sigmoid, wilson
+
+
+def pair(
+    chosen: float, rejected: float, chosen_length: int = 5, rejected_length: int = 5, name: str = "a"
+) -> ScoredPair:
+    return ScoredPair(name, f"{name} good", f"{name} bad", chosen, rejected, chosen_length, rejected_length)
+
+
+def test_wilson_interval() -> None:
+    # 8 of 10 at z = 1.96: centre (0.8 + 0.19208) / 1.38416, spread sqrt(0.016 + 0.009604) * 1.96 / 1.38416
+    low, high = wilson(8, 10)
+    assert low == pytest.approx(0.4901, abs=1e-4)
+    assert high == pytest.approx(0.9433, abs=1e-4)
+    assert wilson(0, 5)[0] == 0
+    assert wilson(5, 5)[1] == 1
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_correlation_and_sigmoid() -> None:
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert correlation([1, 1, 1], [1, 2, 3]) == 0
+    assert sigmoid(0) == 0.5
+    assert sigmoid(-1000) == 0
+    assert sigmoid(math.log(3)) == pytest.approx(0.75)
+
+
+def test_calibration() -> None:
+    # margin ln 3 says 75 %: right three times of four is perfect, right always is off by a quarter
+    right, wrong = math.log(3), -math.log(3)
+    error, bins = reliability([right, right, right, wrong])
+    assert error == pytest.approx(0, abs=1e-9)
+    assert [row["pairs"] for row in bins] == [4]
+    assert reliability([right] * 4)[0] == pytest.approx(0.25)
+    assert reliability([0.0])[0] == 0
+
+
+def test_card_of_three_right_one_wrong_one_tie() -> None:
+    pairs = [pair(2, 0, 9, 3), pair(1, 0, 3, 9), pair(1, 0), pair(0, 3, 4, 2, "wrong"), pair(1, 1)]
+    card = report_card(pairs, best_accuracy=0.9)
+    assert card["pairs"] == 5
+    assert card["accuracy"] == 3 / 5
+    assert card["ties"] == 1
+    assert card["mean_margin"] == pytest.approx((2 + 1 + 1 - 3 + 0) / 5)
+    assert card["baselines"]["longer_wins"] == pytest.approx((1 + 0 + 0.5 + 1 + 0.5) / 5)
+    assert card["loss"] == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in (2, 1, 1, -3, 0)) / 5)
+    assert [row["prompt"] for row in card["most_confidently_wrong"]] == ["wrong"]
+    assert card["chosen"]["max"] == 2
+
+
+def test_verdicts() -> None:
+    good = [pair(math.log(9), 0) for _ in range(90)] + [pair(0, math.log(9)) for _ in range(10)]
+    assert report_card(good)["verdict"] == "fit to optimise against"
+    guess = [pair(1, 0) for _ in range(50)] + [pair(0, 1) for _ in range(50)]
+    assert report_card(guess)["verdict"] == "no better than length"
+    only_length = [pair(9, 3, 9, 3) for _ in range(80)] + [pair(3, 9, 3, 9) for _ in range(20)]
+    assert report_card(only_length)["verdict"] == "no better than length"
+    overconfident = [pair(50, 0) for _ in range(75)] + [pair(0, 50) for _ in range(25)]
+    card = report_card(overconfident)
+    assert card["verdict"] == "weak"
+    assert "margins are off" in card["reasons"][0]
