@@ -80,10 +80,11 @@ def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, tra
         f"batch: {stage.batch_size} per device × {accumulation} accumulation × {processes} "
         f"{'device' if processes == 1 else 'devices'} = {batch} {unit} per update"
     )
-    by = f"trainer.max_steps={config.trainer['max_steps']}" if config.trainer.get("max_steps", -1) > 0 else ""
-    say(
-        f"steps: {steps:,} ({by or f'{stage.num_epochs:g} {'epoch' if stage.num_epochs == 1 else 'epochs'} of {math.ceil(rows / batch):,}'})"
-    )
+    if config.trainer.get("max_steps", -1) > 0:
+        say(f"steps: {steps:,} (trainer.max_steps={config.trainer['max_steps']})")
+    else:
+        unit = "epoch" if stage.num_epochs == 1 else "epochs"
+        say(f"steps: {steps:,} ({stage.num_epochs:g} {unit} of {math.ceil(rows / batch):,})")
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")

@@ -78,9 +78,7 @@ def build(
     elif own_reference:
         say(f"policy = {path}, all weights\nreference = {path}, a frozen copy (two models in memory)")
     else:
-        say(
-            f"policy = {path}, all weights\nreference = {path}, its log-probabilities computed once (one model in memory)"
-        )
+        say(f"policy = {path}, all weights\nreference = {path}, its log-probabilities taken once (one model in memory)")
     return Trainer(
         model=model,
         ref_model=load_causal_lm(config.model, tokenizer, path) if own_reference else None,
