@@ -41,10 +41,9 @@ def test_the_pages_hold_commands() -> None:
 @pytest.mark.parametrize("command", runs())
 def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
     arguments = shlex.split(command.removeprefix("python -m posttrain.run").removeprefix("posttrain"))
-    text = [
-        {"instruction": f"Say {n}.", "response": f"{n}.", "question": f"Say {n}.", "answer": f"{n}.", "output": f"{n}."}
-        for n in range(30)
-    ]
+    names = {"instruction": "Say", "response": "It is", "question": "Say", "answer": "It is", "output": "It is"}
+    names |= {"prompt": "Say", "chosen": "It is", "rejected": "Not"}
+    text = [{name: f"{words} {n}." for name, words in names.items()} for n in range(30)]
     write_rows(tmp_path / "local.jsonl", text)
     write_rows(tmp_path / "mine.jsonl", text)
     remote = ("model=gpt2", "model=qwen3_8b", "recipes=gpt2-alpaca", "data.dataset_name=yahma")
