@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 
 from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, write_atomically
 from posttrain.config import Config, differences
+from posttrain.console import is_main_process
 from posttrain.errors import ConfigError, PosttrainError
 
 MANIFEST = "posttrain.json"
@@ -62,7 +63,11 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     """File name -> sha256 of the weights and the tokenizer in a model folder."""
     names = ("*.safetensors", "tokenizer.json", "chat_template.jinja", "config.json")
     files = [path for name in names for path in sorted(folder.glob(name))]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def parent_of(model_folder: Path) -> dict[str, Any] | None:
@@ -131,12 +136,16 @@ class RunFolder:
                 raise PosttrainError(held) from error
             yield
 
-    def state(self, identity: dict[str, Any]) -> State:
-        """Whether this run has begun here before.
+    def state(self, identity: dict[str, Any], overwrite: bool) -> State:
+        """Whether this run has begun here before; `overwrite` deletes a run that has, whichever it is.
 
         Raises:
             ConfigError: the folder holds another run, or files that no run wrote; names what differs.
         """
+        if overwrite and (self.path / IDENTITY).is_file():
+            if is_main_process():
+                self.clear()
+            return "new"
         earlier = self._read(IDENTITY)
         if earlier is None:
             foreign = [entry.name for entry in self._foreign()]
@@ -177,15 +186,19 @@ class RunFolder:
         """Delete the run, its checkpoints and its result; points of a sweep below it stay."""
         (self.path / MANIFEST).unlink(missing_ok=True)  # first: without it nothing here counts as complete
         for name in OWN_FILES:
-            if name != ".lock":
+            if name not in (".lock", "run.log"):  # both are open
                 (self.path / name).unlink(missing_ok=True)
         for name in OWN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for checkpoint in self.path.glob(f"{PREFIX}*"):
             shutil.rmtree(checkpoint)
 
-    def begin(self, identity: dict[str, Any]) -> None:
-        """Write down what the run is, before its first step."""
+    def begin(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
+        """Write down what the run is, before its first step; forget what was logged after `checkpoint`."""
+        reached = int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else -1
+        logged = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        kept = [line for line in logged if line.endswith("}") and json.loads(line)["step"] <= reached]
+        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity["config"])))
         write_atomically(self.path / IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False))
 

@@ -120,13 +120,11 @@ def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
 
 
 def _run(config: Config, folder: RunFolder) -> Result:
-    if config.overwrite and is_main_process():
-        folder.clear()
     config, why = lineage.with_starting_model(config)
     stage = STAGES[config.stage.name]
     tokenizer, prepared = _prepare(config, why)
     identity = _identity(config, prepared)
-    state = folder.state(identity)
+    state = folder.state(identity, config.overwrite)
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
@@ -143,7 +141,7 @@ def _run(config: Config, folder: RunFolder) -> Result:
     trainer.remove_callback(_printing_progress())
     trainer.add_callback(_progress(folder))
     if is_main_process():
-        folder.begin(identity)
+        folder.begin(identity, checkpoint)
     parameters = list(trainer.model.parameters())
     counts = (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
     show_plan(config, prepared, _processes(), len(trainer.train_dataset), counts)
@@ -156,26 +154,16 @@ def _run(config: Config, folder: RunFolder) -> Result:
     stage.preflight(work)
     before = stage.judge(work)
 
-    started = time.monotonic()
-    with StopSignals() as signals:
-        trainer.stop_signals = signals
-        if checkpoint is not None:
-            say(f"resuming from {checkpoint.name}")
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    signals.raise_if_received(
-        f"at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is written, "
-        "and the same command goes on from it"
-    )
-    seconds = time.monotonic() - started
+    tokens_per_second = _train(trainer, checkpoint)
 
     say("training is done; judging and saving")
     after = stage.judge(work)
-    tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
-        "train_loss": output.training_loss,
-        **{f"{name}_before": value for name, value in before.metrics.items()},
-        **after.metrics,
-        "tokens_per_second": tokens / seconds,
+        **({"train_loss": losses[-1]} if losses else {}),
+        **{f"{name}_before": value for name, value in before.metrics.items() if not math.isnan(value)},
+        **{name: value for name, value in after.metrics.items() if not math.isnan(value)},
+        "tokens_per_second": tokens_per_second,
         "trained_tokens": round(prepared.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
     }
@@ -187,6 +175,34 @@ def _run(config: Config, folder: RunFolder) -> Result:
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, stage.objective)
+
+
+def _train(trainer: Any, checkpoint: Path | None) -> float:
+    """Train to the end, from the checkpoint if there is one; returns tokens per second.
+
+    Raises:
+        Stopped: a signal came; the checkpoint is written.
+    """
+    if checkpoint is not None:
+        from transformers import TrainerState
+
+        reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        say(f"resuming from {checkpoint.name}")
+        if reached.global_step >= reached.max_steps:
+            # nothing is left to train, and transformers would take one more step
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = reached
+            return 0.0
+    started = time.monotonic()
+    with StopSignals() as signals:
+        trainer.stop_signals = signals
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    signals.raise_if_received(
+        f"at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is written, "
+        "and the same command goes on from it"
+    )
+    tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
+    return float(tokens / (time.monotonic() - started))
 
 
 def _samples(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def test_killed_inside_a_save_and_started_again(
     assert done.code == 0, done
     assert "resuming from checkpoint-" in done.out
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+    lines = [json.loads(line) for line in (SFT / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 27))
     straight, resumed = (
         json.loads((folder / "posttrain.json").read_text())["metrics"] for folder in (Path("straight/demo/sft"), SFT)
     )
@@ -80,6 +82,30 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(posttrain: Posttrain, rows: P
     assert f"step {newest.name.removeprefix('checkpoint-')} of 26" in err
     assert posttrain(*arguments(rows)).code == 0
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+
+
+def test_killed_after_the_last_step_and_before_the_end(posttrain: Posttrain, rows: Path) -> None:
+    """Nothing is left to train, in the middle of an epoch, too: no further step is taken."""
+    assert posttrain(*arguments(rows)).code == 0
+    before = (SFT / "model" / "model.safetensors").read_bytes()
+    (SFT / "posttrain.json").unlink()
+    shutil.rmtree(SFT / "model")
+    done = posttrain(*arguments(rows))
+    assert done.code == 0, done
+    assert "resuming from checkpoint-26" in done.out
+    assert (SFT / "model" / "model.safetensors").read_bytes() == before
+    found = json.loads((SFT / "posttrain.json").read_text())
+    assert found["metrics"]["steps"] == 26
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(posttrain: Posttrain, rows: Path) -> None:
+    short = [word for word in arguments(rows) if "max_steps" not in word] + ["+trainer.max_steps=2"]
+    assert posttrain(*short).code == 0
+    bad = write_rows(rows.parent / "bad.jsonl", [{"instruction": "a"}])
+    done = posttrain(*short, f"data.dataset_name={bad}", "overwrite=true")
+    assert done.code == 2, done
+    assert (SFT / "posttrain.json").is_file()
+    assert (SFT / "model" / "model.safetensors").is_file()
 
 
 @pytest.fixture
