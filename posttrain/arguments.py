@@ -3,12 +3,27 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config import Config, renamed
 from posttrain.errors import ConfigError
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def process_state() -> "PartialState":
+    """accelerate's view of the processes of this run, on the CPU where there is no accelerator."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available() or _told_to_use_cpu())
+
+
+def _told_to_use_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
 def mixed_precision(precision: str) -> str:
@@ -74,7 +89,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
         "seed": config.seed,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "use_cpu": not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
+        "use_cpu": not torch.accelerator.is_available() or _told_to_use_cpu(),
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
     }

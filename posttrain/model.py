@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import paths
+from posttrain.arguments import process_state
 from posttrain.config import ModelConfig, nearest
 from posttrain.encoding import ChatEncoder, plain_template
 from posttrain.errors import ConfigError, PosttrainError
@@ -167,14 +168,13 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
     A model drawn at random and an adapter given as the model are written to `folder` first: every later step
     (quantisation, a reference read from disk, a merge) then starts from the same plain files.
     """
-    from accelerate import PartialState
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     name = source(model)
     adapter = (Path(name) / "adapter_config.json").is_file()
     if not adapter and not model.from_scratch and model.start != EMBEDDED:
         return name
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         with _named_failure(model, "it cannot be built"):
             if adapter:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import lineage, model, sources
+from posttrain.arguments import process_state
 from posttrain.checkpoint import StopSignals
 from posttrain.config import Config, to_dict
 from posttrain.console import is_main_process, logging_to, say, show_table, warn
@@ -133,6 +134,7 @@ def _run(config: Config, folder: RunFolder) -> Result:
     checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
     for fault in faults:
         warn(fault)
+    process_state().wait_for_everyone()  # all have looked at the folder before the first of them writes to it
     show_data(config, prepared)
 
     base = prepare_base(config.model, tokenizer, folder.base)
