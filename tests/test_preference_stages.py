@@ -65,6 +65,29 @@ def test_reward_ends_in_a_model_that_scores_when_loaded(
     assert not Path("outputs/demo/reward/model/adapter_config.json").exists()
 
 
+def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
+    posttrain: Posttrain, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are changed on disk between saving and the look that a new process takes."""
+    from safetensors.torch import load_file, save_file
+
+    from posttrain import saving
+
+    look = saving._scores_in_a_new_process
+
+    def after_a_change(folder: Path, rows: Any) -> Any:
+        weights = load_file(folder / "model.safetensors")
+        weights["score.weight"] *= 2
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return look(folder, rows)
+
+    monkeypatch.setattr(saving, "_scores_in_a_new_process", after_a_change)
+    done = posttrain("stage=reward", pairs, *SHORT)
+    assert done.code == 1, done
+    assert "gives other scores than the model that was trained" in done.err
+    assert not Path("outputs/demo/reward/posttrain.json").exists()
+
+
 def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path, pairs: str) -> None:
 
     def first_loss(run: str) -> float:
@@ -172,7 +195,11 @@ def test_a_wrong_reference_stops_the_run_and_is_named(
     assert not Path("outputs/demo/dpo/posttrain.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["hinge", "ipo", "robust", "nca_pair", "apo_zero", "sigmoid,sft", "sigmoid_norm"])
+LOSSES = ["hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"]
+LOSSES += ["apo_zero", "apo_down", "discopop", "sigmoid,sft", "sigmoid_norm"]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_every_loss_of_trl_is_passed_through(posttrain: Posttrain, pairs: str, kind: str) -> None:
     done = posttrain("stage=dpo", pairs, *SHORT, f"+trainer.loss_type=[{kind}]", "+trainer.label_smoothing=0.1")
     assert done.code == 0, done
