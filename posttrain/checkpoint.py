@@ -70,7 +70,8 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after; -1 where it is named otherwise."""
     number = checkpoint.name.removeprefix(PREFIX)
     return int(number) if number.isdigit() else -1
 
@@ -78,7 +79,7 @@ def _step(checkpoint: Path) -> int:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     faults: list[str] = []
-    for checkpoint in sorted(folder.glob(f"{PREFIX}*"), key=_step, reverse=True):
+    for checkpoint in sorted(folder.glob(f"{PREFIX}*"), key=step_of, reverse=True):
         problem = fault(checkpoint)
         if problem is None:
             return checkpoint, faults

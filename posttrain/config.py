@@ -196,7 +196,7 @@ _RESERVED = {
 
 _SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$", re.IGNORECASE)
 _NOT_SECRET = {"eos_token", "pad_token"}
-_PATTERN_OF_TYPE: dict[str, tuple[type, ...]] = {
+_PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "int": (int,),
     "bool": (bool,),
@@ -294,9 +294,9 @@ def _secret_problem(path: str, value: Any) -> str | None:
 def _type_problem(path: str, value: Any, annotation: str) -> str | None:
     """Compare a trainer value with the annotation in TRL's source; a type that is no plain one is left to TRL."""
     parts = [part.strip() for part in re.sub(r"\[[^\]]*\]", "", annotation).split("|")]
-    if not all(part in _PATTERN_OF_TYPE for part in parts):
+    if not all(part in _PLAIN_TYPES for part in parts):
         return None
-    allowed = tuple(kind for part in parts for kind in _PATTERN_OF_TYPE[part])
+    allowed = tuple(kind for part in parts for kind in _PLAIN_TYPES[part])
     if isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
         return None
     return f"{path}={value!r} must be {annotation.replace(' | ', ' or ')}"

@@ -110,8 +110,9 @@ class _Batch(NamedTuple):
 def _batches(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, size: int, device: Any
 ) -> Iterator[_Batch]:
-    for start in range(0, len(prompts), size):
-        pairs = list(zip(prompts, completions, strict=True))[start : start + size]
+    rows = list(zip(prompts, completions, strict=True))
+    for start in range(0, len(rows), size):
+        pairs = rows[start : start + size]
         learned = pad_right([[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs], 0)
         yield _Batch(
             pad_right([[*prompt, *completion] for prompt, completion in pairs], pad).to(device),

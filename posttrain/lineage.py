@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, write_atomically
+from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, step_of, write_atomically
 from posttrain.config import Config, differences
 from posttrain.console import is_main_process
 from posttrain.errors import ConfigError, PosttrainError
@@ -106,8 +106,6 @@ class RunFolder:
         self.base = path / "base"
         self.log = path / "run.log"
         self.metrics = path / "metrics.jsonl"
-        self.samples = path / "samples.json"
-        self.report_card = path / "report_card.json"
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
@@ -195,7 +193,7 @@ class RunFolder:
 
     def begin(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
         """Write down what the run is, before its first step; forget what was logged after `checkpoint`."""
-        reached = int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else -1
+        reached = step_of(checkpoint) if checkpoint else -1
         logged = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
         kept = [line for line in logged if line.endswith("}") and json.loads(line)["step"] <= reached]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))

@@ -24,6 +24,7 @@ SHORT = (
     "data.max_rows=60",
     "data.test_size=20",
 )
+SFT = ("+trainer.max_steps=3", "stage.learning_rate=1e-2", "stage.warmup_steps=0")
 LORA = ("model.use_peft=true",)
 QLORA = (*LORA, "model.load_in_4bit=true")
 
@@ -132,16 +133,7 @@ CHAINS = [((), ()), (LORA, LORA), (LORA, ()), ((), LORA)]
 def test_in_every_chain_the_reference_is_the_sft_model(
     posttrain: Posttrain, rows: Path, pairs: str, sft: tuple[str, ...], dpo: tuple[str, ...]
 ) -> None:
-    assert (
-        posttrain(
-            f"data.dataset_name={rows}",
-            "+trainer.max_steps=3",
-            "stage.learning_rate=1e-2",
-            "stage.warmup_steps=0",
-            *sft,
-        ).code
-        == 0
-    )
+    assert posttrain(f"data.dataset_name={rows}", *SFT, *sft).code == 0
     done = posttrain("stage=dpo", pairs, *SHORT, *dpo)
     assert done.code == 0, done
     assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
@@ -152,16 +144,7 @@ def test_in_every_chain_the_reference_is_the_sft_model(
 
 
 def test_an_adapter_folder_can_be_the_model(posttrain: Posttrain, rows: Path, pairs: str) -> None:
-    assert (
-        posttrain(
-            f"data.dataset_name={rows}",
-            "+trainer.max_steps=3",
-            "stage.learning_rate=1e-2",
-            "stage.warmup_steps=0",
-            *LORA,
-        ).code
-        == 0
-    )
+    assert posttrain(f"data.dataset_name={rows}", *SFT, *LORA).code == 0
     done = posttrain("stage=dpo", "model.model_name_or_path=outputs/demo/sft/adapter", pairs, *SHORT)
     assert done.code == 0, done
     assert "first loss 0.693147" in done.out

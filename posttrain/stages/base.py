@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from posttrain.config import Config
-from posttrain.data import Splits
-from posttrain.encoding import ChatEncoder, Encoded
+from posttrain.config import Config, DataConfig
+from posttrain.data import Counts, Splits
+from posttrain.encoding import ChatEncoder, Encoded, encode_splits
 from posttrain.errors import ConfigError
 from posttrain.model import positions
 
@@ -66,6 +66,22 @@ class Stage(NamedTuple):
     objective: str  # the metric that a sweep compares
     shown: dict[str, str]  # metric -> its name in the table of a run, in this order
     swept: dict[str, str]  # metric -> its name in the table of a sweep
+
+
+def prepare_rows(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    read: Callable[[DataConfig], Splits[Any]],
+    encode: Callable[[ChatEncoder, Sequence[Any], Counts, int, str], Encoded],
+) -> Prepared:
+    """Read the rows of a format and encode them within stage.max_length."""
+    room = check_length(config)
+    encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
+    splits = read(config.data)
+    train, test = encode_splits(
+        lambda rows, counts: encode(encoder, rows, counts, room, config.data.overlength), splits, room
+    )
+    return Prepared(encoder, splits, train, test, room)
 
 
 def check_length(config: Config) -> int:

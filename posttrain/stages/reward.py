@@ -1,17 +1,16 @@
 """Reward modelling: TRL's RewardTrainer on pairs, and a report card of what it has learned."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.arguments import trainer_arguments
 from posttrain.config import Config
 from posttrain.data import read_preferences
-from posttrain.encoding import ChatEncoder, Encoded, encode_pairs, encode_splits
+from posttrain.encoding import Encoded, encode_pairs
 from posttrain.evaluation import scores
 from posttrain.model import load_reward_model, lora_config
 from posttrain.report_card import ScoredPair, card_table, report_card
-from posttrain.stages.base import Judgement, Prepared, Stage, Work, check_length
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, prepare_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,12 +19,7 @@ if TYPE_CHECKING:
 
 def prepare_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     """Read and encode the preference rows, for the reward model and for DPO alike."""
-    room = check_length(config)
-    encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
-    splits = read_preferences(config.data)
-    encode = partial(encode_pairs, encoder, max_length=room, overlength=config.data.overlength)
-    train, test = encode_splits(lambda rows, counts: encode(rows, counts=counts), splits, room)
-    return Prepared(encoder, splits, train, test, room)
+    return prepare_rows(config, tokenizer, read_preferences, encode_pairs)
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from posttrain.arguments import trainer_arguments
 from posttrain.config import Config
 from posttrain.data import read_instructions
-from posttrain.encoding import IGNORED, ChatEncoder, encode_conversations, encode_splits
+from posttrain.encoding import IGNORED, encode_conversations
 from posttrain.evaluation import ANSWERED, answer, share_ended
 from posttrain.model import load_causal_lm, lora_config
-from posttrain.stages.base import Judgement, Prepared, Stage, Work, check_length
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, prepare_rows
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     """Read and encode the instruction rows."""
-    room = check_length(config)
-    encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
-    splits = read_instructions(config.data)
-    encode = partial(encode_conversations, encoder, max_length=room, overlength=config.data.overlength)
-    train, test = encode_splits(lambda rows, counts: encode(rows, counts=counts), splits, room)
-    return Prepared(encoder, splits, train, test, room)
+    return prepare_rows(config, tokenizer, read_instructions, encode_conversations)
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
