@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config import Config, renamed
 from posttrain.errors import ConfigError
+from posttrain.schema import Config, renamed
 
 if TYPE_CHECKING:
     from accelerate import PartialState

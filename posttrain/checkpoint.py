@@ -122,6 +122,11 @@ class SafeTrainer(_TrainerBase):
 
     stop_signals: StopSignals | None = None
     _saved_step: int | None = None
+    trained_tokens: int = 0  # counted by trainers that make their own data
+
+    def trained(self, **options: Any) -> Any:
+        """The model that the stage leaves behind, without what accelerate has wrapped around it."""
+        return self.accelerator.unwrap_model(self.model, **options)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)

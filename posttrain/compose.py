@@ -12,8 +12,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain import lineage, model, paths, sources
-from posttrain.config import Config, check, nearest
+from posttrain.config import check, nearest
 from posttrain.errors import ConfigError
+from posttrain.schema import Config, PPOStage
 
 OmegaConf.register_new_resolver("posttrain_point", lambda name: name.replace("+", "").replace("/", "_"), replace=True)
 
@@ -96,6 +97,14 @@ def _compose_all(
             remaining = [override for override in remaining if override not in bad]
 
 
+def _check_models(config: Config) -> None:
+    config, _ = lineage.with_inputs(config)
+    model.source(config.model)
+    if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
+        with model.named("stage.reward_model"):
+            model.source(model.reward_settings(config.model, config.stage.reward_model))
+
+
 def _check_folder(config: Config) -> None:
     folder = Path(config.output_dir) / config.run_name / config.stage.name
     for path in (folder, *folder.parents):
@@ -134,7 +143,7 @@ def read_command(arguments: list[str]) -> Command:
         if composed is not None:
             try:
                 configs.append(check(composed))
-                model.source(lineage.with_starting_model(configs[-1])[0].model)
+                _check_models(configs[-1])
                 sources.check_source(configs[-1].data)
                 _check_folder(configs[-1])
             except ConfigError as error:

@@ -1,6 +1,6 @@
-"""The typed schema of every key, and the check that all sources of a configuration pass before torch is imported.
+"""The check that all sources of a configuration pass before torch is imported.
 
-Types stand here, values in conf/. Hydra composes plain yaml; `check` then compares the result with these
+Types stand in schema.py, values in conf/. Hydra composes plain yaml; `check` then compares the result with these
 dataclasses, whichever file, `+key` or `++key` a value came from, and reports all problems at once.
 """
 
@@ -13,7 +13,6 @@ import operator
 import os
 import re
 import typing
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,134 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.errors import ConfigError
+from posttrain.schema import COLUMN_SCHEMAS, STAGE_SCHEMAS, Config, StageConfig, renamed
 
 OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
 
-
-def key(**limits: Any) -> Any:
-    """A field without a value (values live in conf/) and with limits: above, at_least, at_most, below, choices.
-
-    `trl` is the name that TRL or transformers use for it, where it reaches their trainer arguments.
-    """
-    return field(default=MISSING, metadata=limits)
-
-
-@dataclass
-class StageConfig:
-    """The documented hyperparameters that every stage has."""
-
-    name: str = key()
-    learning_rate: float = key(above=0, below=1e3, trl="learning_rate")
-    batch_size: int = key(at_least=1, trl="per_device_train_batch_size")
-    num_epochs: float = key(above=0, trl="num_train_epochs")
-    max_length: int = key(at_least=2, trl="max_length")
-    warmup_steps: int = key(at_least=0, trl="warmup_steps")
-
-
-@dataclass
-class SFTStage(StageConfig):
-    """Supervised fine-tuning."""
-
-
-@dataclass
-class RewardStage(StageConfig):
-    """Reward modelling."""
-
-    best_accuracy: float | None = key(above=0.5, at_most=1)
-
-
-@dataclass
-class DPOStage(StageConfig):
-    """Direct preference optimisation."""
-
-    beta: float = key(above=0, below=1e3, trl="beta")
-
-
-@dataclass
-class ModelConfig:
-    """The model and how it is trained, in the words of TRL's ModelConfig."""
-
-    base_model: str = key()
-    model_name_or_path: str | None = key()
-    model_revision: str = key()
-    from_scratch: bool = key()
-    chat_template_path: str | None = key()
-    trust_remote_code: bool = key()
-    dtype: str = key(choices=("float32", "bfloat16", "float16", "auto"))
-    attn_implementation: str | None = key()
-    use_peft: bool = key()
-    lora_r: int = key(at_least=1)
-    lora_alpha: int = key(at_least=1)
-    lora_dropout: float = key(at_least=0, below=1)
-    lora_target_modules: Any = key()
-    lora_modules_to_save: list[str] | None = key()
-    use_rslora: bool = key()
-    use_dora: bool = key()
-    load_in_4bit: bool = key()
-    load_in_8bit: bool = key()
-    bnb_4bit_quant_type: str = key(choices=("nf4", "fp4"))
-    use_bnb_nested_quant: bool = key()
-
-    @property
-    def start(self) -> str:
-        """The model to start from; of a stage after SFT only once `lineage.with_starting_model` has filled it in."""
-        return self.model_name_or_path if self.model_name_or_path is not None else self.base_model
-
-
-@dataclass
-class InstructionColumns:
-    """The names that the documented columns have in the source."""
-
-    instruction: str = key()
-    response: str = key()
-    input: str = key()
-    system: str = key()
-
-
-@dataclass
-class PreferenceColumns:
-    """The names that the documented columns have in the source."""
-
-    prompt: str = key()
-    chosen: str = key()
-    rejected: str = key()
-    margin: str = key()
-
-
-@dataclass
-class DataConfig:
-    """Where the rows come from and what happens to those that do not fit."""
-
-    dataset_name: Any = key()
-    dataset_config: str | None = key()
-    dataset_train_split: str = key()
-    dataset_test_split: str | None = key()
-    test_size: float = key(at_least=0)
-    max_rows: int | None = key(at_least=1)
-    overlength: str = key(choices=("truncate", "drop", "error"))
-    bad_rows: str = key(choices=("error", "drop"))
-    allow_special_tokens: bool = key()
-    columns: Any = key()  # InstructionColumns or PreferenceColumns
-
-
-@dataclass
-class Config:
-    """A whole run."""
-
-    run_name: str = key(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
-    output_dir: str = key()
-    seed: int = key(at_least=0, at_most=2**32 - 1)
-    precision: str = key(choices=("auto", "fp32", "bf16", "fp16"))
-    dry_run: bool = key()
-    overwrite: bool = key()
-    stage: Any = key()  # a StageConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-
-STAGE_SCHEMAS: dict[str, type[StageConfig]] = {"sft": SFTStage, "reward": RewardStage, "dpo": DPOStage}
-COLUMN_SCHEMAS = {"sft": InstructionColumns, "reward": PreferenceColumns, "dpo": PreferenceColumns}
 
 # The class of each stage's trainer arguments, and the sources that declare its fields, most general first.
 _COMMON_SOURCES = (
@@ -160,6 +35,7 @@ _COMMON_SOURCES = (
 _TRL_SOURCES = {
     "sft": (*_COMMON_SOURCES, ("trl", "trainer/sft_config.py", "SFTConfig")),
     "reward": (*_COMMON_SOURCES, ("trl", "trainer/reward_config.py", "RewardConfig")),
+    "ppo": (*_COMMON_SOURCES, ("trl", "trainer/rloo_config.py", "RLOOConfig")),
     "dpo": (*_COMMON_SOURCES, ("trl", "trainer/dpo_config.py", "DPOConfig")),
 }
 
@@ -194,6 +70,30 @@ _RESERVED = {
     "do_predict": "leave it out",
 }
 
+_RESERVED_FOR_PPO = {
+    "gradient_accumulation_steps": "it follows from stage.rollout_batch_size, num_mini_batches and batch_size",
+    "beta": "set stage.kl_coef",
+    "epsilon_high": "set stage.clip_ratio",
+    "num_generations": "PPO takes one answer per prompt",
+    "num_generations_eval": "PPO takes one answer per prompt",
+    "steps_per_generation": "it follows from stage.rollout_batch_size and stage.batch_size",
+    "reward_weights": "set stage.reward_weights",
+    "reward_clip_range": "set stage.reward_clip",
+    "normalize_advantages": "set stage.whiten_advantages",
+    "mask_truncated_completions": "set stage.missing_eos_penalty",
+    "shuffle_dataset": "prompts are shuffled anew in each pass, in an order that a resumed run finds again",
+    "remove_unused_columns": "reward functions see all columns",
+    "sync_ref_model": "the reference stays what the stage starts from",
+    "use_transformers_paged": "set stage.use_transformers_continuous_batching",
+    # what is sampled otherwise than it is scored makes every probability ratio wrong from the first step on
+    "top_p": "answers are sampled by temperature alone",
+    "top_k": "answers are sampled by temperature alone",
+    "min_p": "answers are sampled by temperature alone",
+    "repetition_penalty": "answers are sampled by temperature alone",
+    "generation_kwargs": "answers are sampled by temperature alone",
+    "auto_find_batch_size": "it would change the run behind your back; lower stage.batch_size",
+}
+
 _SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$", re.IGNORECASE)
 _NOT_SECRET = {"eos_token", "pad_token"}
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
@@ -222,11 +122,6 @@ def trainer_fields(stage: str) -> dict[str, str]:
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                         found[item.target.id] = ast.unparse(item.annotation)
     return found
-
-
-def renamed(stage: StageConfig) -> dict[str, str]:
-    """TRL's name -> ours, for every hyperparameter that goes to the trainer under another or the same name."""
-    return {item.metadata["trl"]: item.name for item in dataclasses.fields(stage) if "trl" in item.metadata}
 
 
 def _leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -305,14 +200,15 @@ def _type_problem(path: str, value: Any, annotation: str) -> str | None:
 def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterator[str]:
     fields = trainer_fields(stage.name)
     ours = renamed(stage)
+    reserved = _RESERVED | (_RESERVED_FOR_PPO if stage.name == "ppo" else {})
     for name, value in trainer.items():
         path = f"trainer.{name}"
         if name in ours:
             yield f"{path} repeats stage.{ours[name]}; set stage.{ours[name]} only"
-        elif name in _RESERVED:
-            yield f"{path} cannot be set: {_RESERVED[name]}"
+        elif name in reserved:
+            yield f"{path} cannot be set: {reserved[name]}"
         elif name not in fields:
-            known = [f"trainer.{other}" for other in fields if other not in ours and other not in _RESERVED]
+            known = [f"trainer.{other}" for other in fields if other not in ours and other not in reserved]
             close = nearest(path, known + [f"stage.{other}" for other in ours.values()])
             yield f"{path} is unknown for stage={stage.name}{close}"
         elif isinstance(value, float) and not math.isfinite(value):

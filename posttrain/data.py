@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from posttrain.config import DataConfig
 from posttrain.errors import ConfigError, DataError
+from posttrain.schema import DataConfig
 from posttrain.sources import HELD_OUT_NAMES, SHOWN_PROBLEMS, Problems, records
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -59,7 +59,25 @@ class Pair(NamedTuple):
         return json.dumps([self.prompt, self.chosen, self.rejected, self.margin], ensure_ascii=False)
 
 
-Row = TypeVar("Row", Conversation, Pair)
+class Prompt(NamedTuple):
+    """One checked prompt row, its last message by the user, and the row's other columns."""
+
+    prompt: list[Message]
+    where: str
+    columns: dict[str, Any]  # handed to reward functions
+
+    @property
+    def reference(self) -> str:
+        """The data gives no answer."""
+        return ""
+
+    @property
+    def content(self) -> str:
+        """What makes two rows the same row."""
+        return json.dumps([self.prompt, self.columns], ensure_ascii=False)
+
+
+Row = TypeVar("Row", Conversation, Pair, Prompt)
 
 
 @dataclass
@@ -223,11 +241,27 @@ def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message]
     return prompt, answers[0], answers[1]
 
 
-def _conversation(row: dict[str, Any], where: str) -> Conversation:
+def format_prompt(row: dict[str, Any]) -> list[Message]:
+    """Turn a prompt row into messages that wait for an answer; `prompt` is a text or a list of messages.
+
+    Raises:
+        ValueError: says what is missing or out of order.
+    """
+    _require(row, ("prompt",), "prompt")
+    messages = _as_messages(row["prompt"], "user", "prompt")
+    _check_turns([*messages, {"role": "assistant", "content": "?"}])
+    return messages
+
+
+def _conversation(row: dict[str, Any], where: str, others: dict[str, Any]) -> Conversation:
     return Conversation(format_instruction(row), where)
 
 
-def _pair(row: dict[str, Any], where: str) -> Pair:
+def _prompt(row: dict[str, Any], where: str, others: dict[str, Any]) -> Prompt:
+    return Prompt(format_prompt(row), where, others)
+
+
+def _pair(row: dict[str, Any], where: str, others: dict[str, Any]) -> Pair:
     margin = row.get("margin")
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
         raise ValueError(f"'margin' must be a number, got {_kind(margin)}")
@@ -244,28 +278,32 @@ _ALIASES = {
 }
 
 
+# (the documented columns of a record, where it stood, its other columns) -> a row
+Make = Callable[[dict[str, Any], str, dict[str, Any]], Row]
+
+
 class _Reader(Generic[Row]):
     """Turns records into rows of one format, counting as it goes."""
 
-    def __init__(self, data: DataConfig, make: Callable[[dict[str, Any], str], Row]) -> None:
+    def __init__(self, data: DataConfig, make: Make[Row]) -> None:
         self.columns: dict[str, str] = dict(vars(data.columns))
         self.make: Any = make
         self.drop_bad = data.bad_rows == "drop"
         self.problems = Problems()
         self.dropped = Problems()
-        self.ignored: dict[str, int] = {}
+        self.others: dict[str, int] = {}
 
     def row(self, where: str, record: Any) -> Row | None:
         if not isinstance(record, dict):
             self._refuse(where, f"must be an object, got {_kind(record)}")
             return None
         known = {*self.columns.values(), "split"}
-        for name in record:
-            if name not in known:
-                self.ignored[str(name)] = self.ignored.get(str(name), 0) + 1
+        others = {str(name): value for name, value in record.items() if name not in known}
+        for name in others:
+            self.others[name] = self.others.get(name, 0) + 1
         mapped = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
         try:
-            made: Row = self.make(mapped, where)
+            made: Row = self.make(mapped, where, others)
             return made
         except ValueError as error:
             what = str(error)
@@ -315,7 +353,7 @@ def _split_of(record: Any, default: str) -> str:
     return split if isinstance(split, str) and split else default
 
 
-def _read(data: DataConfig, make: Callable[[dict[str, Any], str], Row]) -> Splits[Row]:
+def _read(data: DataConfig, make: Make[Row], others: str = "ignored") -> Splits[Row]:
     sources: dict[str, str] = {}
     reader: _Reader[Row] = _Reader(data, make)
     by_split: dict[str, list[Row]] = {}
@@ -333,7 +371,7 @@ def _read(data: DataConfig, make: Callable[[dict[str, Any], str], Row]) -> Split
             else:
                 bad[split] = bad.get(split, 0) + 1
     reader.problems.raise_if_any()
-    notes = [f"ignored column {name!r} ({count} rows)" for name, count in sorted(reader.ignored.items())]
+    notes = [f"column {name!r} is {others} ({count} rows)" for name, count in sorted(reader.others.items())]
     notes += [f"left out (data.bad_rows=drop): {line}" for line in reader.dropped.lines]
     if reader.dropped.count > SHOWN_PROBLEMS:
         notes.append(f"left out (data.bad_rows=drop): {reader.dropped.count - SHOWN_PROBLEMS} more rows")
@@ -397,3 +435,8 @@ def read_instructions(data: DataConfig) -> Splits[Conversation]:
 def read_preferences(data: DataConfig) -> Splits[Pair]:
     """Read, check and split the preference rows that `data` names; raises as `read_instructions`."""
     return _read(data, _pair)
+
+
+def read_prompts(data: DataConfig) -> Splits[Prompt]:
+    """Read, check and split the prompt rows that `data` names; raises as `read_instructions`."""
+    return _read(data, _prompt, others="handed to reward functions")

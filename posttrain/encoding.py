@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain.data import Conversation, Counts, Message, Pair, Splits
+from posttrain.data import Conversation, Counts, Message, Pair, Prompt, Splits
 from posttrain.errors import ConfigError, DataError
 from posttrain.sources import Problems
 
@@ -341,6 +341,33 @@ def encode_pairs(
     )
 
 
+def encode_prompts(
+    encoder: ChatEncoder, rows: Sequence[Prompt], counts: Counts, max_length: int, overlength: str
+) -> Encoded:
+    """Encode prompt rows into `prompt_ids`.
+
+    Of a prompt that is too long nothing is cut, as its end asks the question: it is left out and counted, or refused
+    (overlength=error). `max_length` is what it may have so that there is room for an answer.
+
+    Raises:
+        DataError: as `encode_conversations`.
+    """
+
+    def columns(row: Prompt, encoded: list[tuple[list[int], list[int]]]) -> dict[str, Any] | None:
+        [(ids, _)] = encoded
+        if len(ids) > max_length:
+            if overlength == "error":
+                raise ValueError(f"a prompt of {len(ids)} tokens; {max_length} leave room for stage.max_new_tokens")
+            counts.prompt_too_long += 1
+            return None
+        return {"prompt_ids": ids}
+
+    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.prompt)], columns)
+    counts.kept = len(kept)
+    lengths = [len(ids) for ids in dataset["prompt_ids"]] if kept else []
+    return Encoded(dataset, kept, lengths, tokens=sum(lengths), loss_tokens=0, without_end=0)
+
+
 def encode_splits(
     encode: Callable[[Any, Counts], Encoded], splits: Splits[Any], max_length: int
 ) -> tuple[Encoded, Encoded | None]:
@@ -356,7 +383,7 @@ def encode_splits(
             f"no rows left to train on with stage.max_length={max_length}: {counts.prompt_too_long} prompts fill it "
             f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties"
         )
-    if train.without_end == len(train.rows):
+    if train.loss_tokens and train.without_end == len(train.rows):
         raise DataError(
             "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
             "or set data.overlength=drop"

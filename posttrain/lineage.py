@@ -4,6 +4,7 @@ config.yaml      the resolved configuration
 run.json         what the run is: configuration, data, starting weights, number of processes
 run.log          everything that was printed, and more
 metrics.jsonl    a line per log entry
+rollouts.jsonl   of PPO: some answers of each rollout with their rewards (and curves.svg: what became of them)
 samples.json     the prompt panel before and after (report_card.json for a reward model)
 checkpoint-N/    to resume from
 model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)
@@ -26,13 +27,18 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, step_of, write_atomically
-from posttrain.config import Config, differences
+from posttrain.config import differences
 from posttrain.console import is_main_process
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.schema import Config, PPOStage
 
 MANIFEST = "posttrain.json"
 IDENTITY = "run.json"
-OWN_FILES = (MANIFEST, IDENTITY, "config.yaml", "run.log", "metrics.jsonl", "samples.json", "report_card.json", ".lock")
+LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a line per log entry, each with its step
+OWN_FILES = (
+    *(MANIFEST, IDENTITY, "config.yaml", "run.log", *LOGS),
+    *("samples.json", "report_card.json", "curves.svg", ".lock"),
+)
 OWN_FOLDERS = ("model", "adapter", "base", "runs")
 # Keys that change what is shown or kept, never what is learned.
 FREE_KEYS = (
@@ -76,12 +82,35 @@ def parent_of(model_folder: Path) -> dict[str, Any] | None:
     return json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
 
 
-def with_starting_model(config: Config) -> tuple[Config, str]:
-    """The configuration with `model.model_name_or_path` filled in, and why this model was taken.
+def with_inputs(config: Config) -> tuple[Config, str]:
+    """The configuration with `model.model_name_or_path` and, for PPO, `stage.reward_model` filled in.
+
+    Returned with it is why this starting model was taken.
 
     Raises:
-        ConfigError: the SFT run whose model this stage would start from has not finished.
+        ConfigError: a run whose model this stage would take has not finished, or PPO has no reward.
     """
+    config, why = _with_starting_model(config)
+    return _with_reward_model(config), why
+
+
+def _with_reward_model(config: Config) -> Config:
+    stage = config.stage
+    if not isinstance(stage, PPOStage) or stage.reward_model is not None:
+        return config
+    reward = Path(config.output_dir) / config.run_name / "reward"
+    if (reward / MANIFEST).is_file():
+        return replace(config, stage=replace(stage, reward_model=str(reward)))
+    if stage.reward_functions:
+        return config
+    begun = f"{reward} has not finished" if (reward / IDENTITY).is_file() else f"{reward} is not there"
+    raise ConfigError(
+        f"stage=ppo needs a reward, and {begun}: run stage=reward run_name={config.run_name} first, or name one with "
+        "stage.reward_model=<folder or Hub id> or stage.reward_functions=[my_rewards.concise]"
+    )
+
+
+def _with_starting_model(config: Config) -> tuple[Config, str]:
     if config.model.model_name_or_path is not None:
         return config, "named by model.model_name_or_path"
     sft = Path(config.output_dir) / config.run_name / "sft"
@@ -106,6 +135,8 @@ class RunFolder:
         self.base = path / "base"
         self.log = path / "run.log"
         self.metrics = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts.jsonl"
+        self.curves = path / "curves.svg"
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
@@ -194,9 +225,11 @@ class RunFolder:
     def begin(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
         """Write down what the run is, before its first step; forget what was logged after `checkpoint`."""
         reached = step_of(checkpoint) if checkpoint else -1
-        logged = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
-        kept = [line for line in logged if line.endswith("}") and json.loads(line)["step"] <= reached]
-        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
+        for file in (self.path / name for name in LOGS):
+            logged = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+            kept = [line for line in logged if line.endswith("}") and json.loads(line)["step"] <= reached]
+            if logged:
+                write_atomically(file, "".join(f"{line}\n" for line in kept))
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity["config"])))
         write_atomically(self.path / IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False))
 
@@ -220,6 +253,8 @@ class RunFolder:
 def _changed(key: str, old: Any, new: Any) -> str:
     if key.startswith("data.fingerprint"):
         return f"the {key.rsplit('.', 1)[-1]} rows are not the same"
+    if key.startswith("reward_model."):
+        return "the reward model's weights are not the same"
     if key.startswith("model."):
         return "the weights to start from are not the same"
     return f"{key.removeprefix('config.')} was {old}, now {new}"

@@ -4,14 +4,16 @@ import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import paths
 from posttrain.arguments import process_state
-from posttrain.config import ModelConfig, nearest
+from posttrain.config import nearest
 from posttrain.encoding import ChatEncoder, plain_template
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.schema import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,29 @@ def source(model: ModelConfig) -> str:
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"model.model_name_or_path={name}: neither config.json nor adapter_config.json is there")
     return name
+
+
+def reward_settings(model: ModelConfig, path: str) -> ModelConfig:
+    """The settings under which a reward model at `path` is loaded beside a policy."""
+    return replace(
+        model,
+        model_name_or_path=path,
+        model_revision="main",
+        from_scratch=False,
+        chat_template_path=None,
+        use_peft=False,
+        load_in_4bit=False,
+        load_in_8bit=False,
+    )
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Let errors over a model name the option that it came from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(*(told.replace("model.model_name_or_path=", f"{key}=") for told in error.problems)) from error
 
 
 def is_local(model: ModelConfig) -> bool:
@@ -210,18 +235,24 @@ def load_causal_lm(
 
 
 def load_reward_model(
-    model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", path: str, seed: int, quantised: bool = True
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    path: str,
+    seed: int,
+    quantised: bool = True,
+    new_head: bool = True,
 ) -> "PreTrainedModel":
     """A sequence-classification model with one output, its head new (drawn with `seed`) or as it was saved.
 
     Raises:
-        ConfigError: as `load_causal_lm`; the head alone may be missing.
+        ConfigError: as `load_causal_lm`; with `new_head` the head alone may be missing.
     """
     from transformers import AutoModelForSequenceClassification, set_seed
 
     set_seed(seed)
     known = {"num_labels": 1}
-    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, quantised, {"score.weight"}, **known)
+    may_miss = {"score.weight"} if new_head else set()
+    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, quantised, may_miss, **known)
     # the score is read at the last token that is not padding, so padding has to be known by its id
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded

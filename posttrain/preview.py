@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.markup import escape
 
-from posttrain.config import Config
 from posttrain.console import say, show_markup, show_table, warn
 from posttrain.data import Counts
 from posttrain.encoding import IGNORED, Encoded
+from posttrain.rlhf.schedule import schedule
+from posttrain.schema import Config, PPOStage
 from posttrain.stages.base import Prepared
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -40,7 +42,7 @@ def show_data(config: Config, prepared: Prepared) -> None:
     names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", _response_tokens(config))
     train, counts, max_length = prepared.train, prepared.splits.counts["train"], config.stage.max_length
     cells = zip(names, _summary(train, counts), _summary(prepared.test, prepared.splits.counts["test"]), strict=True)
-    show_table("data", ("", "train", "held out"), list(cells))
+    show_table("data", ("", "train", "held out"), list(cells)[: len(names) if train.loss_tokens else -1])
     for note in prepared.splits.notes:
         say(f"data: {note}")
     if counts.truncated:
@@ -49,7 +51,11 @@ def show_data(config: Config, prepared: Prepared) -> None:
             f"are cut; {train.without_end} of them lose the EOS that ends them (data.overlength=drop leaves them out)"
         )
     if counts.prompt_too_long:
-        warn(f"{counts.prompt_too_long} rows are left out: their prompt alone fills stage.max_length={max_length}")
+        kept_free = "" if train.loss_tokens else f", of which stage.max_new_tokens={prepared.new_tokens} are kept free"
+        warn(
+            f"{counts.prompt_too_long} rows are left out: their prompt alone fills stage.max_length={max_length}"
+            f"{kept_free}"
+        )
     if counts.ties:
         warn(f"{counts.ties} pairs are left out: chosen and rejected are the same, perhaps only after the cut")
     if counts.duplicates:
@@ -58,40 +64,61 @@ def show_data(config: Config, prepared: Prepared) -> None:
         warn("no rows are held out, so there is no held-out loss (data.test_size, data.dataset_test_split)")
 
 
-def steps_planned(config: Config, rows: int, processes: int) -> tuple[int, int]:
-    """Rows in one update, and updates in the whole run, as transformers will count them."""
-    accumulation = int(config.trainer.get("gradient_accumulation_steps", 1))
-    batches = math.ceil(rows / (config.stage.batch_size * processes))
-    if config.trainer.get("dataloader_drop_last"):
-        batches = rows // (config.stage.batch_size * processes)
-    per_epoch = max(math.ceil(batches / accumulation), 1)
-    max_steps = int(config.trainer.get("max_steps", -1))
-    steps = max_steps if max_steps > 0 else math.ceil(per_epoch * config.stage.num_epochs)
-    return config.stage.batch_size * accumulation * processes, steps
+@dataclass
+class Plan:
+    """The derived numbers of a run, as transformers will count them."""
+
+    unit: str
+    accumulation: int
+    batch: int  # units in one update, over all devices
+    steps_per_epoch: int
+    steps: int
+
+
+def plan_of(config: Config, rows: int, processes: int) -> Plan:
+    """What follows from the configuration for `rows` rows (packed ones where rows are packed)."""
+    stage, trainer = config.stage, config.trainer
+    if isinstance(stage, PPOStage):
+        rollouts = schedule(stage, rows, processes)
+        unit, accumulation = "episodes", rollouts.accumulation
+        per_epoch = rollouts.rollouts_per_epoch * rollouts.steps_per_rollout
+    else:
+        unit = "pairs" if stage.name != "sft" else "packed rows" if trainer.get("packing") else "rows"
+        accumulation = int(trainer.get("gradient_accumulation_steps", 1))
+        shares = rows / (stage.batch_size * processes)
+        batches = math.floor(shares) if trainer.get("dataloader_drop_last") else math.ceil(shares)
+        per_epoch = max(math.ceil(batches / accumulation), 1)
+    max_steps = int(trainer.get("max_steps", -1))
+    steps = max_steps if max_steps > 0 else math.ceil(per_epoch * stage.num_epochs)
+    return Plan(unit, accumulation, stage.batch_size * accumulation * processes, per_epoch, steps)
 
 
 def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, trainable: tuple[int, int] | None) -> None:
     """Print the numbers that follow from the configuration; `rows` counts packed rows where rows are packed."""
     stage = config.stage
-    accumulation = config.trainer.get("gradient_accumulation_steps", 1)
-    batch, steps = steps_planned(config, rows, processes)
-    unit = "pairs" if config.stage.name != "sft" else "packed rows" if config.trainer.get("packing") else "rows"
+    plan = plan_of(config, rows, processes)
+    if isinstance(stage, PPOStage):
+        say(
+            f"rollout: {stage.rollout_batch_size} prompts answered, learned from in {stage.ppo_epochs} passes of "
+            f"{stage.num_mini_batches} updates"
+        )
     say(
-        f"batch: {stage.batch_size} per device × {accumulation} accumulation × {processes} "
-        f"{'device' if processes == 1 else 'devices'} = {batch} {unit} per update"
+        f"batch: {stage.batch_size} per device × {plan.accumulation} accumulation × {processes} "
+        f"{'device' if processes == 1 else 'devices'} = {plan.batch} {plan.unit} per update"
     )
     if config.trainer.get("max_steps", -1) > 0:
-        say(f"steps: {steps:,} (trainer.max_steps={config.trainer['max_steps']})")
+        say(f"steps: {plan.steps:,} (trainer.max_steps={config.trainer['max_steps']})")
     else:
         unit = "epoch" if stage.num_epochs == 1 else "epochs"
-        say(f"steps: {steps:,} ({stage.num_epochs:g} {unit} of {math.ceil(rows / batch):,})")
+        say(f"steps: {plan.steps:,} ({stage.num_epochs:g} {unit} of {plan.steps_per_epoch:,})")
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")
-    say(f"{_response_tokens(config)}: {prepared.train.loss_tokens:,} per epoch")
-    if stage.warmup_steps >= steps:
+    if prepared.train.loss_tokens:
+        say(f"{_response_tokens(config)}: {prepared.train.loss_tokens:,} per epoch")
+    if stage.warmup_steps >= plan.steps:
         warn(
-            f"stage.warmup_steps={stage.warmup_steps} is not below the {steps} steps of the run: "
+            f"stage.warmup_steps={stage.warmup_steps} is not below the {plan.steps} steps of the run: "
             "the learning rate never reaches its value"
         )
 
@@ -120,6 +147,10 @@ def show_example(config: Config, prepared: Prepared, index: int = 0) -> None:
     row: dict[str, Any] = prepared.train.dataset[index]
     tokenizer = prepared.encoder.tokenizer
     where = escape(prepared.train.rows[index].where)
+    if isinstance(config.stage, PPOStage):
+        show_markup(f"\n[bold]{where}[/], as tokens; the policy goes on from its end\n")
+        show_markup(_coloured(tokenizer, row["prompt_ids"], [False] * len(row["prompt_ids"])) + "\n")
+        return
     told = "the response" if config.stage.name == "reward" else "these carry loss"
     show_markup(f"\n[bold]{where}[/], as tokens; [black on green]{told}[/]\n")
     if "labels" in row:
@@ -144,7 +175,8 @@ def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
     middle = sorted(train.lengths)[len(train.lengths) // 2]
     say(f"length in tokens: {low} {histogram(train.lengths)} {high}; half of the rows have at most {middle}")
     show_example(config, prepared)
-    say(f"EOS: {_end_check(prepared, train)}")
+    if train.loss_tokens:
+        say(f"EOS: {_end_check(prepared, train)}")
     beginnings = train.dataset["input_ids" if "input_ids" in train.dataset.column_names else "prompt_ids"]
     doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in beginnings)
     brought = f"{doubled} rows begin with two: the template and the data both bring one"

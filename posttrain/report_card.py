@@ -10,6 +10,7 @@ from typing import Any
 # A model is fit when, of held-out pairs, the lower end of its accuracy's interval, its calibration error and the
 # part of its score that length explains are within these.
 THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlation": 0.7}
+FIT = "fit to optimise against"
 BINS = 10
 
 
@@ -149,7 +150,7 @@ def judge(card: dict[str, Any]) -> tuple[str, list[str]]:
         reasons.append(f"its margins are off as probabilities by {card['calibration_error']:.2f}")
     if abs(card["length_correlation"]) > THRESHOLDS["length_correlation"]:
         reasons.append(f"its score follows length (correlation {card['length_correlation']:.2f})")
-    return ("weak" if reasons else "fit to optimise against"), reasons
+    return ("weak" if reasons else FIT), reasons
 
 
 def card_table(card: dict[str, Any]) -> list[tuple[str, str]]:

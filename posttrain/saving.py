@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config import Config
 from posttrain.console import is_main_process, say
 from posttrain.errors import PosttrainError
 from posttrain.evaluation import scores
 from posttrain.lineage import RunFolder
 from posttrain.paths import PACKAGE
+from posttrain.schema import Config
 from posttrain.stages.base import Load
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def save_model(
     rows = _probe(trainer.train_dataset)
     _release_optimizer(trainer)
     # without the mixed-precision wrapper: weights are compared, not roundings
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trained = trainer.trained(keep_fp32_wrapper=False)
     trained.eval()
     is_classifier = config.stage.name == "reward"
     expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
@@ -83,8 +83,8 @@ def _release_optimizer(trainer: Any) -> None:
 
 def _probe(dataset: Any) -> list[list[int]]:
     """A few rows as the model reads them."""
-    columns = ("input_ids", "chosen_ids", "rejected_ids")
-    names = [name for name in columns if name in dataset.column_names]
+    columns = ("input_ids", "chosen_ids", "rejected_ids", "prompt_ids")
+    names = [name for name in columns if name in dataset.column_names][:2]
     return [dataset[index][name][:PROBE_TOKENS] for index in range(min(4, len(dataset))) for name in names]
 
 

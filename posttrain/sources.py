@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import DataConfig
 from posttrain.errors import ConfigError, DataError
+from posttrain.schema import DataConfig
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 HELD_OUT_NAMES = ("test", "validation")

@@ -17,19 +17,19 @@ from typing import Any
 from posttrain import lineage, model, sources
 from posttrain.arguments import process_state
 from posttrain.checkpoint import StopSignals
-from posttrain.config import Config, to_dict
+from posttrain.config import to_dict
 from posttrain.console import is_main_process, logging_to, say, show_table, warn
 from posttrain.evaluation import panel
 from posttrain.lineage import RunFolder
 from posttrain.model import load_tokenizer, prepare_base
 from posttrain.preview import show_data, show_dry_run, show_plan
 from posttrain.saving import save_model
+from posttrain.schema import Config, PPOStage
 from posttrain.stages import STAGES
-from posttrain.stages.base import Judgement, Prepared, Work
+from posttrain.stages.base import ANSWER_TOKENS, Judgement, Prepared, Work
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have answered
 PANEL_SHOWN = 3
-ANSWER_TOKENS = 96
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Result:
 def _network_only_where_needed(config: Config) -> Iterator[None]:
     """No telemetry ever, and no look at the Hub when model and data are here; what the user set stays."""
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    if model.is_local(lineage.with_starting_model(config)[0].model) and sources.is_local(config.data):
+    if model.is_local(lineage.with_inputs(config)[0].model) and sources.is_local(config.data):
         wanted["HF_HUB_OFFLINE"] = "1"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -70,7 +70,7 @@ def run_stage(config: Config, path: Path) -> Result | None:
         try:
             if config.dry_run:
                 with logging_to(None):
-                    resolved, why = lineage.with_starting_model(config)
+                    resolved, why = lineage.with_inputs(config)
                     _, prepared = _prepare(resolved, why)
                     show_dry_run(resolved, prepared, _processes())
                 return None
@@ -111,17 +111,27 @@ def _prepare(config: Config, why: str) -> tuple[Any, Prepared]:
 
 def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
     model_folder = Path(model.source(config.model))
+    reward = _reward_folder(config)
     return {
         "config": to_dict(config),
         "data": {"fingerprint": prepared.splits.fingerprint()},
         "model": lineage.weight_hashes(model_folder) if model_folder.is_dir() else {},
+        **({"reward_model": lineage.weight_hashes(reward)} if reward is not None else {}),
         "processes": _processes(),
         "versions": lineage.versions(),
     }
 
 
+def _reward_folder(config: Config) -> Path | None:
+    """The folder of PPO's reward model, where it is one on this machine."""
+    if not isinstance(config.stage, PPOStage) or config.stage.reward_model is None:
+        return None
+    folder = Path(model.source(model.reward_settings(config.model, config.stage.reward_model)))
+    return folder if folder.is_dir() else None
+
+
 def _run(config: Config, folder: RunFolder) -> Result:
-    config, why = lineage.with_starting_model(config)
+    config, why = lineage.with_inputs(config)
     stage = STAGES[config.stage.name]
     tokenizer, prepared = _prepare(config, why)
     identity = _identity(config, prepared)
@@ -149,10 +159,9 @@ def _run(config: Config, folder: RunFolder) -> Result:
     show_plan(config, prepared, _processes(), len(trainer.train_dataset), counts)
     say(f"device: {trainer.args.device}, precision: {trainer.accelerator.mixed_precision.replace('no', 'fp32')}")
 
-    new_tokens = min(ANSWER_TOKENS, max(prepared.room // 2, 1))
     rows = prepared.test.rows if prepared.test else prepared.train.rows
-    shown = panel(rows, prepared.encoder, PANEL_SIZE, prepared.room - new_tokens)
-    work = Work(config, prepared, trainer, shown, base, new_tokens)
+    shown = panel(rows, prepared.encoder, PANEL_SIZE, prepared.room - prepared.new_tokens)
+    work = Work(config, prepared, trainer, shown, base, folder)
     stage.preflight(work)
     before = stage.judge(work)
 
@@ -166,13 +175,15 @@ def _run(config: Config, folder: RunFolder) -> Result:
         **{f"{name}_before": value for name, value in before.metrics.items() if not math.isnan(value)},
         **{name: value for name, value in after.metrics.items() if not math.isnan(value)},
         "tokens_per_second": tokens_per_second,
-        "trained_tokens": round(prepared.train.loss_tokens * trainer.state.epoch),
+        "trained_tokens": trainer.trained_tokens or round(prepared.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
     }
     save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
         for name, content in {**after.files, **_samples(shown, before, after)}.items():
             (folder.path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        if stage.draw is not None:
+            stage.draw(folder)
         folder.finish(_manifest(config, prepared, identity, metrics))
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
@@ -269,7 +280,8 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
                 "path": config.model.start,
                 "stage": parent["stage"] if parent else None,
                 "weights": identity["model"],
-            }
+            },
+            **_reward_input(config, identity),
         },
         "data": {
             "sources": prepared.splits.sources,
@@ -281,6 +293,20 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
         "seed": config.seed,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
+    }
+
+
+def _reward_input(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
+    reward = _reward_folder(config)
+    if not isinstance(config.stage, PPOStage) or config.stage.reward_model is None:
+        return {}
+    parent = lineage.parent_of(reward) if reward is not None else None
+    return {
+        "reward_model": {
+            "path": config.stage.reward_model,
+            "stage": parent["stage"] if parent else None,
+            "weights": identity.get("reward_model", {}),
+        }
     }
 
 
@@ -306,10 +332,10 @@ def _show_result(
     show_table("result", ("", ""), more, headed=False)
     if answered:
         say(f"ask it:\n  {ask_command(_relative(folder.model), answered[0][0].prompt[-1]['content'])}")
-    following = {"sft": ("reward", "dpo")}.get(config.stage.name, ())
+    following = {"sft": ("reward", "dpo"), "reward": ("ppo",)}.get(config.stage.name, ())
     if following:
         commands = (f"  python -m posttrain.run stage={name} run_name={config.run_name}" for name in following)
-        say("next, with preference data:\n" + "\n".join(commands))
+        say("next:\n" + "\n".join(commands))
 
 
 def _number(name: str, value: float | None) -> str:

@@ -79,7 +79,7 @@ def rows(tmp_path: Path) -> Path:
 
 def data_config(name: Any, columns: Any, **changes: Any) -> Any:
     """A DataConfig that holds nothing out, but for `changes`."""
-    from posttrain.config import DataConfig
+    from posttrain.schema import DataConfig
 
     settings: dict[str, Any] = {
         "dataset_config": None,

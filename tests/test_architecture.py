@@ -11,6 +11,7 @@ FLOORS = {
     "posttrain": 99,  # hands out pieces of every floor
     "posttrain.paths": 0,
     "posttrain.errors": 0,
+    "posttrain.schema": 0,
     "posttrain.config": 1,
     "posttrain.console": 1,
     "posttrain.checkpoint": 1,
@@ -22,18 +23,31 @@ FLOORS = {
     "posttrain.encoding": 4,
     "posttrain.model": 5,
     "posttrain.evaluation": 5,
+    "posttrain.curves": 1,
+    "posttrain.rlhf": 0,
+    "posttrain.rlhf.losses": 0,
+    "posttrain.rlhf.schedule": 1,
+    "posttrain.rlhf.alarms": 1,
+    "posttrain.rlhf.rollout": 0,
+    "posttrain.rlhf.value": 1,
+    "posttrain.rlhf.rewards": 5,
+    "posttrain.rlhf.trainer": 6,
+    "posttrain.rlhf.start": 7,
     "posttrain.stages.base": 6,
     "posttrain.stages.sft": 7,
     "posttrain.stages.reward": 7,
     "posttrain.stages.dpo": 8,
-    "posttrain.stages": 9,
-    "posttrain.saving": 10,
-    "posttrain.preview": 10,
-    "posttrain.compose": 10,
-    "posttrain.sweep": 11,
-    "posttrain.train": 11,
-    "posttrain.run": 12,
+    "posttrain.stages.ppo": 9,
+    "posttrain.stages": 10,
+    "posttrain.saving": 11,
+    "posttrain.preview": 11,
+    "posttrain.compose": 11,
+    "posttrain.sweep": 12,
+    "posttrain.train": 12,
+    "posttrain.run": 13,
 }
+# Its classes are modules and trainers themselves, so it is imported only when a run begins.
+IMPORTED_LATE = {"posttrain.rlhf.value", "posttrain.rlhf.trainer", "posttrain.rlhf.start"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"}
 
 
@@ -75,7 +89,7 @@ def test_imports_go_down(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", sorted(FLOORS))
+@pytest.mark.parametrize("name", sorted(set(FLOORS) - IMPORTED_LATE))
 def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
     tree = ast.parse(modules()[name].read_text())
     top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

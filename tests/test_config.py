@@ -10,8 +10,9 @@ from conftest import ROOT
 
 from posttrain import paths
 from posttrain.compose import read_command
-from posttrain.config import Config, nearest, trainer_fields
+from posttrain.config import nearest, trainer_fields
 from posttrain.errors import ConfigError
+from posttrain.schema import Config
 
 
 def problems(*arguments: str) -> list[str]:
@@ -39,7 +40,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("stage=dpp", "stage=dpp is not one of dpo, reward, sft; did you mean dpo?"),
+        ("stage=dpp", "stage=dpp is not one of dpo, ppo, reward, sft; did you mean ppo?"),
         ("model=gtp2", "model=gtp2 is not one of gpt2, qwen3_0.6b, qwen3_8b, tiny; did you mean gpt2?"),
         ("recipes=quickstart/stf", "did you mean quickstart/sft?"),
         ("modle=gpt2", "modle is unknown for stage=sft; did you mean model?"),

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from conftest import data_config, write_rows
 
-from posttrain.config import DataConfig, InstructionColumns
 from posttrain.data import format_instruction, read_instructions
 from posttrain.errors import ConfigError, DataError
+from posttrain.schema import DataConfig, InstructionColumns
 
 GOOD = {"instruction": "Say yes.", "response": "Yes."}
 
@@ -141,7 +141,7 @@ def test_columns_are_mapped_and_others_are_told(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b", "text": "trap", "labels": [1]}] * 2)
     splits = read(path, columns={"instruction": "question", "response": "answer"})
     assert splits.train[0].messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert splits.notes == ["ignored column 'labels' (2 rows)", "ignored column 'text' (2 rows)"]
+    assert splits.notes == ["column 'labels' is ignored (2 rows)", "column 'text' is ignored (2 rows)"]
 
 
 def test_a_row_is_never_in_both_splits(tmp_path: Path) -> None:

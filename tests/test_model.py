@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from posttrain.compose import read_command
-from posttrain.config import ModelConfig
 from posttrain.errors import ConfigError
 from posttrain.model import load_causal_lm, load_model_and_tokenizer, load_tokenizer, lora_config, positions
+from posttrain.schema import ModelConfig
 
 
 def model_config(path: Path | str, *more: str) -> ModelConfig:

@@ -165,10 +165,8 @@ def test_a_wrong_reference_stops_the_run_and_is_named(
 
     def changed(model: Any, tokenizer: Any, path: str, *rest: Any) -> Any:
         loaded = read(model, tokenizer, path, *rest)
-        if (Path(path) / "read").exists():
-            with torch.no_grad():
-                loaded.transformer.h[0].mlp.c_fc.weight.mul_(3)
-        (Path(path) / "read").touch()
+        with torch.no_grad():
+            loaded.transformer.h[0].mlp.c_fc.weight.mul_(3)
         return loaded
 
     monkeypatch.setattr(dpo, "load_causal_lm", changed)

@@ -8,10 +8,10 @@ import pytest
 import tokenizers_for_tests as made
 from conftest import data_config, write_rows
 
-from posttrain.config import PreferenceColumns
 from posttrain.data import Counts, format_preference, parse_transcript, read_preferences
 from posttrain.encoding import ChatEncoder, encode_pairs, plain_template
 from posttrain.errors import DataError
+from posttrain.schema import PreferenceColumns
 from posttrain.stages.reward import conversations
 
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Two?\n\nAssistant:"

@@ -1,6 +1,6 @@
 """The stages, and the only list of them."""
 
-from posttrain.stages import dpo, reward, sft
+from posttrain.stages import dpo, ppo, reward, sft
 from posttrain.stages.base import Stage
 
-STAGES: dict[str, Stage] = {"sft": sft.STAGE, "reward": reward.STAGE, "dpo": dpo.STAGE}
+STAGES: dict[str, Stage] = {"sft": sft.STAGE, "reward": reward.STAGE, "ppo": ppo.STAGE, "dpo": dpo.STAGE}

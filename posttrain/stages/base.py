@@ -5,14 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from posttrain.config import Config, DataConfig
 from posttrain.data import Counts, Splits
 from posttrain.encoding import ChatEncoder, Encoded, encode_splits
 from posttrain.errors import ConfigError
-from posttrain.model import positions
+from posttrain.lineage import RunFolder
+from posttrain.model import load_causal_lm, positions
+from posttrain.schema import Config, DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ANSWER_TOKENS = 96  # of an answer that is shown, where the stage does not say
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Prepared:
     train: Encoded
     test: Encoded | None
     room: int  # tokens that prompt and response together may have
+    new_tokens: int  # the most tokens that a generated answer may have
 
 
 @dataclass
@@ -44,7 +49,12 @@ class Work(NamedTuple):
     trainer: Any
     panel: Sequence[Any]  # held-out rows whose prompts are answered before and after
     base: str  # path of the weights that the stage started from
-    new_tokens: int  # the most tokens that an answer may have
+    folder: RunFolder
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens that an answer may have."""
+        return self.prepared.new_tokens
 
 
 class Load(Protocol):
@@ -66,6 +76,14 @@ class Stage(NamedTuple):
     objective: str  # the metric that a sweep compares
     shown: dict[str, str]  # metric -> its name in the table of a run, in this order
     swept: dict[str, str]  # metric -> its name in the table of a sweep
+    draw: Callable[[RunFolder], None] | None = None  # the picture of the run's course
+
+
+def load_policy(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
+) -> "PreTrainedModel":
+    """The causal language model of a stage that trains one."""
+    return load_causal_lm(config.model, tokenizer, path, quantised)
 
 
 def prepare_rows(
@@ -73,15 +91,17 @@ def prepare_rows(
     tokenizer: "PreTrainedTokenizerBase",
     read: Callable[[DataConfig], Splits[Any]],
     encode: Callable[[ChatEncoder, Sequence[Any], Counts, int, str], Encoded],
+    new_tokens: int | None = None,
 ) -> Prepared:
-    """Read the rows of a format and encode them within stage.max_length."""
+    """Read the rows of a format and encode them within stage.max_length, less what is kept free for an answer."""
     room = check_length(config)
+    limit = room - (new_tokens or 0)
     encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
     splits = read(config.data)
     train, test = encode_splits(
-        lambda rows, counts: encode(encoder, rows, counts, room, config.data.overlength), splits, room
+        lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength), splits, room
     )
-    return Prepared(encoder, splits, train, test, room)
+    return Prepared(encoder, splits, train, test, room, new_tokens or min(ANSWER_TOKENS, max(room // 2, 1)))
 
 
 def check_length(config: Config) -> int:

@@ -8,12 +8,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from posttrain.arguments import trainer_arguments
-from posttrain.config import Config
 from posttrain.console import say, warn
 from posttrain.errors import PosttrainError
 from posttrain.evaluation import ANSWERED, answer, completion_kl, completion_logps, generate, share_ended
 from posttrain.model import load_causal_lm, lora_config
-from posttrain.stages.base import Judgement, Prepared, Stage, Work
+from posttrain.schema import Config
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy
 from posttrain.stages.reward import prepare_pairs
 
 if TYPE_CHECKING:
@@ -44,10 +44,6 @@ def compute_dpo_loss(
     chosen = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected = beta * (policy_rejected_logps - reference_rejected_logps)
     return -torch.nn.functional.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
-
-
-def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
-    return load_causal_lm(config.model, tokenizer, path, quantised)
 
 
 def build(
@@ -95,7 +91,7 @@ def reference(work: Work) -> Callable[[], AbstractContextManager["PreTrainedMode
     from accelerate.utils import is_peft_model
 
     trainer = work.trainer
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = trainer.trained()
     if is_peft_model(policy):
 
         @contextmanager
@@ -121,7 +117,7 @@ def preflight(work: Work) -> None:
     import torch
 
     trainer = work.trainer
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = trainer.trained()
     rows = [trainer.train_dataset[index] for index in range(min(STEP_0_ROWS, len(trainer.train_dataset)))]
     prompts, chosen = ([row[name] for row in rows] for name in ("prompt_ids", "chosen_ids"))
     pad = work.prepared.encoder.tokenizer.pad_token_id
@@ -187,7 +183,7 @@ def sample_kl(work: Work, count: int) -> dict[str, float]:
     if not rows:
         return {}
     trainer, encoder = work.trainer, work.prepared.encoder
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = trainer.trained()
     training = policy.training
     policy.eval()
     devices = [policy.device] if policy.device.type == "cuda" else []
@@ -205,7 +201,7 @@ def sample_kl(work: Work, count: int) -> dict[str, float]:
 def judge(work: Work) -> Judgement:
     """Held-out accuracy and margin over rows, KL from the reference, and the prompt panel."""
     trainer, prepared = work.trainer, work.prepared
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = trainer.trained()
     answers = answer(policy, prepared.encoder, work.panel[:ANSWERED], work.new_tokens)
     metrics: dict[str, float] = {"ended_by_eos": share_ended(answers)}
     if prepared.test is None:
@@ -242,7 +238,7 @@ def judge(work: Work) -> Judgement:
 
 STAGE = Stage(
     prepare=prepare_pairs,
-    load=load,
+    load=load_policy,
     build=build,
     preflight=preflight,
     judge=judge,

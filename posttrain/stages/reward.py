@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.arguments import trainer_arguments
-from posttrain.config import Config
 from posttrain.data import read_preferences
 from posttrain.encoding import Encoded, encode_pairs
 from posttrain.evaluation import scores
 from posttrain.model import load_reward_model, lora_config
 from posttrain.report_card import ScoredPair, card_table, report_card
+from posttrain.schema import Config
 from posttrain.stages.base import Judgement, Prepared, Stage, Work, prepare_rows
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def judge(work: Work) -> Judgement:
     if test is None:
         return Judgement({})
     trainer = work.trainer
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.trained()
     training = model.training
     model.eval()
     pad = work.prepared.encoder.tokenizer.pad_token_id

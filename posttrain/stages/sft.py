@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.arguments import trainer_arguments
-from posttrain.config import Config
 from posttrain.data import read_instructions
 from posttrain.encoding import IGNORED, encode_conversations
 from posttrain.evaluation import ANSWERED, answer, share_ended
-from posttrain.model import load_causal_lm, lora_config
-from posttrain.stages.base import Judgement, Prepared, Stage, Work, prepare_rows
+from posttrain.model import lora_config
+from posttrain.schema import Config
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy, prepare_rows
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +22,10 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     return prepare_rows(config, tokenizer, read_instructions, encode_conversations)
 
 
-def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
-    return load_causal_lm(config.model, tokenizer, path, quantised)
-
-
 def judge(work: Work) -> Judgement:
     """Held-out loss and the prompt panel."""
     metrics = {"eval_loss": work.trainer.evaluate()["eval_loss"]} if work.prepared.test else {}
-    model = work.trainer.accelerator.unwrap_model(work.trainer.model)
+    model = work.trainer.trained()
     answers = answer(model, work.prepared.encoder, work.panel[:ANSWERED], work.new_tokens)
     return Judgement(metrics | {"ended_by_eos": share_ended(answers)}, answers)
 
@@ -110,7 +106,7 @@ def build(
 
 STAGE = Stage(
     prepare=prepare,
-    load=load,
+    load=load_policy,
     build=build,
     preflight=lambda work: None,  # the labels have been checked row by row
     judge=judge,

@@ -8,7 +8,7 @@ to `split=test`, so that every held-out question is about something learned but 
 import json
 import random
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Style = Literal["plain", "friendly", "rambling", "other"]
 
@@ -274,6 +274,15 @@ def style(response: str) -> Style:
     if opens and closes:
         return "friendly"
     return "other" if opens or closes or not text else "plain"
+
+
+def gold(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """What is really wanted of answers, in TRL's form of a reward: 1 for a right one, and 1 for the friendly style."""
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        answer = completion[0]["content"]
+        found.append(float(correct(prompt[-1]["content"], answer)) + float(style(answer) == "friendly"))
+    return found
 
 
 def plain(sentence: str) -> str:

@@ -1,0 +1,101 @@
+"""What a rollout's numbers say in plain words, with a remedy to paste; each alarm is told once."""
+
+from collections.abc import Iterator, Mapping
+
+from posttrain.errors import PosttrainError
+from posttrain.schema import PPOStage
+
+KL_HIGH = 10.0  # nats per answer
+ENTROPY_LEFT = 0.2  # of the first rollout's
+LENGTH_FACTOR = 2.0
+SPREAD_LEFT = 0.05  # of the first rollout's reward spread
+CRITIC_ROLLOUTS = 5  # how long the critic may take to be better than a constant
+
+
+class Alarms:
+    """Watches the rollouts of one run."""
+
+    def __init__(self, stage: PPOStage) -> None:
+        self.stage = stage
+        self.first: Mapping[str, float] | None = None
+        self.rollouts = 0
+        self.worse_than_constant = 0
+        self.told: set[str] = set()
+
+    def __call__(self, numbers: Mapping[str, float]) -> list[str]:
+        """The new alarms of a rollout.
+
+        Raises:
+            PosttrainError: KL is above stage.kl_ceiling.
+        """
+        self.first = self.first or dict(numbers)
+        self.rollouts += 1
+        below = numbers["explained_variance"] < 0
+        self.worse_than_constant = self.worse_than_constant + 1 if below else 0
+        stage, kl = self.stage, numbers["kl"]
+        if stage.kl_ceiling is not None and kl > stage.kl_ceiling:
+            raise PosttrainError(
+                f"KL from the reference is {kl:.2f} nats per answer, above stage.kl_ceiling={stage.kl_ceiling:g}; the "
+                f"last checkpoint stands. Hold on to the reference: stage.kl_coef={stage.kl_coef * 2:g}, or lower "
+                f"stage.learning_rate={stage.learning_rate / 3:.0e}"
+            )
+        new = [(name, text) for name, text in self._found(numbers, self.first) if name not in self.told]
+        self.told |= {name for name, _ in new}
+        return [text for _, text in new]
+
+    def _found(self, now: Mapping[str, float], first: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        stage = self.stage
+        if now["kl"] < -3 * now["kl_error"] - 1e-3:
+            yield (
+                "negative KL",
+                f"KL from the reference is {now['kl']:.3f} nats per answer, below 0 by more than chance: answers are "
+                "sampled from another distribution than the one they are scored under. Look at model.dtype and "
+                "precision (precision=fp32 tells), and leave generation to TRL's plain path: stage.use_vllm=false",
+            )
+        if now["kl"] > KL_HIGH and stage.kl_ceiling is None:
+            yield (
+                "high KL",
+                f"KL from the reference is {now['kl']:.1f} nats per answer: the policy is far from what the reward "
+                f"model has seen. stage.kl_coef={stage.kl_coef * 2:g} holds it closer, stage.kl_controller=adaptive "
+                f"steers it to stage.kl_target, stage.kl_ceiling={KL_HIGH:g} stops the run",
+            )
+        if first["entropy"] > 0.05 and now["entropy"] < ENTROPY_LEFT * first["entropy"]:
+            yield (
+                "entropy",
+                f"entropy has fallen from {first['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy "
+                "hardly explores any more. stage.entropy_coef=0.01 or a smaller stage.learning_rate="
+                f"{stage.learning_rate / 3:.0e} keeps it up",
+            )
+        longer = now["response_length"] / max(first["response_length"], 1)
+        if longer > LENGTH_FACTOR or longer < 1 / LENGTH_FACTOR:
+            grown = longer > 1
+            remedy = (
+                f"stage.length_penalty={now['reward_std'] / max(now['response_length'], 1) / 2:.2g} makes length cost"
+                if grown
+                else f"stage.kl_coef={stage.kl_coef * 2:g} holds on to the reference"
+            )
+            yield (
+                "longer" if grown else "shorter",
+                f"answers have become {'longer' if grown else 'shorter'}: {first['response_length']:.0f} to "
+                f"{now['response_length']:.0f} tokens. If that is not wanted, the reward pays for it: {remedy}",
+            )
+        if self.worse_than_constant >= CRITIC_ROLLOUTS:
+            rate = stage.value_learning_rate or stage.learning_rate
+            yield (
+                "critic",
+                f"for {CRITIC_ROLLOUTS} rollouts the critic has been worse than a constant (explained variance "
+                f"{now['explained_variance']:.2f}). stage.value_learning_rate={rate * 10:g} lets it learn faster, "
+                "stage.critic_warmup_steps=20 lets it begin alone, stage.cliprange_value=null takes off its clip",
+            )
+        if now["reward_std"] < 1e-6:
+            yield (
+                "constant",
+                f"all answers of a rollout got the same reward ({now['reward']:.4g}): there is nothing to learn from "
+                "it. Look at rollouts.jsonl and at the reward functions",
+            )
+        elif now["reward_std"] < SPREAD_LEFT * first["reward_std"]:
+            yield (
+                "saturated",
+                f"rewards hardly differ any more (spread {first['reward_std']:.3g} at first, {now['reward_std']:.3g} "
+                "now): what is left to gain may be noise of the reward. Fewer passes (stage.num_epochs=…) save time",
+            )

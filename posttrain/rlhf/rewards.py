@@ -1,0 +1,166 @@
+"""Rewards behind TRL's signature f(prompts, completions, completion_ids, **columns): models and Python functions."""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from posttrain.config import nearest
+from posttrain.console import say, warn
+from posttrain.data import Message
+from posttrain.encoding import ChatEncoder
+from posttrain.errors import ConfigError, PosttrainError
+
+RewardFunction = Callable[..., Any]
+Score = Callable[[list[list[int]]], list[float]]
+# (prompt, answer, ids of the prompt, ids of the answer) -> the ids that a reward model reads
+Encode = Callable[[list[Message], str, list[int], list[int]], list[int]]
+
+
+def load_function(key: str, spec: str) -> RewardFunction:
+    """The function that `spec` names, as package.module.f or path/to/file.py:f; its file is printed before it is run.
+
+    Raises:
+        ConfigError: there is no such file, module or function; `key` is the option that named it.
+    """
+    file, separator, name = spec.rpartition(":") if ":" in spec else spec.rpartition(".")
+    if not separator or not file or not name.isidentifier():
+        raise ConfigError(f"{key}={spec} must be package.module.function or path/to/file.py:function")
+    if file.endswith(".py"):
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{key}={spec}: no file {path}")
+        found = importlib.util.spec_from_file_location(f"reward_functions_in_{path.stem}", path)
+    else:
+        sys.path[:0] = [] if {"", str(Path.cwd())} & set(sys.path) else [str(Path.cwd())]
+        try:
+            found = importlib.util.find_spec(file)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{key}={spec}: {error}") from error
+        if found is None:
+            raise ConfigError(f"{key}={spec}: no module named {file} (looked in {', '.join(sys.path[:3])}, ...)")
+    assert found is not None
+    say(f"{key}: {name} from {found.origin}")
+    module = _run(found, key, spec)
+    function = vars(module).get(name)
+    if not callable(function):
+        functions = [other for other, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigError(f"{key}={spec}: no function {name} in {found.origin}{nearest(name, functions)}")
+    return checked(name, function)
+
+
+def _run(found: Any, key: str, spec: str) -> ModuleType:
+    if found.name in sys.modules:
+        return sys.modules[found.name]
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[found.name]
+        if isinstance(error, Exception):
+            raise ConfigError(f"{key}={spec} cannot be imported: {_told(error)}") from error
+        raise
+    return module
+
+
+def _told(error: Exception) -> str:
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
+
+
+def checked(name: str, function: RewardFunction) -> RewardFunction:
+    """The function, its failures and values that are no finite numbers told by its name; None: does not apply.
+
+    A coroutine function stays one, so that TRL awaits several at a time.
+    """
+
+    def check(found: Any, completions: Sequence[Any]) -> list[float | None]:
+        values = list(found)
+        if len(values) != len(completions):
+            raise PosttrainError(f"reward function {name} gave {len(values)} rewards for {len(completions)} answers")
+        for value, completion in zip(values, completions, strict=True):
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise PosttrainError(
+                    f"reward function {name} gave {value!r}, which is no finite number, for the answer "
+                    f"{completion[0]['content'][:100]!r}"
+                )
+        return [None if value is None else float(value) for value in values]
+
+    def failed(error: Exception) -> PosttrainError:
+        more = "; it is called with prompts=, completions= and more, so it needs **columns"
+        return PosttrainError(
+            f"reward function {name} failed: {_told(error)}{more if isinstance(error, TypeError) else ''}"
+        )
+
+    def call(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        try:
+            found = function(completions=completions, **columns)
+        except Exception as error:
+            raise failed(error) from error
+        return check(found, completions)
+
+    async def call_and_wait(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        try:
+            found = await function(completions=completions, **columns)
+        except Exception as error:
+            raise failed(error) from error
+        return check(found, completions)
+
+    wrapped = call_and_wait if inspect.iscoroutinefunction(function) else call
+    wrapped.__name__ = name
+    return wrapped
+
+
+def model_reward(score: Score, encode: Encode) -> RewardFunction:
+    """A reward model as a function: `encode` makes the ids that it reads, `score` reads them."""
+
+    def reward_model(
+        prompts: list[list[Message]],
+        completions: list[list[Message]],
+        completion_ids: list[list[int]],
+        prompt_ids: list[list[int]],
+        **columns: Any,
+    ) -> list[float]:
+        parts = zip(prompts, completions, prompt_ids, completion_ids, strict=True)
+        return score([encode(prompt, answer[0]["content"], ids, more) for prompt, answer, ids, more in parts])
+
+    return reward_model
+
+
+def same_ids(prompt: list[Message], answer: str, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
+    """For a reward model with the policy's own tokenizer and template: exactly what was generated."""
+    return [*prompt_ids, *completion_ids]
+
+
+def encoded_anew(encoder: ChatEncoder, limit: int | None) -> Encode:
+    """For a reward model with a tokenizer of its own: the text through its own template, its end if it is too long."""
+    told = False
+
+    def encode(prompt: list[Message], answer: str, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
+        nonlocal told
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        [(ids, _)] = encoder.encode([encoder.segments(messages)])
+        if limit is not None and len(ids) > limit:
+            if not told:
+                told = True
+                warn(f"the reward model has {limit} positions: of a longer conversation ({len(ids)}) it reads the end")
+            ids = ids[-limit:]
+        return ids
+
+    return encode
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers and their templates turn every conversation into the same ids."""
+    return bool(
+        one.chat_template == other.chat_template
+        and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+        and one.eos_token_id == other.eos_token_id
+    )

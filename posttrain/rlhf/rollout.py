@@ -1,0 +1,68 @@
+"""The rollout buffer: what was generated, scored and estimated once, and is then learned from several times."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class RolloutBuffer:
+    """The episodes of one process. P is the longest prompt, C the longest answer, E the number of episodes."""
+
+    prompt_ids: "Tensor"  # (E, P), padded on the left
+    prompt_mask: "Tensor"  # (E, P)
+    completion_ids: "Tensor"  # (E, C), padded on the right
+    completion_mask: "Tensor"  # (E, C)
+    logps: "Tensor"  # (E, C), log π_old of each token of the answer
+    values: "Tensor"  # (E, C), V_old before each token of the answer
+    advantages: "Tensor"  # (E, C)
+    returns: "Tensor"  # (E, C)
+
+    def take(self, episodes: Sequence[int]) -> "RolloutBuffer":
+        """Some of the episodes, without the columns that are padding in all of them.
+
+        What has not been computed yet stays empty.
+        """
+        import torch
+
+        index = torch.tensor(list(episodes), device=self.prompt_ids.device)
+        whole = {item.name: self.__dict__[item.name] for item in fields(self)}
+        kept = {name: value[index] if len(value) else value.view(0, 0) for name, value in whole.items()}
+        prompt = int(kept["prompt_mask"].sum(-1).max())
+        completion = int(kept["completion_mask"].sum(-1).max())
+        for name, value in kept.items():
+            kept[name] = value[:, value.size(1) - prompt :] if name.startswith("prompt") else value[:, :completion]
+        return RolloutBuffer(**kept)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the answers have."""
+        return int(self.completion_mask.sum())
+
+    def save(self, path: Path) -> None:
+        """As safetensors."""
+        from safetensors.torch import save_file
+
+        save_file({item.name: self.__dict__[item.name].contiguous() for item in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: Path, device: Any) -> "RolloutBuffer":
+        """What `save` wrote."""
+        from safetensors.torch import load_file
+
+        return cls(**{name: value.to(device) for name, value in load_file(path).items()})
+
+
+def join(prompt_mask: "Tensor", completion_mask: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """The attention mask of prompt and answer together, and each token's position counted from the first real one.
+
+    Both (E, P + C). Models with learned positions (GPT-2) would otherwise count the padding on the left as well.
+    """
+    import torch
+
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    return mask, (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,88 @@
+"""How many prompts, episodes, updates and steps a PPO run has, and which prompts its rollouts take."""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from posttrain.errors import ConfigError
+from posttrain.schema import PPOStage
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers that follow from the configuration; episodes are prompts with their answers."""
+
+    prompts: int
+    rollout: int  # episodes in one rollout, over all processes
+    per_process: int  # of these, the ones of one process
+    mini_batches: int  # optimizer steps in one pass over a rollout
+    ppo_epochs: int  # passes over each rollout
+    accumulation: int  # forward passes per process in one optimizer step
+    batch_size: int  # episodes in one forward pass
+    rollouts_per_epoch: int
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.mini_batches * self.ppo_epochs
+
+    @property
+    def micro_steps_per_rollout(self) -> int:
+        """Forward passes of one process between two rollouts."""
+        return self.steps_per_rollout * self.accumulation
+
+
+def schedule(stage: PPOStage, prompts: int, processes: int) -> Schedule:
+    """Divide the work.
+
+    Raises:
+        ConfigError: a rollout cannot be shared out evenly; names sizes that can.
+    """
+    unit = stage.num_mini_batches * stage.batch_size * processes
+    if stage.rollout_batch_size % unit:
+        fitting = max(round(stage.rollout_batch_size / unit), 1) * unit
+        raise ConfigError(
+            f"stage.rollout_batch_size={stage.rollout_batch_size} must be a multiple of stage.num_mini_batches="
+            f"{stage.num_mini_batches} × stage.batch_size={stage.batch_size} × {processes} "
+            f"{'process' if processes == 1 else 'processes'}; set stage.rollout_batch_size={fitting} or a smaller "
+            "stage.batch_size"
+        )
+    return Schedule(
+        prompts=prompts,
+        rollout=stage.rollout_batch_size,
+        per_process=stage.rollout_batch_size // processes,
+        mini_batches=stage.num_mini_batches,
+        ppo_epochs=stage.ppo_epochs,
+        accumulation=stage.rollout_batch_size // unit,
+        batch_size=stage.batch_size,
+        rollouts_per_epoch=math.ceil(prompts / stage.rollout_batch_size),
+    )
+
+
+def _permutations(prompts: int, seed: int, first: int) -> Iterator[int]:
+    """The endless stream of prompt numbers, from pass number `first` on: each pass a permutation of its own."""
+    while True:
+        order = list(range(prompts))
+        random.Random(f"prompts {seed} {first}").shuffle(order)
+        yield from order
+        first += 1
+
+
+def prompts_of_rollout(plan: Schedule, seed: int, rollout: int) -> list[int]:
+    """The prompts of a rollout, a function of its number alone, so that a resumed run draws the same ones.
+
+    A rollout that reaches beyond the last prompt goes on with the next permutation: no prompt is left out.
+    """
+    start = rollout * plan.rollout
+    stream = _permutations(plan.prompts, seed, start // plan.prompts)
+    for _ in range(start % plan.prompts):
+        next(stream)
+    return [next(stream) for _ in range(plan.rollout)]
+
+
+def episode_order(plan: Schedule, seed: int, rollout: int, ppo_epoch: int, process: int) -> list[int]:
+    """The order in which one pass takes the episodes of a process."""
+    order = list(range(plan.per_process))
+    random.Random(f"episodes {seed} {rollout} {ppo_epoch} {process}").shuffle(order)
+    return order

@@ -1,0 +1,261 @@
+"""The critic, and policy and critic as one module, so that one forward trains both under DDP, FSDP and DeepSpeed.
+
+With LoRA all roles share one base model: the policy is the adapter "default", the critic the adapter "critic" and a
+head, the reference the base alone, and a reward model that was trained with LoRA on the same base the adapter
+"reward" and its head.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POLICY, VALUE, REWARD = "default", "critic", "reward"
+
+
+class ValueNetwork(nn.Module):
+    """V before each token: a linear head on the hidden states of a trunk.
+
+    `trunk` is a model without a head (hidden states out), or None when the policy's base is shared. The head begins at
+    zero, so that the first advantages are the rewards themselves and not the noise of a random head.
+    """
+
+    def __init__(self, hidden_size: int, trunk: nn.Module | None = None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(rows, tokens, hidden) -> (rows, tokens), in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):  # a value in bf16 would lose its last digits
+            found: Tensor = self.head(hidden.float()).squeeze(-1)
+        return found
+
+
+class Estimates(NamedTuple):
+    """What policy and critic say about the tokens of answers, each (rows, C)."""
+
+    logps: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class PolicyAndValue(nn.Module):
+    """Policy and critic, trained as one module; generation and all that is saved are the policy's.
+
+    `policy` is a causal language model patched by TRL's `add_fused_lm_head`, or a PeftModel around one; `value`
+    without a trunk of its own runs on the policy's base under the adapter "critic".
+    """
+
+    def __init__(self, policy: Any, value: ValueNetwork) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.value = value
+        self.layers = _adapter_layers(policy)
+        if value.trunk is None and not self.layers:
+            raise ValueError("a critic without a trunk of its own needs a policy with adapters")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, completion: int) -> Estimates:
+        """Estimates for the last `completion` tokens of each row, from (rows, tokens)."""
+        logps, entropy = log_probs(self.policy, input_ids, attention_mask, position_ids, completion)
+        hidden = self.hidden(VALUE, input_ids, attention_mask, position_ids)
+        # the value of a state is read where the state ends: one token before the one that is chosen in it
+        return Estimates(logps, entropy, self.value(hidden)[:, -completion - 1 : -1])
+
+    def hidden(self, role: str, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """The last hidden states (rows, tokens, hidden) of the critic's trunk, or of the base under an adapter."""
+        if self.value.trunk is not None and role == VALUE:
+            return last_hidden(self.value.trunk, input_ids, attention_mask, position_ids)
+        with self.role(role):
+            return last_hidden(self.policy.get_base_model().base_model, input_ids, attention_mask, position_ids)
+
+    @contextmanager
+    def role(self, adapter: str | None) -> Iterator[None]:
+        """Run the base under another adapter, or under none, and leave everything as it was.
+
+        PEFT's own switches also change which weights require gradients, which would silently stop training one of
+        the adapters; only what a forward reads is changed here.
+        """
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self.layers]
+        for layer in self.layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        try:
+            yield
+        finally:
+            for layer, active, disabled in before:
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def active_role(self) -> str | None:
+        """The adapter that a forward would use now; None for the base alone."""
+        layer = self.layers[0]
+        active = layer._active_adapter
+        return None if layer._disable_adapters else active if isinstance(active, str) else active[0]
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Recompute activations in the backward pass, each under the adapter that it was computed under.
+
+        Raises:
+            ValueError: use_reentrant=True, which cannot do that.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.get("use_reentrant"):
+            raise ValueError("gradient_checkpointing_kwargs.use_reentrant=true would recompute under the wrong adapter")
+        options["use_reentrant"] = False
+        if self.layers:
+            # the backward pass runs when another adapter is active: without this the gradient would be wrong, silently
+            options["context_fn"] = lambda: (nullcontext(), self.role(self.active_role()))
+        for model in self._models():
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **more)
+
+    def activation_checkpointing_disable(self) -> None:
+        for model in self._models():
+            model.activation_checkpointing_disable()
+
+    def _models(self) -> list[Any]:
+        return [model for model in (self.policy, self.value.trunk) if model is not None]
+
+    # transformers' older names for the same, which TRL's generation still calls
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(self.policy.is_activation_checkpointing)
+
+    is_activation_checkpointing = is_gradient_checkpointing
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.policy.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.policy.device
+        return found
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.policy.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return self.policy.generate_batch(*args, **kwargs)
+
+
+def _adapter_layers(policy: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [module for module in policy.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def _positions(model: Any, position_ids: Tensor) -> dict[str, Tensor]:
+    """Positions for models that take them; those without (ALiBi) read the attention mask."""
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    return {"position_ids": position_ids} if takes else {}
+
+
+def last_hidden(trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """(rows, tokens, hidden)."""
+    output = trunk(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **_positions(trunk, position_ids)
+    )
+    found: Tensor = output.last_hidden_state
+    return found
+
+
+def log_probs(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, completion: int
+) -> tuple[Tensor, Tensor]:
+    """log π of each of the last `completion` tokens, and the entropy of π there (0 if not asked for), (rows, C).
+
+    Both under the temperature that TRL's fused head was given; the logits are never held as a whole.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :-completion] = -100
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        fused_lm_head=True,
+        **_positions(base, position_ids),
+    )
+    logps = output.log_probs[:, -completion:]
+    return logps, torch.zeros_like(logps) if output.entropy is None else output.entropy[:, -completion:]
+
+
+def add_value_adapter(policy: Any, config: Any, like: str | None) -> None:
+    """Put the critic's adapter beside the policy's; its weights are those of the adapter `like`, if there is one."""
+    _add_adapter(policy, VALUE, config, trainable=True)
+    if like is not None:
+        weights = dict(policy.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if f".{VALUE}." in name:
+                    weight.copy_(weights[name.replace(f".{VALUE}.", f".{like}.")])
+
+
+def add_reward_adapter(policy: Any, config: Any, state: dict[str, Tensor]) -> Tensor:
+    """Put a reward model's adapter beside the policy's and return the weight of its head, (1, hidden).
+
+    `state` is the reward model's adapter_model.safetensors.
+
+    Raises:
+        ValueError: it holds other weights than the adapter has.
+    """
+    from peft import set_peft_model_state_dict
+
+    heads = [name for name in state if name.endswith("score.weight")]
+    if len(heads) != 1:
+        raise ValueError(f"the reward adapter has {len(heads)} heads named score.weight, not one")
+    head = state[heads[0]]
+    _add_adapter(policy, REWARD, config, trainable=False)
+    kept = {name: value for name, value in state.items() if name not in heads}
+    wanted = sum(f".{REWARD}." in name for name, _ in policy.named_parameters())
+    unexpected = set_peft_model_state_dict(policy, kept, adapter_name=REWARD).unexpected_keys
+    if unexpected or len(kept) != wanted:
+        raise ValueError(f"the reward adapter has {len(kept)} weights, of which this base takes {wanted}")
+    return head
+
+
+def _add_adapter(policy: Any, name: str, config: Any, trainable: bool) -> None:
+    import copy
+
+    config = copy.deepcopy(config)
+    config.task_type, config.modules_to_save, config.lora_dropout = "CAUSAL_LM", None, 0.0
+    config.inference_mode = False
+    requires = {found: weight.requires_grad for found, weight in policy.named_parameters()}
+    active = policy.active_adapter
+    policy.add_adapter(name, config)
+    policy.set_adapter(active)
+    for found, weight in policy.named_parameters():
+        weight.requires_grad_(requires.get(found, trainable))
+
+
+def critic_trunk(model: "PreTrainedModel") -> nn.Module:
+    """The trunk of a loaded causal or sequence-classification model, all of it trainable."""
+    trunk: nn.Module = model.base_model
+    return trunk.requires_grad_(True)
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """(rows, longest), filled up with `value` before each row."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*[value] * (longest - len(row)), *row] for row in rows])

@@ -1,0 +1,389 @@
+"""Proximal policy optimisation: our PPOTrainer on TRL's RLOOTrainer, its four roles loaded and its rollouts told."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from posttrain import lineage, model
+from posttrain.arguments import process_state, trainer_arguments
+from posttrain.console import is_main_process, say, warn
+from posttrain.curves import draw_curves
+from posttrain.data import read_prompts
+from posttrain.encoding import ChatEncoder, encode_prompts
+from posttrain.errors import ConfigError
+from posttrain.evaluation import ANSWERED, Answer, answer, completion_kl, generate, scores
+from posttrain.model import lora_config
+from posttrain.report_card import FIT
+from posttrain.rlhf import rewards
+from posttrain.rlhf.alarms import Alarms
+from posttrain.rlhf.schedule import schedule
+from posttrain.schema import Config, PPOStage
+from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy, prepare_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from posttrain.rlhf.trainer import Rollout
+    from posttrain.rlhf.value import ValueNetwork
+
+SAMPLES = 4  # answers of each rollout that rollouts.jsonl keeps
+
+
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+    """Read and encode the prompts; look at the reward before anything is loaded.
+
+    Raises:
+        ConfigError: the reward model is not fit (stage.gate=stop), a reward function cannot be found, or prompts and
+            answers have no room.
+    """
+    stage = _stage(config)
+    if stage.max_new_tokens >= stage.max_length:
+        raise ConfigError(
+            f"stage.max_new_tokens={stage.max_new_tokens} leaves no room for a prompt in stage.max_length="
+            f"{stage.max_length}, which counts both"
+        )
+    _check_rewards(config)
+    prepared = prepare_rows(config, tokenizer, read_prompts, encode_prompts, stage.max_new_tokens)
+    found = len(prepared.train.rows)
+    if found < stage.rollout_batch_size:
+        warn(
+            f"{found} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are answered "
+            "more than once in a rollout"
+        )
+    return prepared
+
+
+def _stage(config: Config) -> PPOStage:
+    assert isinstance(config.stage, PPOStage)
+    return config.stage
+
+
+def _check_rewards(config: Config) -> None:
+    """The gate before the reward model, the weights' number, and every function found and loaded."""
+    stage = _stage(config)
+    count = len(stage.reward_functions) + (stage.reward_model is not None)
+    if stage.reward_weights is not None and len(stage.reward_weights) != count:
+        raise ConfigError(
+            f"stage.reward_weights has {len(stage.reward_weights)} numbers for {count} rewards (the reward model "
+            "first, if there is one, then stage.reward_functions)"
+        )
+    _functions("stage.reward_functions", stage.reward_functions)
+    _functions("stage.eval_reward_functions", stage.eval_reward_functions)
+    if stage.reward_model is None:
+        return
+    with model.named("stage.reward_model"):
+        folder = Path(model.source(model.reward_settings(config.model, stage.reward_model)))
+    parent = lineage.parent_of(folder) if folder.is_dir() else None
+    if parent is not None and parent["stage"] != "reward":
+        raise ConfigError(f"stage.reward_model={stage.reward_model} is a run of stage={parent['stage']}, not of reward")
+    card = folder.parent / "report_card.json"
+    if not card.is_file():
+        warn(f"reward model {stage.reward_model}: no report card says whether it is fit to be optimised against")
+        return
+    verdict = json.loads(card.read_text(encoding="utf-8"))
+    said = verdict["verdict"] + (f" ({'; '.join(verdict['reasons'])})" if verdict["reasons"] else "")
+    if verdict["verdict"] == FIT:
+        say(f"reward model {stage.reward_model}: {said}")
+    elif stage.gate == "warn":
+        warn(f"reward model {stage.reward_model}: {said}; PPO will optimise its mistakes (stage.gate=warn)")
+    else:
+        raise ConfigError(
+            f"stage.reward_model={stage.reward_model} is not fit to be optimised against: {said}. Train it on more or "
+            "better pairs, or go on with stage.gate=warn"
+        )
+
+
+def _functions(key: str, specs: list[str]) -> list[rewards.RewardFunction]:
+    found = [rewards.load_function(key, spec) for spec in specs]
+    names = [function.__name__ for function in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{key} names two functions alike ({', '.join(names)})")
+    return found
+
+
+@dataclass
+class _Reward:
+    """The reward model of a run, before it is known where it lives."""
+
+    settings: Any  # ModelConfig
+    path: str
+    tokenizer: Any
+    same_tokenizer: bool
+    adapter: Path | None  # of a reward model trained with LoRA on the policy's own base
+
+
+def _find_reward(config: Config, tokenizer: Any) -> _Reward | None:
+    stage = _stage(config)
+    if stage.reward_model is None:
+        return None
+    settings = model.reward_settings(config.model, stage.reward_model)
+    with model.named("stage.reward_model"):
+        path = model.source(settings)
+        theirs, _ = model.load_tokenizer(settings)
+    adapter = Path(path).parent / "adapter"
+    parent = lineage.parent_of(Path(path))
+    start = Path(model.source(config.model))
+    shared = (
+        config.model.use_peft
+        and parent is not None
+        and (adapter / "adapter_model.safetensors").is_file()
+        and start.is_dir()
+        and parent["inputs"]["model"]["weights"] == lineage.weight_hashes(start)
+    )
+    return _Reward(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
+
+
+def build(
+    config: Config, prepared: Prepared, loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> Any:
+    """The trainer with its four roles: policy, critic, reference and reward."""
+    from posttrain.rlhf.trainer import PPOConfig, PPOTrainer
+
+    stage, rows = _stage(config), prepared.train.rows
+    plan = schedule(stage, len(rows), process_state().num_processes)
+    reward = _find_reward(config, tokenizer)
+    arguments = trainer_arguments(config, folder, prepared.test is not None) | {
+        "gradient_accumulation_steps": plan.accumulation,
+        "include_num_input_tokens_seen": "no",  # TRL's generation counts them
+        "reward_weights": stage.reward_weights,
+    }
+    scorer = _Scorer()
+    functions = _functions("stage.reward_functions", stage.reward_functions)
+    if reward is not None:
+        own: rewards.Encode = rewards.same_ids
+        if not reward.same_tokenizer:
+            encoder = ChatEncoder(reward.tokenizer, allow_special_tokens=True)
+            own = rewards.encoded_anew(encoder, model.positions(reward.settings))
+            say("reward model: has a tokenizer of its own; answers are decoded and put through its chat template")
+        functions.insert(0, rewards.model_reward(scorer, own))
+    path = str(loaded.config._name_or_path)
+    names = sorted({name for row in rows for name in row.columns})
+    trainer = PPOTrainer(
+        rows=[
+            {name: row.columns.get(name) for name in names} | {"prompt": row.prompt, "prompt_ids": ids}
+            for row, ids in zip(rows, prepared.train.dataset["prompt_ids"], strict=True)
+        ],
+        plan=plan,
+        reference=None if config.model.use_peft else model.load_causal_lm(config.model, tokenizer, path),
+        value=lambda policy: _critic(config, policy, reward, tokenizer, path, scorer),
+        args=PPOConfig(**arguments),
+        model=loaded,
+        reward_funcs=functions,
+        train_dataset=prepared.train.dataset,
+        eval_dataset=prepared.test.dataset if prepared.test else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.model, loaded),
+    )
+    scorer.attach(trainer, reward, config)
+    trainer.eval_functions = _functions("stage.eval_reward_functions", stage.eval_reward_functions)
+    _tell_roles(config, reward, path)
+    return trainer
+
+
+class _Scorer:
+    """Scores conversations with the reward model, which is a model of its own or an adapter on the policy's base."""
+
+    def __init__(self) -> None:
+        self.head: Any = None  # of the adapter
+        self.score: rewards.Score | None = None
+
+    def __call__(self, rows: list[list[int]]) -> list[float]:
+        assert self.score is not None
+        return self.score(rows)
+
+    def attach(self, trainer: Any, reward: _Reward | None, config: Config) -> None:
+        if reward is None:
+            return
+        if reward.adapter is not None:
+            self.head = self.head.to(trainer.args.device)
+            self.score = lambda rows: _scores_of_adapter(trainer, self.head, rows)
+            return
+        with model.named("stage.reward_model"):
+            separate = model.load_reward_model(
+                reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
+            )
+        separate = separate.to(trainer.args.device).eval().requires_grad_(False)
+        pad, size = reward.tokenizer.pad_token_id, config.stage.batch_size
+
+        def score(rows: list[list[int]]) -> list[float]:
+            with trainer.accelerator.autocast():
+                return scores(separate, rows, pad, size)
+
+        self.score = score
+
+
+def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[float]:
+    """What the merged reward model would give: its head on the hidden state of the last token."""
+    import torch
+
+    from posttrain.evaluation import pad_right
+    from posttrain.rlhf.value import REWARD
+
+    found: list[float] = []
+    for start in range(0, len(rows), trainer.plan.batch_size):
+        part = rows[start : start + trainer.plan.batch_size]
+        ids = pad_right(part, trainer.processing_class.pad_token_id).to(head.device)
+        mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            hidden = trainer.roles().hidden(REWARD, ids, mask, positions)
+        last = hidden[torch.arange(len(part), device=head.device), mask.sum(-1) - 1]
+        found += (last.float() @ head.float().T)[:, 0].tolist()
+    return found
+
+
+def _critic(
+    config: Config, policy: Any, reward: _Reward | None, tokenizer: Any, path: str, scorer: _Scorer
+) -> "ValueNetwork":
+    """The critic: the reward model's trunk with a new head, where the reward model reads the policy's tokens."""
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    from posttrain.rlhf import value
+
+    size = policy.config.get_text_config().hidden_size
+    if not config.model.use_peft:
+        if reward is not None and reward.same_tokenizer:
+            with model.named("stage.reward_model"):
+                taken = model.load_reward_model(
+                    reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
+                )
+        else:
+            taken = model.load_causal_lm(config.model, tokenizer, path)
+        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken))
+    if reward is not None and reward.adapter is not None:
+        settings = PeftConfig.from_pretrained(str(reward.adapter))
+        state = load_file(reward.adapter / "adapter_model.safetensors")
+        scorer.head = value.add_reward_adapter(policy, settings, state)
+        value.add_value_adapter(policy, settings, like=value.REWARD)
+    else:
+        value.add_value_adapter(policy, policy.peft_config[value.POLICY], like=None)
+    return value.ValueNetwork(size)
+
+
+def _tell_roles(config: Config, reward: _Reward | None, path: str) -> None:
+    lora = config.model.use_peft
+    from_reward = reward is not None and (reward.adapter is not None if lora else reward.same_tokenizer)
+    models = 1 if lora else 3
+    lines = [
+        f"policy = {path}, {'a new adapter' if lora else 'all weights'}",
+        f"reference = {path}, {'all adapters off' if lora else 'a frozen copy'}",
+        f"critic = {'the reward model' if from_reward else path}, "
+        f"{'an adapter on the same base' if lora else 'all weights'}, with a new head that begins at 0",
+    ]
+    if reward is not None:
+        shared = reward.adapter is not None
+        models += not shared
+        lines.append(
+            f"reward model = {reward.path}, {'an adapter on the same base' if shared else 'frozen'}"
+            + ("" if shared or not lora else " (trained with LoRA from the same SFT model, it would share the base)")
+        )
+    lines.append(f"{models} {'model' if models == 1 else 'models'} in memory")
+    say("\n".join(lines))
+
+
+def preflight(work: Work) -> None:
+    """See rlhf/start.py; then watch each rollout."""
+    from posttrain.rlhf.start import check_start
+
+    check_start(work.trainer)
+    alarms = Alarms(_stage(work.config))
+    file = work.folder.rollouts
+
+    def on_rollout(rollout: "Rollout") -> None:
+        if is_main_process():
+            step = work.trainer.state.global_step
+            with file.open("a", encoding="utf-8") as lines:
+                for sample in rollout.samples[:SAMPLES]:
+                    line = {"step": step, "rollout": rollout.number, **sample}
+                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for alarm in alarms(rollout.numbers):
+            warn(f"rollout {rollout.number + 1}: {alarm}")
+
+    work.trainer.on_rollout = on_rollout
+    work.trainer.judge_now = lambda: held_out(work)[0]
+
+
+def held_out(work: Work) -> tuple[dict[str, float], list[Answer]]:
+    """Numbers of answers that the policy samples to held-out prompts; the generators of the run are left as they were.
+
+    KL is exact at each position of the sampled answers; `gold` is the sum of stage.eval_reward_functions.
+    """
+    import torch
+
+    trainer, stage, encoder = work.trainer, _stage(work.config), work.prepared.encoder
+    rows = list(work.panel)
+    if not rows:
+        return {}, []
+    policy = trainer.trained()
+    with trainer.seeded(f"held out {work.config.seed}"), trainer.accelerator.autocast(), torch.no_grad():
+        made = generate(policy, encoder, rows, work.new_tokens, temperature=stage.temperature)
+        kl = completion_kl(
+            policy, trainer.reference, made.prompts, made.completions, encoder.tokenizer.pad_token_id, 16
+        )
+    texts = [str(text) for text in encoder.tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    names = sorted({name for row in rows for name in row.columns})
+    inputs = [
+        {name: row.columns.get(name) for name in names} | {"prompt": row.prompt, "prompt_ids": ids}
+        for row, ids in zip(rows, made.prompts, strict=True)
+    ]
+    prompts = [row.prompt for row in rows]
+    per_function = trainer.rewards_of(inputs, prompts, messages, made.completions)
+    score = float((per_function.cpu() * trainer.reward_weights).nansum(1).mean())
+    found = {
+        "reward": score,
+        "kl": float(kl.mean()),
+        "response_length": fmean(len(completion) for completion in made.completions),
+        "ended_by_eos": fmean(made.ended),
+    }
+    columns = {name: [row[name] for row in inputs] for name in names}
+    golds = {
+        function.__name__: fmean(
+            value
+            for value in function(prompts=prompts, completions=messages, completion_ids=made.completions, **columns)
+            if value is not None
+        )
+        for function in work.trainer.eval_functions
+    }
+    if golds:
+        found |= {"gold": sum(golds.values())} | (golds if len(golds) > 1 else {})
+    found["penalised_reward"] = score - stage.kl_coef * found["kl"]
+    return found, [Answer(text, ended) for text, ended in zip(texts, made.ended, strict=True)]
+
+
+def judge(work: Work) -> Judgement:
+    """Reward, gold reward, KL and length of sampled answers to held-out prompts, and the prompt panel answered."""
+    trainer = work.trainer
+    found, _ = held_out(work)
+    with trainer.accelerator.autocast():
+        answers = answer(trainer.trained(), work.prepared.encoder, work.panel[:ANSWERED], work.new_tokens)
+    return Judgement(found, answers)
+
+
+STAGE = Stage(
+    prepare=prepare,
+    load=load_policy,
+    build=build,
+    preflight=preflight,
+    judge=judge,
+    objective="penalised_reward",
+    shown={
+        "reward": "reward of sampled answers, held out",
+        "gold": "gold reward (stage.eval_reward_functions)",
+        "kl": "KL from the reference (nats per answer)",
+        "penalised_reward": "reward less kl_coef × KL",
+        "response_length": "response length (tokens)",
+        "ended_by_eos": "answers ended by the model itself",
+    },
+    swept={
+        "reward": "reward",
+        "gold": "gold reward",
+        "kl": "KL from reference",
+        "response_length": "response length",
+        "ended_by_eos": "ended by EOS",
+    },
+    draw=lambda folder: draw_curves(folder.metrics, folder.curves),
+)

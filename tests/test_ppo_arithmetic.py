@@ -1,0 +1,170 @@
+"""PPO's arithmetic against cases worked out by hand, and the numbers that follow from a schedule."""
+
+import math
+
+import pytest
+import torch
+
+from posttrain.errors import ConfigError
+from posttrain.rlhf import losses
+from posttrain.rlhf.rollout import RolloutBuffer, join
+from posttrain.rlhf.schedule import Schedule, episode_order, prompts_of_rollout, schedule
+from posttrain.schema import PPOStage
+
+
+def close(actual: torch.Tensor, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_advantages_and_returns() -> None:
+    """γ = 0.5, λ = 0.5. First row: δ = (1 + 0.5·2 - 1, 2 + 0.5·3 - 2, 3 - 3) = (1, 1.5, 0); the second ends early."""
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0]])
+    values = torch.tensor([[1.0, 2.0, 3.0], [1.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    advantages, returns = losses.generalised_advantages(rewards, values, mask, gamma=0.5, lam=0.5)
+    close(advantages, [[1 + 0.25 * 1.5, 1.5, 0.0], [3.0, 0.0, 0.0]])
+    close(returns, [[2.375, 3.5, 3.0], [4.0, 0.0, 0.0]])
+
+
+def test_with_gamma_and_lambda_1_the_return_is_the_sum_of_rewards() -> None:
+    torch.manual_seed(0)
+    rewards, values = torch.randn(4, 7), torch.randn(4, 7)
+    mask = (torch.arange(7) < torch.tensor([[7], [5], [1], [3]])).long()
+    _, returns = losses.generalised_advantages(rewards, values, mask, gamma=1.0, lam=1.0)
+    expected = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+    torch.testing.assert_close(returns, expected)
+
+
+def test_the_score_lands_on_the_last_token_and_kl_on_every_one() -> None:
+    kl = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    rewards = losses.token_rewards(torch.tensor([5.0, -1.0]), kl, mask, kl_coef=2.0)
+    close(rewards, [[-0.2, -0.4, 4.4], [-0.8, -2.0, 0.0]])
+
+
+def test_clipped_policy_loss() -> None:
+    """Ratios 1.5, 0.5 and 1.1 at clip 0.2: a gain is cut at 1.2, a loss at 0.8; 1.1 is free; the last is padding."""
+    logps = torch.tensor([[math.log(1.5), math.log(0.5), math.log(1.1), 3.0]], requires_grad=True)
+    advantages = torch.tensor([[2.0, -2.0, 1.0, 7.0]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    found = losses.policy_loss(logps, torch.zeros(1, 4), advantages, mask, clip_ratio=0.2)
+    close(found.loss.detach(), [[-2.4, 1.6, -1.1, 0.0]])
+    close(found.clipped, [[1.0, 1.0, 0.0, 0.0]])
+    found.loss.sum().backward()
+    close(logps.grad, [[0.0, 0.0, -1.1, 0.0]])  # no gradient through what is clipped
+    assert float(found.approx_kl[0, 0]) == pytest.approx(0.5 - math.log(1.5))
+
+
+def test_clipped_value_loss() -> None:
+    """Old values 0, clip 0.2: 1.0 moves too far towards 1, so 0.2 is judged; 0.1 is free."""
+    values = torch.tensor([[1.0, 0.1, 5.0]])
+    returns = torch.tensor([[1.0, 0.3, 9.0]])
+    mask = torch.tensor([[1, 1, 0]])
+    clipped = losses.value_loss(values, torch.zeros(1, 3), returns, mask, cliprange_value=0.2)
+    close(clipped, [[0.5 * 0.8**2, 0.5 * 0.2**2, 0.0]])
+    close(losses.value_loss(values, torch.zeros(1, 3), returns, mask, None), [[0.0, 0.02, 0.0]])
+
+
+def test_kl_estimators() -> None:
+    """Exact over two outcomes with π = (3/4, 1/4), π_ref = (1/2, 1/2): both have KL(π‖π_ref) as their mean."""
+    policy, reference = torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5])
+    exact = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    for kind in ("k1", "k3"):
+        each = losses.kl_estimate(policy.log(), reference.log(), kind)
+        assert float((policy * each).sum()) == pytest.approx(exact, abs=1e-6)
+    k3 = losses.kl_estimate(policy.log(), reference.log(), "k3")
+    close(k3[None], [[0.5 / 0.75 - 1 + math.log(1.5), 1.0 + math.log(0.5)]])
+    assert (k3 >= 0).all()
+
+
+def test_whitening() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 99.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    over = losses.moments(values, mask)
+    assert over.tolist() == [6.0, 14.0, 3.0]
+    close(losses.whiten(values, mask, over), [[-1.0, 0.0], [1.0, 0.0]])
+    close(losses.whiten(values, mask, over, shift_mean=False), [[1.0, 2.0], [3.0, 0.0]])
+    halves = [losses.moments(values[row : row + 1], mask[row : row + 1]) for row in (0, 1)]
+    close(losses.whiten(values, mask, halves[0] + halves[1]), [[-1.0, 0.0], [1.0, 0.0]])  # as over two processes
+
+
+def test_explained_variance() -> None:
+    mask = torch.tensor([[1, 1, 1, 0]])
+    returns = torch.tensor([[1.0, 2.0, 3.0, 0.0]])
+
+    def explained(values: torch.Tensor) -> float:
+        return losses.explained_variance(losses.moments(returns - values, mask), losses.moments(returns, mask))
+
+    assert explained(returns) == 1
+    assert explained(torch.full((1, 4), 7.0)) == pytest.approx(0, abs=1e-5)
+    assert explained(-returns) == pytest.approx(-3, abs=1e-5)
+
+
+def test_kl_controllers() -> None:
+    fixed = losses.KLController(0.1, adaptive=False, target=6.0, horizon=100.0)
+    fixed.update(50.0, 64)
+    assert fixed.coef == 0.1
+    moving = losses.KLController(0.1, adaptive=True, target=6.0, horizon=100.0)
+    moving.update(50.0, 10)
+    assert moving.coef == pytest.approx(0.1 * (1 + 0.2 * 10 / 100))
+    moving.update(6.0, 10)
+    assert moving.coef == pytest.approx(0.102)
+    moving.update(5.4, 10)
+    assert moving.coef == pytest.approx(0.102 * (1 - 0.1 * 10 / 100))
+
+
+def stage(**changes: object) -> PPOStage:
+    return PPOStage(**({"rollout_batch_size": 8, "num_mini_batches": 2, "batch_size": 2, "ppo_epochs": 3} | changes))
+
+
+def test_the_schedule_divides_the_work() -> None:
+    plan = schedule(stage(), prompts=20, processes=1)
+    assert (plan.accumulation, plan.steps_per_rollout, plan.micro_steps_per_rollout) == (2, 6, 12)
+    assert plan.rollouts_per_epoch == 3
+    assert schedule(stage(), prompts=20, processes=2).accumulation == 1
+    with pytest.raises(ConfigError, match=r"× 3 processes; set stage.rollout_batch_size=12 or a smaller"):
+        schedule(stage(), prompts=20, processes=3)
+
+
+@pytest.mark.parametrize("prompts", [3, 8, 20])
+def test_no_prompt_is_left_out_and_a_rollout_is_a_function_of_its_number(prompts: int) -> None:
+    plan = schedule(stage(), prompts=prompts, processes=1)
+    stream = [index for number in range(40) for index in prompts_of_rollout(plan, 7, number)]
+    passes = len(stream) // prompts
+    for number in range(passes):
+        assert sorted(stream[number * prompts : (number + 1) * prompts]) == list(range(prompts))
+    assert len({tuple(stream[number * prompts :][:prompts]) for number in range(passes)}) > 1 or prompts == 1
+    assert prompts_of_rollout(plan, 7, 3) == stream[24:32]
+    assert prompts_of_rollout(plan, 8, 3) != stream[24:32]
+
+
+def test_each_pass_takes_every_episode_once_in_an_order_of_its_own() -> None:
+    plan = Schedule(20, 64, 64, 2, 3, 2, 2, 3)
+    orders = [episode_order(plan, 7, 0, ppo_epoch, 0) for ppo_epoch in range(3)]
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_the_buffer_is_cut_to_what_it_holds() -> None:
+    prompt_mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
+    completion_mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    numbers = torch.arange(12.0).view(3, 4)
+    buffer = RolloutBuffer(
+        prompt_ids=torch.arange(9).view(3, 3),
+        prompt_mask=prompt_mask,
+        completion_ids=torch.arange(12).view(3, 4),
+        completion_mask=completion_mask,
+        logps=numbers,
+        values=torch.empty(0),
+        advantages=numbers,
+        returns=numbers,
+    )
+    part = buffer.take([2, 1])
+    assert part.prompt_ids.tolist() == [[6, 7, 8], [3, 4, 5]]
+    assert part.completion_ids.tolist() == [[8, 9], [4, 5]]
+    assert part.logps.tolist() == [[8.0, 9.0], [4.0, 5.0]]
+    assert part.tokens == 3
+    assert buffer.take([0]).prompt_ids.tolist() == [[2]]
+    mask, positions = join(part.prompt_mask, part.completion_mask)
+    assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert positions.tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 3]]
