@@ -233,3 +233,69 @@ def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(rows: Path, tmp_path:
     assert "There is no whole checkpoint" in err
     assert "Traceback" not in err
     assert not list((tmp_path / SFT).glob("checkpoint-*"))
+
+
+PPO = (
+    "stage=ppo",
+    "data.dataset_name=prompts.jsonl",
+    "data.test_size=4",
+    "stage.rollout_batch_size=8",
+    "stage.batch_size=2",
+    "stage.num_mini_batches=2",
+    "stage.ppo_epochs=3",
+    "stage.max_new_tokens=6",
+    "stage.max_length=64",
+    "stage.num_epochs=3",
+    "stage.learning_rate=1e-3",
+    "stage.kl_controller=adaptive",
+    "stage.kl_target=0.01",
+    "stage.kl_horizon=50",
+    "stage.reward_functions=[my_rewards.even]",
+    "trainer.save_total_limit=3",
+    "trainer.logging_steps=1",
+)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {'very ' * (n % 3)}{n}."} for n in range(14)])
+    (tmp_path / "my_rewards.py").write_text(
+        "def even(completion_ids, **columns):\n"
+        "    return [float(sum(token % 2 == 0 for token in ids)) for ids in completion_ids]\n"
+    )
+
+
+# 10 prompts and rollouts of 8: 2 rollouts of 6 steps in each of 3 passes; 13 lies inside the third rollout
+KILLS = {
+    "full, between rollouts": ((), 6),
+    "full, inside a rollout": ((), 13),
+    "full, before the end": ((), 35),
+    "lora, inside a rollout": (("model.use_peft=true",), 21),
+}
+
+
+@pytest.mark.parametrize(("more", "step"), KILLS.values(), ids=KILLS)
+def test_ppo_killed_at_any_step_ends_with_the_same_weights(
+    posttrain: Posttrain, prompts: None, tmp_path: Path, more: tuple[str, ...], step: int
+) -> None:
+    assert posttrain(*PPO, *more, "trainer.save_steps=1", "output_dir=straight").code == 0
+    process = start(*PPO, *more, "trainer.save_steps=1", cwd=tmp_path)
+    wait_for(tmp_path / f"outputs/demo/ppo/checkpoint-{step}" / MANIFEST, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if (tmp_path / "outputs/demo/ppo/posttrain.json").exists():
+        pytest.fail("the run had ended before it was killed")
+    done = posttrain(*PPO, *more, "trainer.save_steps=1")
+    assert done.code == 0, done
+    assert "resuming from checkpoint-" in done.out
+    assert same_weights(Path("straight/demo/ppo/model"), Path("outputs/demo/ppo/model"))
+    straight, resumed = (
+        [json.loads(line) for line in Path(folder, "demo/ppo/metrics.jsonl").read_text().splitlines()]
+        for folder in ("straight", "outputs")
+    )
+    names = ("step", "reward", "kl", "kl_coef", "explained_variance", "loss", "policy_loss")
+    assert [{name: line.get(name) for name in names} for line in straight if "train_loss" not in line] == [
+        {name: line.get(name) for name in names} for line in resumed if "train_loss" not in line
+    ]
+    rollouts = [Path(folder, "demo/ppo/rollouts.jsonl").read_text() for folder in ("straight", "outputs")]
+    assert rollouts[0] == rollouts[1]

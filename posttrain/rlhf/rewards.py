@@ -56,8 +56,9 @@ def load_function(key: str, spec: str) -> RewardFunction:
 
 
 def _run(found: Any, key: str, spec: str) -> ModuleType:
-    if found.name in sys.modules:
-        return sys.modules[found.name]
+    earlier = sys.modules.get(found.name)
+    if earlier is not None and earlier.__file__ == found.origin:
+        return earlier
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module
     try:

@@ -45,9 +45,11 @@ def check_start(trainer: PPOTrainer) -> None:
     buffer, generated = _answer_some(trainer)
     mask = buffer.completion_mask
     now = trainer.estimates(buffer)
+    first = buffer.take(range(min(trainer.plan.batch_size, ROWS)))  # the very batch that `estimates` began with
     with torch.enable_grad(), trainer.accelerator.autocast():
-        training = trainer.model(**trainer._inputs(buffer))
-    ratio = float(((training.logps.detach() - now.logps) * mask).exp().sub(1).abs().max())
+        training = trainer.model(**trainer.inputs_of(first)).logps.detach()
+    estimated = now.logps[: len(training), : training.size(1)]
+    ratio = float(((training - estimated) * first.completion_mask).exp().sub(1).abs().max())
     kl = float(((now.logps - trainer.reference_logps(buffer)) * mask).abs().max())
     gap = ((now.logps - generated) * mask).abs().amax(-1)
     worst = float(gap.max())

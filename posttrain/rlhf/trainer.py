@@ -340,7 +340,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
 
     # -- estimates
 
-    def _inputs(self, buffer: RolloutBuffer) -> dict[str, Any]:
+    def inputs_of(self, buffer: RolloutBuffer) -> dict[str, Any]:
         mask, positions = join(buffer.prompt_mask, buffer.completion_mask)
         ids = torch.cat([buffer.prompt_ids, buffer.completion_ids], dim=1)
         width = buffer.completion_ids.size(1)
@@ -372,7 +372,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
         for start in range(0, episodes, self.plan.batch_size):
             part = buffer.take(range(start, min(start + self.plan.batch_size, episodes)))
             with torch.no_grad(), self.accelerator.autocast():
-                output = forward(self._inputs(part))
+                output = forward(self.inputs_of(part))
             found.append([nn.functional.pad(each.float(), (0, width - each.size(1))) for each in output])
         return [torch.cat(each) for each in zip(*found, strict=True)]
 
@@ -394,7 +394,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         args, buffer = self.args, inputs["episodes"]
         mask = buffer.completion_mask
-        now = model(**self._inputs(buffer))
+        now = model(**self.inputs_of(buffer))
         policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, args.epsilon)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, args.cliprange_value)
         # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens

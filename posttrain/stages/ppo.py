@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 SAMPLES = 4  # answers of each rollout that rollouts.jsonl keeps
 
 
+@dataclass
+class PreparedPrompts(Prepared):
+    """With what answers are scored by, besides a reward model."""
+
+    functions: list[rewards.RewardFunction]
+    eval_functions: list[rewards.RewardFunction]
+
+
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     """Read and encode the prompts; look at the reward before anything is loaded.
 
@@ -45,6 +53,8 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
             f"{stage.max_length}, which counts both"
         )
     _check_rewards(config)
+    functions = _functions("stage.reward_functions", stage.reward_functions)
+    eval_functions = _functions("stage.eval_reward_functions", stage.eval_reward_functions)
     prepared = prepare_rows(config, tokenizer, read_prompts, encode_prompts, stage.max_new_tokens)
     found = len(prepared.train.rows)
     if found < stage.rollout_batch_size:
@@ -52,7 +62,7 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
             f"{found} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are answered "
             "more than once in a rollout"
         )
-    return prepared
+    return PreparedPrompts(**vars(prepared), functions=functions, eval_functions=eval_functions)
 
 
 def _stage(config: Config) -> PPOStage:
@@ -61,7 +71,7 @@ def _stage(config: Config) -> PPOStage:
 
 
 def _check_rewards(config: Config) -> None:
-    """The gate before the reward model, the weights' number, and every function found and loaded."""
+    """The weights' number, and the gate before the reward model."""
     stage = _stage(config)
     count = len(stage.reward_functions) + (stage.reward_model is not None)
     if stage.reward_weights is not None and len(stage.reward_weights) != count:
@@ -69,8 +79,6 @@ def _check_rewards(config: Config) -> None:
             f"stage.reward_weights has {len(stage.reward_weights)} numbers for {count} rewards (the reward model "
             "first, if there is one, then stage.reward_functions)"
         )
-    _functions("stage.reward_functions", stage.reward_functions)
-    _functions("stage.eval_reward_functions", stage.eval_reward_functions)
     if stage.reward_model is None:
         return
     with model.named("stage.reward_model"):
@@ -141,6 +149,7 @@ def build(
     """The trainer with its four roles: policy, critic, reference and reward."""
     from posttrain.rlhf.trainer import PPOConfig, PPOTrainer
 
+    assert isinstance(prepared, PreparedPrompts)
     stage, rows = _stage(config), prepared.train.rows
     plan = schedule(stage, len(rows), process_state().num_processes)
     reward = _find_reward(config, tokenizer)
@@ -150,7 +159,7 @@ def build(
         "reward_weights": stage.reward_weights,
     }
     scorer = _Scorer()
-    functions = _functions("stage.reward_functions", stage.reward_functions)
+    functions = list(prepared.functions)
     if reward is not None:
         own: rewards.Encode = rewards.same_ids
         if not reward.same_tokenizer:
@@ -177,7 +186,7 @@ def build(
         peft_config=lora_config(config.model, loaded),
     )
     scorer.attach(trainer, reward, config)
-    trainer.eval_functions = _functions("stage.eval_reward_functions", stage.eval_reward_functions)
+    trainer.eval_functions = prepared.eval_functions
     _tell_roles(config, reward, path)
     return trainer
 

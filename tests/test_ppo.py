@@ -1,0 +1,411 @@
+"""PPO through the real entry point: its roles, its rewards, every hyperparameter, what it tells and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, write_rows
+
+Posttrain = Callable[..., Outcome]
+LORA = ("model.use_peft=true",)
+SHORT = (
+    "stage.rollout_batch_size=8",
+    "stage.num_mini_batches=2",
+    "stage.ppo_epochs=2",
+    "stage.max_new_tokens=6",
+    "stage.max_length=64",
+    "stage.learning_rate=1e-3",
+    "stage.num_epochs=2",
+    "data.test_size=4",
+    "trainer.logging_steps=1",
+    "trainer.save_strategy=no",
+)
+REWARD = "stage.reward_functions=[my_rewards.even]"
+FUNCTIONS = """
+import math
+
+def even(prompts, completions, completion_ids, **columns):
+    return [float(sum(token % 2 == 0 for token in ids)) for ids in completion_ids]
+
+def short(prompts, completions, **columns):
+    return [-float(len(completion[0]["content"])) for completion in completions]
+
+def sometimes(prompts, completions, **columns):
+    return [1.0 if "1" in prompt[-1]["content"] else None for prompt in prompts]
+
+def broken(prompts, completions, **columns):
+    return [math.nan] * len(prompts)
+
+def infinite(prompts, completions, **columns):
+    return [math.inf] * len(prompts)
+
+def constant(prompts, completions, **columns):
+    return [3.0] * len(prompts)
+
+def few(prompts, completions, **columns):
+    return [3.0]
+
+def narrow(prompts, completions):
+    return [3.0] * len(prompts)
+
+def wanted(prompts, completions, wish, **columns):
+    return [float(each == "much") for each in wish]
+
+async def slow(prompts, completions, **columns):
+    return [0.5] * len(prompts)
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    """Sixteen prompts of different lengths, and my_rewards.py beside them."""
+    (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
+    rows = [{"prompt": f"Say {'very ' * (n % 4)}{n}.", "wish": "much" if n % 2 else "little"} for n in range(16)]
+    return f"data.dataset_name={write_rows(tmp_path / 'prompts.jsonl', rows)}"
+
+
+@pytest.fixture
+def models(posttrain: Posttrain, rows: Path, tmp_path: Path) -> Callable[..., None]:
+    """Train outputs/demo/sft and outputs/demo/reward, a few steps each."""
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No {n} for you."} for n in range(40)]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+
+    def train(*more: str) -> None:
+        short = ("+trainer.max_steps=3", "stage.learning_rate=1e-2", "stage.warmup_steps=0", "stage.max_length=64")
+        done = posttrain(f"data.dataset_name={rows}", *short)
+        assert done.code == 0, done
+        done = posttrain("stage=reward", "data.dataset_name=pairs.jsonl", "data.test_size=8", *short, *more)
+        assert done.code == 0, done
+
+    return train
+
+
+def manifest(stage: str = "ppo") -> dict[str, Any]:
+    return json.loads(Path(f"outputs/demo/{stage}/posttrain.json").read_text())
+
+
+def logged(run: str = "demo") -> list[dict[str, Any]]:
+    lines = Path(f"outputs/{run}/ppo/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+ROLES = {
+    "full": ((), (), "4 models in memory", "the reward model, all weights"),
+    "lora-shared": (LORA, LORA, "1 model in memory", "the reward model, an adapter on the same base"),
+    "lora-separate": ((), LORA, "2 models in memory", "an adapter on the same base"),
+    "qlora": ((*LORA, "model.load_in_4bit=true"), (*LORA, "model.load_in_4bit=true"), "1 model in memory", "adapter"),
+}
+
+
+@pytest.mark.parametrize(("reward", "ppo", "held", "critic"), ROLES.values(), ids=ROLES)
+def test_ppo_takes_both_models_of_the_run(
+    posttrain: Posttrain,
+    models: Callable[..., None],
+    prompts: str,
+    reward: tuple[str, ...],
+    ppo: tuple[str, ...],
+    held: str,
+    critic: str,
+) -> None:
+    models(*reward)
+    done = posttrain("stage=ppo", prompts, *SHORT, "stage.gate=warn", *ppo)
+    assert done.code == 0, done
+    assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
+    assert held in done.out
+    assert (
+        f"critic = {critic}" in done.out.replace("outputs/demo/sft/model, an adapter", "an adapter")
+        or critic in done.out
+    )
+    assert "PPO will optimise its mistakes (stage.gate=warn)" in done.out
+    assert "step 0: probability ratio within 0.0e+00 of 1, KL within" in done.out
+    inputs = manifest()["inputs"]
+    assert inputs["model"]["stage"] == "sft"
+    assert inputs["reward_model"]["stage"] == "reward"
+    assert inputs["reward_model"]["weights"]["model.safetensors"] == manifest("reward")["weights"]["model.safetensors"]
+    metrics = manifest()["metrics"]
+    assert metrics["kl_before"] == pytest.approx(0, abs=1e-6)
+    assert metrics["kl"] > 0
+    rollouts = [line for line in logged() if "reward_std" in line]
+    assert len(rollouts) == 4  # 12 prompts are one rollout and a half, twice
+    assert rollouts[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert rollouts[0]["kl_k3"] == pytest.approx(0, abs=1e-6)
+    for name in ("entropy", "response_length", "ended_by_eos", "explained_variance", "kl_coef"):
+        assert all(name in line for line in rollouts), name
+    for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl"):
+        assert any(name in line for line in logged()), name
+    samples = [json.loads(line) for line in Path("outputs/demo/ppo/rollouts.jsonl").read_text().splitlines()]
+    assert {sample["rollout"] for sample in samples} == {0, 1, 2, 3}
+    assert {"prompt", "answer", "reward", "kl", "tokens", "ended"} <= samples[0].keys()
+    assert Path("outputs/demo/ppo/curves.svg").is_file()
+
+
+def test_an_adapter_scores_as_the_merged_reward_model(
+    posttrain: Posttrain, models: Callable[..., None], prompts: str
+) -> None:
+    """The same run with the reward model as an adapter and as a model of its own: the same rewards."""
+    models(*LORA)
+    found = []
+    for run in ("shared", "separate"):
+        if run == "separate":
+            for file in Path("outputs/demo/reward/adapter").iterdir():
+                file.unlink()
+        inputs = ("model.model_name_or_path=outputs/demo/sft", "stage.reward_model=outputs/demo/reward")
+        done = posttrain("stage=ppo", prompts, *SHORT, *LORA, *inputs, "stage.gate=warn", f"run_name={run}")
+        assert done.code == 0, done
+        assert ("1 model in memory" if run == "shared" else "2 models in memory") in done.out
+        found.append(next(line["reward"] for line in logged(run) if "reward_std" in line))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert abs(found[0]) > 1e-3
+
+
+def test_functions_are_told_before_they_are_run_and_see_all_columns(posttrain: Posttrain, prompts: str) -> None:
+    functions = "stage.reward_functions=[my_rewards.even,my_rewards.py:wanted,my_rewards.sometimes,my_rewards.slow]"
+    done = posttrain("stage=ppo", prompts, *SHORT, functions, "stage.reward_weights=[1,10,100,0]")
+    assert done.code == 0, done
+    assert "stage.reward_functions: even from " in done.out
+    assert f"stage.reward_functions: wanted from {Path.cwd()}/my_rewards.py" in done.out
+    assert "ppo/base, all weights, with a new head that begins at 0" in done.out
+    samples = [json.loads(line) for line in Path("outputs/demo/ppo/rollouts.jsonl").read_text().splitlines()]
+    for sample in samples:
+        asked = sample["prompt"][-1]["content"]
+        assert sample["wanted"] == float(int(asked.strip(".").split()[-1]) % 2)
+        assert sample["slow"] == 0.5
+        applies = 100.0 if "1" in asked else 0.0
+        assert sample["reward"] == pytest.approx(sample["even"] + 10 * sample["wanted"] + applies)
+    assert any(line.get("reward/even") is not None for line in logged())
+
+
+def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts: str) -> None:
+    done = posttrain(
+        "stage=ppo",
+        prompts,
+        *SHORT,
+        REWARD,
+        "stage.num_epochs=20",
+        "stage.kl_coef=0",
+        "stage.value_learning_rate=1e-2",
+        "stage.missing_eos_penalty=0",
+    )
+    assert done.code == 0, done
+    metrics = manifest()["metrics"]
+    assert metrics["reward"] > metrics["reward_before"] + 1
+    assert metrics["kl"] > 1
+
+
+WRONG = {
+    "nan": ("my_rewards.broken", 1, "reward function broken gave nan, which is no finite number"),
+    "inf": ("my_rewards.infinite", 1, "reward function infinite gave inf"),
+    "too few": ("my_rewards.few", 1, "reward function few gave 1 rewards for 4 answers"),
+    "no **columns": ("my_rewards.narrow", 1, "so it needs **columns"),
+    "nothing applies": ("my_rewards.sometimes", 1, "the reward is not a finite number for"),
+    "no function": ("my_rewards.evn", 2, "no function evn in"),
+    "no module": ("my_reward.even", 2, "no module named my_reward"),
+    "no file": ("other.py:even", 2, "no file other.py"),
+    "no name": ("even", 2, "must be package.module.function or path/to/file.py:function"),
+}
+
+
+@pytest.mark.parametrize(("function", "code", "told"), WRONG.values(), ids=WRONG)
+def test_a_wrong_reward_stops_the_run(posttrain: Posttrain, prompts: str, function: str, code: int, told: str) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT, f"stage.reward_functions=[{function}]")
+    assert done.code == code, done
+    assert told in done.err
+    assert not Path("outputs/demo/ppo/posttrain.json").exists()
+
+
+def test_a_constant_reward_is_told(posttrain: Posttrain, prompts: str) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_functions=[my_rewards.constant]")
+    assert done.code == 0, done
+    assert "all answers of a rollout got the same reward (3)" in done.out
+
+
+def test_ppo_without_a_reward_or_with_a_wrong_one_is_refused(
+    posttrain: Posttrain, models: Callable[..., None], prompts: str
+) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT)
+    assert done.code == 2, done
+    assert "stage=ppo needs a reward, and outputs/demo/reward is not there" in done.err
+    models()
+    done = posttrain("stage=ppo", prompts, *SHORT)
+    assert done.code == 2, done
+    assert "is not fit to be optimised against" in done.err
+    assert "go on with stage.gate=warn" in done.err
+    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_model=outputs/demo/sft")
+    assert done.code == 2, done
+    assert "stage.reward_model=outputs/demo/sft is a run of stage=sft, not of reward" in done.err
+    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_model=outputs/demo/sft/model/")
+    assert done.code == 2, done
+    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_model=./nowhere")
+    assert done.code == 2, done
+    assert "stage.reward_model=./nowhere: no such folder" in done.err
+    done = posttrain("stage=ppo", prompts, *SHORT, "stage.gate=warn", "stage.reward_weights=[1,2]")
+    assert done.code == 2, done
+    assert "stage.reward_weights has 2 numbers for 1 rewards" in done.err
+
+
+REFUSED = {
+    "no room": (("stage.max_new_tokens=64",), "leaves no room for a prompt in stage.max_length=64"),
+    "uneven": (("stage.rollout_batch_size=9",), "stage.rollout_batch_size=9 must be a multiple of"),
+    "prompts too long": (("stage.max_length=10",), "no rows left to train on"),
+    "top_k": (("trainer.top_k=5",), "trainer.top_k cannot be set: answers are sampled by temperature alone"),
+    "beta": (("trainer.beta=0.1",), "trainer.beta cannot be set: set stage.kl_coef"),
+    "epsilon": (("trainer.epsilon=0.1",), "trainer.epsilon repeats stage.clip_ratio"),
+    "accumulation": (("trainer.gradient_accumulation_steps=2",), "it follows from stage.rollout_batch_size"),
+    "estimator": (("stage.kl_estimator=k2",), "stage.kl_estimator=k2 is not one of k1, k3"),
+}
+
+
+@pytest.mark.parametrize(("more", "told"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_work_is_refused(posttrain: Posttrain, prompts: str, more: tuple[str, ...], told: str) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, *more)
+    assert done.code == 2, done
+    assert told in done.err
+
+
+def test_long_prompts_are_counted_and_few_ones_told(posttrain: Posttrain, prompts: str) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.max_length=22", "stage.rollout_batch_size=16")
+    assert done.code == 0, done
+    assert "their prompt alone fills stage.max_length=22, of which stage.max_new_tokens=6 are kept free" in done.out
+    assert "prompts are fewer than stage.rollout_batch_size=16: some are answered more than once" in done.out
+    assert manifest()["metrics"]["steps"] > 0
+
+
+def test_a_dry_run_shows_the_plan(posttrain: Posttrain, prompts: str) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "dry_run=true")
+    assert done.code == 0, done
+    assert "rollout: 8 prompts answered, learned from in 2 passes of 2 updates" in done.out
+    assert "batch: 4 per device × 1 accumulation × 1 device = 4 episodes per update" in done.out
+    assert "steps: 16 (2 epochs of 8)" in done.out
+    assert not Path("outputs").exists()
+
+
+def test_a_ceiling_stops_the_run(posttrain: Posttrain, prompts: str) -> None:
+    more = ("stage.learning_rate=1e-2", "stage.kl_ceiling=0.01", "stage.kl_coef=0")
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, *more)
+    assert done.code == 1, done
+    assert "above stage.kl_ceiling=0.01" in done.err
+    assert "stage.kl_coef=" in done.err
+
+
+def test_a_sweep_ends_in_a_frontier(posttrain: Posttrain, prompts: str) -> None:
+    done = posttrain("-m", "stage=ppo", prompts, *SHORT, REWARD, "stage.num_epochs=1", "stage.kl_coef=0.05,0.2")
+    assert done.code == 0, done
+    folder = Path("outputs/demo/ppo")
+    assert (folder / "stage.kl_coef=0.05/posttrain.json").is_file()
+    assert (folder / "stage.kl_coef=0.2/posttrain.json").is_file()
+    assert "KL from reference" in done.out
+    assert "KL from the reference" in (folder / "sweep.svg").read_text() or (folder / "sweep.svg").stat().st_size > 5000
+
+
+# Each hyperparameter, flipped, must change what is computed: (base, flip). What it changes is looked at as a whole:
+# the numbers of all rollouts and updates.
+FLIPS = {
+    "learning_rate": ((), "stage.learning_rate=2e-3"),
+    "temperature": ((), "stage.temperature=0.5"),
+    "ppo_epochs": ((), "stage.ppo_epochs=3"),
+    "num_mini_batches": ((), "stage.num_mini_batches=1"),
+    "rollout_batch_size": ((), "stage.rollout_batch_size=16"),
+    "max_new_tokens": ((), "stage.max_new_tokens=5"),
+    "clip_ratio": (("stage.learning_rate=1e-2",), "stage.clip_ratio=0.01"),
+    "entropy_coef": ((), "stage.entropy_coef=1.0"),
+    "gamma": ((), "stage.gamma=0.5"),
+    "lam": ((), "stage.lam=0.1"),
+    "whiten_advantages": ((), "stage.whiten_advantages=false"),
+    "whiten_rewards": ((), "stage.whiten_rewards=true"),
+    "vf_coef": ((), "stage.vf_coef=0.9"),
+    "cliprange_value": (("stage.value_learning_rate=1e-2",), "stage.cliprange_value=null"),
+    "value_learning_rate": ((), "stage.value_learning_rate=1e-1"),
+    "critic_warmup_steps": ((), "stage.critic_warmup_steps=4"),
+    "kl_coef": (("stage.learning_rate=1e-2",), "stage.kl_coef=5"),
+    "kl_estimator": (("stage.learning_rate=1e-2", "stage.kl_coef=5"), "stage.kl_estimator=k3"),
+    "kl_controller": (("stage.kl_horizon=10",), "stage.kl_controller=adaptive"),
+    "kl_target": (
+        ("stage.kl_horizon=10", "stage.kl_controller=adaptive", "stage.num_epochs=2"),
+        "stage.kl_target=1e-4",
+    ),
+    "kl_horizon": (("stage.kl_controller=adaptive",), "stage.kl_horizon=10"),
+    "reward_scale": (("stage.whiten_advantages=false",), "stage.reward_scale=10"),
+    "reward_clip": ((), "stage.reward_clip=0.5"),
+    "length_penalty": ((), "stage.length_penalty=1"),
+    "missing_eos_penalty": ((), "stage.missing_eos_penalty=0"),
+    "reward_weights": (("stage.whiten_advantages=false",), "stage.reward_weights=[3]"),
+    "seed": ((), "seed=7"),
+}
+
+
+BASES: dict[tuple[str, ...], str] = {}  # runs without a flip, which several flips are compared with
+
+
+@pytest.mark.parametrize(("base", "flip"), FLIPS.values(), ids=FLIPS)
+def test_every_hyperparameter_reaches_the_computation(
+    posttrain: Posttrain, prompts: str, base: tuple[str, ...], flip: str
+) -> None:
+
+    def numbers(name: str, *more: str) -> str:
+        settings = (*SHORT, REWARD, "stage.num_epochs=1", "data.test_size=0", *base, *more)
+        done = posttrain("stage=ppo", prompts, *settings, f"run_name={name}")
+        assert done.code == 0, done
+        return json.dumps([line | {"step_time": 0} for line in logged(name) if "train_loss" not in line])
+
+    if base not in BASES:
+        BASES[base] = numbers("base")
+    if flip == "seed=7":
+        assert numbers("again") == BASES[base]  # the same seed: the same numbers to the last digit
+    assert numbers("flip", flip) != BASES[base]
+
+
+def test_the_critic_warms_up_alone(posttrain: Posttrain, prompts: str) -> None:
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.critic_warmup_steps=1000", "stage.learning_rate=1e-2")
+    assert done.code == 0, done
+    rollouts = [line for line in logged() if "reward_std" in line]
+    assert all(line["kl"] == 0 for line in rollouts)  # the policy has not moved
+    assert rollouts[-1]["explained_variance"] != 0  # the critic has
+
+
+def test_answers_of_several_turns_and_a_reward_model_with_another_tokenizer(
+    posttrain: Posttrain, models: Callable[..., None], tmp_path: Path
+) -> None:
+    from tokenizers_for_tests import llama_like
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = llama_like()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    turns = [
+        {"role": "user", "content": "Say one."},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "And two?"},
+    ]
+    rows = [{"prompt": [*turns[:-1], {"role": "user", "content": f"And {n}?"}]} for n in range(12)]
+    write_rows(tmp_path / "turns.jsonl", rows)
+    models()
+    more = ("data.dataset_name=turns.jsonl", "stage.reward_model=./other", "stage.max_length=100")
+    done = posttrain("stage=ppo", *SHORT, *more)
+    assert done.code == 0, done
+    assert "no report card says whether it is fit" in done.out
+    assert "has a tokenizer of its own; answers are decoded and put through its chat template" in done.out
+    assert "the reward model has 24 positions" in done.out
+    assert "critic = outputs/demo/sft/model, all weights" in done.out
+    sample = json.loads(Path("outputs/demo/ppo/rollouts.jsonl").read_text().splitlines()[0])
+    text = tokenizer.apply_chat_template(
+        [*sample["prompt"], {"role": "assistant", "content": sample["answer"]}], tokenize=False
+    )
+    ids = tokenizer(text, add_special_tokens=False).input_ids[-24:]
+    with torch.no_grad():
+        expected = float(model.eval()(torch.tensor([ids])).logits[0, 0])
+    assert sample["reward"] == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,142 @@
+"""What is checked before the first step, and what is said of a rollout: each known cause is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome
+from test_ppo import REWARD, SHORT, prompts  # noqa: F401  a fixture
+
+from posttrain.errors import PosttrainError
+from posttrain.rlhf.alarms import Alarms
+from posttrain.rlhf.trainer import PPOTrainer
+from posttrain.schema import PPOStage
+
+Posttrain = Callable[..., Outcome]
+
+
+def top_k(trainer: Any) -> None:
+    trainer.generation_config.top_k = 3
+
+
+def ban_words(trainer: Any) -> None:
+    trainer.model.policy.generation_config.suppress_tokens = list(range(2, 400))
+
+
+def dropout(trainer: Any) -> None:
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+
+
+def reference(trainer: Any) -> None:
+    with torch.no_grad():
+        trainer.ref_model.transformer.h[0].mlp.c_fc.weight.mul_(3)
+
+
+def positions(trainer: Any) -> None:
+    """As TRL's RLOO and GRPO do: positions are counted from the padding on."""
+    inputs_of = trainer.inputs_of
+
+    def counted(buffer: Any) -> dict[str, Any]:
+        found = inputs_of(buffer)
+        counts = torch.arange(found["input_ids"].size(1)).expand_as(found["input_ids"])
+        return {**found, "position_ids": counts}
+
+    trainer.inputs_of = counted
+
+
+CAUSES = {
+    "top_k": (top_k, "generation samples otherwise than by temperature alone (top_k=3)"),
+    "suppressed tokens": (ban_words, "generation samples otherwise than by temperature alone (suppress_tokens="),
+    "dropout": (dropout, "dropout is on ("),
+    "reference": (reference, "the reference is not the model that the policy starts from"),
+    "positions": (positions, "the model counts the padding on the left among its positions"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "told"), CAUSES.values(), ids=CAUSES)
+def test_a_wrong_start_stops_the_run_and_names_its_cause(
+    posttrain: Posttrain,
+    prompts: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    break_it: Callable[[Any], None],
+    told: str,
+) -> None:
+    """The trainer is broken after it is built, as a new release of a library might break it."""
+    build = PPOTrainer.__init__
+
+    def broken(self: Any, **options: Any) -> None:
+        build(self, **options)
+        break_it(self)
+
+    monkeypatch.setattr(PPOTrainer, "__init__", broken)
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD)
+    assert done.code == 1, done
+    assert "PPO would start wrong" in done.err
+    assert told in done.err
+    assert not Path("outputs/demo/ppo/posttrain.json").exists()
+
+
+CALM = {
+    "reward": 1.0,
+    "reward_std": 1.0,
+    "kl": 1.0,
+    "kl_error": 0.1,
+    "entropy": 2.0,
+    "response_length": 20.0,
+    "explained_variance": 0.5,
+}
+ALARMS = {
+    "negative KL": ({"kl": -1.0}, "below 0 by more than chance", "precision=fp32"),
+    "high KL": ({"kl": 12.0}, "far from what the reward model has seen", "stage.kl_coef=0.2"),
+    "entropy": ({"entropy": 0.3}, "the policy hardly explores any more", "stage.entropy_coef=0.01"),
+    "longer": ({"response_length": 45.0}, "answers have become longer: 20 to 45 tokens", "stage.length_penalty=0.011"),
+    "shorter": ({"response_length": 8.0}, "answers have become shorter: 20 to 8 tokens", "stage.kl_coef=0.2"),
+    "constant": ({"reward_std": 0.0}, "all answers of a rollout got the same reward", "rollouts.jsonl"),
+    "saturated": ({"reward_std": 0.01}, "rewards hardly differ any more", "stage.num_epochs"),
+}
+
+
+def alarms(**changes: Any) -> Alarms:
+    settings = {"kl_coef": 0.1, "kl_ceiling": None, "learning_rate": 1e-6, "value_learning_rate": None}
+    return Alarms(PPOStage(**(settings | changes)))
+
+
+@pytest.mark.parametrize(("change", "told", "remedy"), ALARMS.values(), ids=ALARMS)
+def test_each_alarm_is_told_once_with_a_remedy(change: dict[str, float], told: str, remedy: str) -> None:
+    watch = alarms()
+    assert watch(CALM) == []
+    [text] = watch(CALM | change)
+    assert told in text
+    assert remedy in text
+    assert watch(CALM | change) == []
+
+
+def test_a_critic_may_be_bad_for_a_while() -> None:
+    watch = alarms()
+    bad = CALM | {"explained_variance": -0.2}
+    assert [watch(bad) for _ in range(4)] == [[]] * 4
+    [text] = watch(bad)
+    assert "worse than a constant (explained variance -0.20)" in text
+    assert "stage.value_learning_rate=1e-05" in text
+    assert [alarms()(numbers) for numbers in [bad, CALM] * 5] == [[]] * 10
+
+
+def test_a_ceiling_is_an_error() -> None:
+    watch = alarms(kl_ceiling=5.0)
+    assert watch(CALM | {"kl": 4.9}) == []
+    with pytest.raises(PosttrainError, match=r"is 5.10 nats per answer, above stage.kl_ceiling=5;"):
+        watch(CALM | {"kl": 5.1})
+
+
+def test_an_alarm_reaches_the_screen_and_the_log(posttrain: Posttrain, prompts: str) -> None:  # noqa: F811
+    more = ("stage.reward_functions=[my_rewards.short]", "stage.kl_coef=0", "stage.learning_rate=3e-2")
+    done = posttrain("stage=ppo", prompts, *SHORT, *more, "stage.num_epochs=6")
+    assert done.code == 0, done
+    assert "warning rollout " in done.out
+    assert "rollout " in Path("outputs/demo/ppo/run.log").read_text()
+    json.loads(Path("outputs/demo/ppo/posttrain.json").read_text())
