@@ -51,6 +51,14 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
     kept = [argument for argument in arguments if not argument.startswith("model=") or argument not in remote]
     if any(argument.startswith("trainer.report_to=") for argument in arguments):
         more = [*more, "trainer.report_to=tensorboard"]
+    if "ppo" in command:
+        (tmp_path / "my_rewards.py").write_text(
+            "def concise(prompts, completions, **columns):\n"
+            "    return [-len(completion[0]['content']) / 100 for completion in completions]\n"
+        )
+        if "my_rewards" not in command:
+            assert posttrain("recipes=quickstart/reward", *SHORT).code == 0
+            more = [*more, "stage.gate=warn"]  # two steps make no fit reward model
     done = posttrain(*kept, *more, *SHORT)
     assert done.code == 0, done
 
