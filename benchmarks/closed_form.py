@@ -294,14 +294,15 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     function = f"stage.reward_functions=[{folder / 'table.py'}:reward]"
     full = [*PPO, "stage.learning_rate=1e-3", function, "run_name=full"]
     train(folder, "-m", *full, f"stage.kl_coef={','.join(map(str, BETAS))}", data="prompts.jsonl")
-    lora = [*PPO, *LORA, "stage.learning_rate=2e-3", "stage.kl_coef=0.5"]
-    train(folder, *lora, function, "run_name=lora", data="prompts.jsonl")
+    lora = [*PPO, *LORA, "stage.learning_rate=2e-3"]
+    train(folder, *lora, "stage.kl_coef=0.5", function, "run_name=lora", data="prompts.jsonl")
     train(folder, *REWARD, PAIRS, *LORA, "run_name=shared")
-    shared = [*lora, "stage.gate=warn", f"stage.reward_model={folder / 'outputs/shared/reward'}", "run_name=shared"]
-    train(folder, *shared, data="prompts.jsonl")
+    # its scores of what is no answer range widely, which takes longer to learn
+    shared = [*lora, "stage.kl_coef=1", "stage.num_epochs=600", "stage.gate=warn", "run_name=shared"]
+    train(folder, *shared, f"stage.reward_model={folder / 'outputs/shared/reward'}", data="prompts.jsonl")
     runs = [("full fine-tuning", beta, f"full/ppo/stage.kl_coef={beta}", table) for beta in BETAS]
     runs.append(("LoRA", 0.5, "lora/ppo", table))
-    runs.append(("shared base", 0.5, "shared/ppo", model_rewards(folder / "outputs/shared/reward/model", tokenizer)))
+    runs.append(("shared base", 1.0, "shared/ppo", model_rewards(folder / "outputs/shared/reward/model", tokenizer)))
     points = []
     for name, beta, run, rewards in runs:
         policy, best = exact(folder / "outputs" / run / "model"), best_of(reference, rewards, beta)

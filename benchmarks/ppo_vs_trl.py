@@ -52,8 +52,11 @@ def prepare(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+    from posttrain.encoding import plain_template
+
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "posttrain" / "tiny")
+    tokenizer.chat_template = plain_template(tokenizer)
     config = GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0, pad_token_id=1, num_labels=1)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         vars(config)[name] = 0.0

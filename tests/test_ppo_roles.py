@@ -19,6 +19,7 @@ from posttrain.rlhf.value import (
     add_reward_adapter,
     add_value_adapter,
     critic_trunk,
+    log_probs,
 )
 
 WIDTH = 32
@@ -56,7 +57,7 @@ def shared(kind: str) -> PolicyAndValue:
     policy = get_peft_model(base(kind), lora(kind))
     add_fused_lm_head(policy.get_base_model(), temperature=0.7, outputs=("log_probs", "entropy"))
     add_value_adapter(policy, lora(kind), like=None)
-    roles = PolicyAndValue(policy, ValueNetwork(WIDTH))
+    roles = PolicyAndValue(policy, ValueNetwork(WIDTH), temperature=0.7, learn_entropy=True)
     shake(roles, 1, ".lora_A.default")
     shake(roles, 2, ".lora_B.default")
     shake(roles, 3, f".lora_A.{VALUE}")
@@ -116,7 +117,8 @@ def test_gradients_are_those_of_separate_models(kind: str, checkpointing: bool) 
     alone = policy(**plain, labels=labels, fused_lm_head=True)
     hidden = critic.get_base_model().base_model(**plain, use_cache=False).last_hidden_state
     values = head(hidden).squeeze(-1)[:, -4:-1]
-    torch.testing.assert_close(now.logps * answer, alone.log_probs[:, -3:] * answer)
+    torch.testing.assert_close(now.logps * answer, alone.log_probs[:, -3:] * answer)  # the fused head's, too
+    torch.testing.assert_close(now.entropy * answer, alone.entropy[:, -3:] * answer)
     torch.testing.assert_close(now.values, values)
     ((alone.log_probs[:, -3:] + 0.1 * alone.entropy[:, -3:]) * answer).sum().add((values**2 * answer).sum()).backward()
 
@@ -180,6 +182,23 @@ def _patched() -> Any:
     policy = base()
     add_fused_lm_head(policy, outputs=("log_probs", "entropy"))
     return policy
+
+
+def test_both_ways_to_log_probabilities_agree() -> None:
+    """The fused head of GPUs and the logits of an answer, which serve on a CPU; a temperature, padding, gradients."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    policy, inputs = base(), batch()
+    add_fused_lm_head(policy, temperature=0.7, outputs=("log_probs", "entropy"))
+    answer = inputs["attention_mask"][:, -3:]
+    found = []
+    for fused in (False, True):
+        policy.zero_grad()
+        logps, entropy = log_probs(policy, **inputs, temperature=0.7, with_entropy=True, fused=fused)
+        ((logps + entropy) * answer).sum().backward()
+        found.append((logps * answer, entropy * answer, policy.transformer.wte.weight.grad.clone()))
+    for plain, fused_one in zip(*found, strict=True):
+        torch.testing.assert_close(plain, fused_one, rtol=1e-4, atol=1e-5)
 
 
 def test_left_padding_changes_no_estimate() -> None:

@@ -99,7 +99,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
     ) -> None:
         super().__init__(args=args, **options)
         self.rows, self.plan = rows, plan
-        self.model = PolicyAndValue(self.model, value(self.model))
+        self.model = PolicyAndValue(self.model, value(self.model), self.temperature, args.entropy_coef > 0)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):  # RLOO has looked at the policy alone
                 module.p = 0.0
@@ -353,7 +353,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
     def reference_logps(self, buffer: RolloutBuffer) -> Tensor:
         """log π_ref of each token of the answers."""
         with self.reference() as model:
-            return self._in_batches(buffer, lambda inputs: log_probs(model, **inputs))[0]
+            return self._in_batches(buffer, lambda inputs: log_probs(model, **inputs, temperature=self.temperature))[0]
 
     @contextmanager
     def reference(self) -> Iterator[Any]:

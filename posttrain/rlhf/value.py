@@ -55,8 +55,9 @@ class PolicyAndValue(nn.Module):
     without a trunk of its own runs on the policy's base under the adapter "critic".
     """
 
-    def __init__(self, policy: Any, value: ValueNetwork) -> None:
+    def __init__(self, policy: Any, value: ValueNetwork, temperature: float = 1.0, learn_entropy: bool = False) -> None:
         super().__init__()
+        self.temperature, self.learn_entropy = temperature, learn_entropy
         self.policy: Any = policy
         self.value = value
         self.layers = _adapter_layers(policy)
@@ -65,7 +66,11 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, completion: int) -> Estimates:
         """Estimates for the last `completion` tokens of each row, from (rows, tokens)."""
-        logps, entropy = log_probs(self.policy, input_ids, attention_mask, position_ids, completion)
+        # in an update, entropy matters only to its bonus
+        wanted = self.learn_entropy or not torch.is_grad_enabled()
+        logps, entropy = log_probs(
+            self.policy, input_ids, attention_mask, position_ids, completion, self.temperature, wanted
+        )
         hidden = self.hidden(VALUE, input_ids, attention_mask, position_ids)
         # the value of a state is read where the state ends: one token before the one that is chosen in it
         return Estimates(logps, entropy, self.value(hidden)[:, -completion - 1 : -1])
@@ -181,24 +186,37 @@ def last_hidden(trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_
 
 
 def log_probs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, completion: int
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    completion: int,
+    temperature: float,
+    with_entropy: bool = False,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log π of each of the last `completion` tokens, and the entropy of π there (0 if not asked for), (rows, C).
+    """log π of each of the last `completion` tokens, and the entropy of π there, (rows, C), both at `temperature`.
 
-    Both under the temperature that TRL's fused head was given; the logits are never held as a whole.
+    Without `with_entropy`, entropy may be 0 throughout.
+
+    `fused` (None: on every device but a CPU) takes TRL's head, which never holds the logits as a whole and computes
+    them a second time in the backward pass; on a CPU that takes twice as long as holding those of the answer.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, :-completion] = -100
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        fused_lm_head=True,
-        **_positions(base, position_ids),
-    )
-    logps = output.log_probs[:, -completion:]
-    return logps, torch.zeros_like(logps) if output.entropy is None else output.entropy[:, -completion:]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_positions(base, position_ids)}
+    if fused is None:
+        fused = input_ids.device.type != "cpu"
+    if fused:
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-completion] = -100
+        output = model(**inputs, labels=labels, fused_lm_head=True)
+        logps = output.log_probs[:, -completion:]
+        return logps, torch.zeros_like(logps) if output.entropy is None else output.entropy[:, -completion:]
+    logits = model(**inputs, use_cache=False, logits_to_keep=completion + 1).logits[:, :-1].float()
+    every = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
+    mask = attention_mask[:, -completion:]
+    logps = every.gather(-1, input_ids[:, -completion:, None]).squeeze(-1) * mask
+    return logps, -(every.exp() * every).sum(-1) * mask if with_entropy else torch.zeros_like(logps)
 
 
 def add_value_adapter(policy: Any, config: Any, like: str | None) -> None:

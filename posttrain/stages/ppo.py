@@ -224,7 +224,10 @@ class _Scorer:
 
 
 def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[float]:
-    """What the merged reward model would give: its head on the hidden state of the last token."""
+    """What the merged reward model would give: its head on the hidden state of the last token that is no padding.
+
+    By id, as transformers looks for it: a padding token that the policy has said itself is passed over, too.
+    """
     import torch
 
     from posttrain.evaluation import pad_right
@@ -233,12 +236,14 @@ def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[f
     found: list[float] = []
     for start in range(0, len(rows), trainer.plan.batch_size):
         part = rows[start : start + trainer.plan.batch_size]
-        ids = pad_right(part, trainer.processing_class.pad_token_id).to(head.device)
+        padding = trainer.processing_class.pad_token_id
+        ids = pad_right(part, padding).to(head.device)
         mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad(), trainer.accelerator.autocast():
             hidden = trainer.roles().hidden(REWARD, ids, mask, positions)
-        last = hidden[torch.arange(len(part), device=head.device), mask.sum(-1) - 1]
+        numbers = torch.arange(ids.size(1), device=head.device)
+        last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
         found += (last.float() @ head.float().T)[:, 0].tolist()
     return found
 
