@@ -112,8 +112,10 @@ def _check_folder(config: Config) -> None:
             raise ConfigError(f"output_dir={config.output_dir}: {path} is a file, so {folder} cannot be a folder")
 
 
-def read_command(arguments: list[str]) -> Command:
+def read_command(arguments: list[str], inputs_exist: bool = True) -> Command:
     """Check a command line; for a sweep each value of each swept key is checked.
+
+    Without `inputs_exist` the models that the run will start from may still be to come.
 
     Raises:
         ConfigError: with every problem found, a line each.
@@ -143,7 +145,8 @@ def read_command(arguments: list[str]) -> Command:
         if composed is not None:
             try:
                 configs.append(check(composed))
-                _check_models(configs[-1])
+                if inputs_exist:
+                    _check_models(configs[-1])
                 sources.check_source(configs[-1].data)
                 _check_folder(configs[-1])
             except ConfigError as error:

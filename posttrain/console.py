@@ -1,6 +1,7 @@
 """What a person sees: only the first process prints, and everything printed is in the run's log as well."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,3 +119,10 @@ def logging_to(file: Path | None) -> Iterator[None]:
             root.removeHandler(handler)
             handler.close()
         root.setLevel(level)
+
+
+def number(name: str, value: float | None) -> str:
+    """A metric for a table: shares as percentages, what is missing as nothing."""
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.1%}" if name in ("accuracy", "ended_by_eos") else f"{value:.4f}"

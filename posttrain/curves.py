@@ -31,9 +31,9 @@ def draw_curves(metrics: Path, file: Path) -> None:
         return
     figure, panels = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 3), layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], shown, strict=True):
-        for (label, points), marker in zip(series[name].items(), (None, "o"), strict=True):
+        for (label, points), style in zip(series[name].items(), ("C0-", "C1o-"), strict=True):
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+                axes.plot(*zip(*points, strict=True), style, label=label)
         axes.set_title(PANELS[name], fontsize=10)
         axes.set_xlabel("step")
     panels[0][0].legend(fontsize=8)

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, step_of, write_atomically
 from posttrain.config import differences
-from posttrain.console import is_main_process
+from posttrain.console import is_main_process, say
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.schema import Config, PPOStage
 
@@ -165,8 +165,10 @@ class RunFolder:
                 raise PosttrainError(held) from error
             yield
 
-    def state(self, identity: dict[str, Any], overwrite: bool) -> State:
+    def state(self, identity: dict[str, Any], overwrite: bool, rerun: bool = False) -> State:
         """Whether this run has begun here before; `overwrite` deletes a run that has, whichever it is.
+
+        `rerun` deletes another run only, and says what differs.
 
         Raises:
             ConfigError: the folder holds another run, or files that no run wrote; names what differs.
@@ -195,6 +197,11 @@ class RunFolder:
         if changed:
             what = "a finished run" if finished else "an interrupted run"
             told = "; ".join(_changed(key, *values) for key, values in list(changed.items())[:5])
+            if rerun:
+                say(f"{self.path} held {what} and is made anew: {told}")
+                if is_main_process():
+                    self.clear()
+                return "new"
             raise ConfigError(
                 f"{self.path} holds {what} with another configuration ({told}); "
                 "choose run_name=… for a new run, or pass overwrite=true to delete the old one"

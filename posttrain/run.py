@@ -7,6 +7,7 @@ in about the time it takes to import Hydra. torch is imported only when a run be
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -51,33 +52,50 @@ def _job(composed: DictConfig) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _report(error)  # Hydra goes on with the other points, and raises the first failure after the last
-            raise
-        if _show_trace:
-            raise
-        sys.exit(_report(error))
+        raise
     return result.objective if result is not None else None
 
 
-def main() -> None:
-    """The entry point: exit code 0 done, 2 configuration or data invalid, 1 failed, 130 and 143 stopped."""
+def guarded(body: Callable[[], None]) -> int:
+    """Run an entry point, tell its failure in one paragraph, and return the exit code.
+
+    0 done, 2 configuration or data invalid, 1 failed, 130 and 143 stopped.
+    """
     global _show_trace
     given = os.environ.get(TRACE)
     _show_trace = given == "1"
     os.environ[TRACE] = "1"  # Hydra then hands exceptions on instead of printing and exiting by itself
-    command = None
     try:
-        command = read_command(sys.argv[1:])
-        sys.argv[1:] = command.arguments
-        hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()
+        body()
+    except (Stopped, KeyboardInterrupt) as error:
+        return _report(error)
     except Exception as error:
         if _show_trace:
             raise
-        sys.exit(1 if command is not None and command.sweep else _report(error))
+        return _report(error)
     finally:
         os.environ.pop(TRACE)
         if given is not None:
             os.environ[TRACE] = given
-        if command is not None and command.sweep:
+    return 0
+
+
+def main() -> None:
+    """The entry point; see `guarded` for its exit codes."""
+    sys.exit(guarded(_main))
+
+
+def _main() -> None:
+    command = read_command(sys.argv[1:])
+    sys.argv[1:] = command.arguments
+    try:
+        hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()
+    except Exception:
+        if command.sweep and not _show_trace:
+            sys.exit(1)  # each point has told its failure already
+        raise
+    finally:
+        if command.sweep:
             show_sweep(command)
 
 

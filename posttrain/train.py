@@ -18,7 +18,7 @@ from posttrain import lineage, model, sources
 from posttrain.arguments import process_state
 from posttrain.checkpoint import StopSignals
 from posttrain.config import to_dict
-from posttrain.console import is_main_process, logging_to, say, show_table, warn
+from posttrain.console import is_main_process, logging_to, number, say, show_table, warn
 from posttrain.evaluation import panel
 from posttrain.lineage import RunFolder
 from posttrain.model import load_tokenizer, prepare_base
@@ -57,8 +57,10 @@ def _network_only_where_needed(config: Config) -> Iterator[None]:
             del os.environ[name]
 
 
-def run_stage(config: Config, path: Path) -> Result | None:
+def run_stage(config: Config, path: Path, rerun: bool = False) -> Result | None:
     """Run the stage that `config` describes in the folder `path`; None for a dry run.
+
+    With `rerun`, a run there with another configuration, data or inputs is told and replaced, not refused.
 
     Raises:
         ConfigError, DataError: before any weight is loaded.
@@ -76,7 +78,7 @@ def run_stage(config: Config, path: Path) -> Result | None:
                 return None
             folder = RunFolder(path)
             with folder.lock() if is_main_process() else contextlib.nullcontext(), logging_to(folder.log):
-                return _run(config, folder)
+                return _run(config, folder, rerun)
         finally:
             if untouched and is_main_process() and not (path / lineage.IDENTITY).exists():
                 _remove(path)  # a command that did not begin a run leaves the disk as it was
@@ -130,16 +132,16 @@ def _reward_folder(config: Config) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _run(config: Config, folder: RunFolder) -> Result:
+def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
     config, why = lineage.with_inputs(config)
     stage = STAGES[config.stage.name]
     tokenizer, prepared = _prepare(config, why)
     identity = _identity(config, prepared)
-    state = folder.state(identity, config.overwrite)
+    state = folder.state(identity, config.overwrite, rerun)
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
-        say(f"already complete: {folder.path} (finished {manifest['finished']}); overwrite=true trains it anew")
+        say(f"already complete: {folder.path}, and nothing has changed (finished {manifest['finished']})")
         return _result(folder, manifest["metrics"], stage.objective)
     checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
     for fault in faults:
@@ -315,7 +317,7 @@ def _show_result(
 ) -> None:
     rows: list[tuple[str, ...]] = []
     for name, label in STAGES[config.stage.name].shown.items():
-        values = [_number(name, judgement.metrics.get(name)) for judgement in (before, after)]
+        values = [number(name, judgement.metrics.get(name)) for judgement in (before, after)]
         if any(values):
             rows.append((label, *values))
     answered = list(zip(shown, before.answers, after.answers, strict=False))
@@ -336,12 +338,6 @@ def _show_result(
     if following:
         commands = (f"  python -m posttrain.run stage={name} run_name={config.run_name}" for name in following)
         say("next:\n" + "\n".join(commands))
-
-
-def _number(name: str, value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return ""
-    return f"{value:.1%}" if name in ("accuracy", "ended_by_eos") else f"{value:.4f}"
 
 
 def _relative(path: Path) -> str:

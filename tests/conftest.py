@@ -35,6 +35,8 @@ def posttrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Ca
     from posttrain.run import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
 
     def call(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["posttrain", *arguments])
@@ -50,10 +52,10 @@ def posttrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Ca
     return call
 
 
-def start(*arguments: str, cwd: Path, **more: Any) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path, module: str = "posttrain.run", **more: Any) -> subprocess.Popen[str]:
     """The same command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "posttrain.run", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
         stdout=subprocess.PIPE,

@@ -31,6 +31,7 @@ FLOORS = {
     "posttrain.rlhf.rollout": 0,
     "posttrain.rlhf.value": 1,
     "posttrain.rlhf.rewards": 5,
+    "posttrain.rlhf.roles": 6,
     "posttrain.rlhf.trainer": 6,
     "posttrain.rlhf.start": 7,
     "posttrain.stages.base": 6,
@@ -45,6 +46,7 @@ FLOORS = {
     "posttrain.sweep": 12,
     "posttrain.train": 12,
     "posttrain.run": 13,
+    "posttrain.pipeline": 14,
 }
 # Its classes are modules and trainers themselves, so it is imported only when a run begins.
 IMPORTED_LATE = {"posttrain.rlhf.value", "posttrain.rlhf.trainer", "posttrain.rlhf.start"}

@@ -22,7 +22,7 @@ def problems(*arguments: str) -> list[str]:
 
 
 def config(*arguments: str) -> Config:
-    found = read_command(list(arguments)).config
+    found = read_command(list(arguments), inputs_exist=False).config
     assert found is not None
     return found
 

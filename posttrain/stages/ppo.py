@@ -1,6 +1,7 @@
 """Proximal policy optimisation: our PPOTrainer on TRL's RLOOTrainer, its four roles loaded and its rollouts told."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,10 +14,10 @@ from posttrain.curves import draw_curves
 from posttrain.data import read_prompts
 from posttrain.encoding import ChatEncoder, encode_prompts
 from posttrain.errors import ConfigError
-from posttrain.evaluation import ANSWERED, Answer, answer, completion_kl, generate, scores
+from posttrain.evaluation import ANSWERED, Answer, answer, completion_kl, generate
 from posttrain.model import lora_config
 from posttrain.report_card import FIT
-from posttrain.rlhf import rewards
+from posttrain.rlhf import rewards, roles
 from posttrain.rlhf.alarms import Alarms
 from posttrain.rlhf.schedule import schedule
 from posttrain.schema import Config, PPOStage
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.rlhf.trainer import Rollout
-    from posttrain.rlhf.value import ValueNetwork
 
 SAMPLES = 4  # answers of each rollout that rollouts.jsonl keeps
 
@@ -111,38 +111,6 @@ def _functions(key: str, specs: list[str]) -> list[rewards.RewardFunction]:
     return found
 
 
-@dataclass
-class _Reward:
-    """The reward model of a run, before it is known where it lives."""
-
-    settings: Any  # ModelConfig
-    path: str
-    tokenizer: Any
-    same_tokenizer: bool
-    adapter: Path | None  # of a reward model trained with LoRA on the policy's own base
-
-
-def _find_reward(config: Config, tokenizer: Any) -> _Reward | None:
-    stage = _stage(config)
-    if stage.reward_model is None:
-        return None
-    settings = model.reward_settings(config.model, stage.reward_model)
-    with model.named("stage.reward_model"):
-        path = model.source(settings)
-        theirs, _ = model.load_tokenizer(settings)
-    adapter = Path(path).parent / "adapter"
-    parent = lineage.parent_of(Path(path))
-    start = Path(model.source(config.model))
-    shared = (
-        config.model.use_peft
-        and parent is not None
-        and (adapter / "adapter_model.safetensors").is_file()
-        and start.is_dir()
-        and parent["inputs"]["model"]["weights"] == lineage.weight_hashes(start)
-    )
-    return _Reward(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
-
-
 def build(
     config: Config, prepared: Prepared, loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> Any:
@@ -152,13 +120,13 @@ def build(
     assert isinstance(prepared, PreparedPrompts)
     stage, rows = _stage(config), prepared.train.rows
     plan = schedule(stage, len(rows), process_state().num_processes)
-    reward = _find_reward(config, tokenizer)
+    reward = roles.find_reward(config, tokenizer)
     arguments = trainer_arguments(config, folder, prepared.test is not None) | {
         "gradient_accumulation_steps": plan.accumulation,
         "include_num_input_tokens_seen": "no",  # TRL's generation counts them
         "reward_weights": stage.reward_weights,
     }
-    scorer = _Scorer()
+    scorer = roles.Scorer()
     functions = list(prepared.functions)
     if reward is not None:
         own: rewards.Encode = rewards.same_ids
@@ -168,15 +136,11 @@ def build(
             say("reward model: has a tokenizer of its own; answers are decoded and put through its chat template")
         functions.insert(0, rewards.model_reward(scorer, own))
     path = str(loaded.config._name_or_path)
-    names = sorted({name for row in rows for name in row.columns})
     trainer = PPOTrainer(
-        rows=[
-            {name: row.columns.get(name) for name in names} | {"prompt": row.prompt, "prompt_ids": ids}
-            for row, ids in zip(rows, prepared.train.dataset["prompt_ids"], strict=True)
-        ],
+        rows=_inputs(rows, prepared.train.dataset["prompt_ids"]),
         plan=plan,
         reference=None if config.model.use_peft else model.load_causal_lm(config.model, tokenizer, path),
-        value=lambda policy: _critic(config, policy, reward, tokenizer, path, scorer),
+        value=lambda policy: roles.critic(config, policy, reward, tokenizer, path, scorer),
         args=PPOConfig(**arguments),
         model=loaded,
         reward_funcs=functions,
@@ -187,115 +151,17 @@ def build(
     )
     scorer.attach(trainer, reward, config)
     trainer.eval_functions = prepared.eval_functions
-    _tell_roles(config, reward, path)
+    roles.tell_roles(config, reward, path)
     return trainer
 
 
-class _Scorer:
-    """Scores conversations with the reward model, which is a model of its own or an adapter on the policy's base."""
-
-    def __init__(self) -> None:
-        self.head: Any = None  # of the adapter
-        self.score: rewards.Score | None = None
-
-    def __call__(self, rows: list[list[int]]) -> list[float]:
-        assert self.score is not None
-        return self.score(rows)
-
-    def attach(self, trainer: Any, reward: _Reward | None, config: Config) -> None:
-        if reward is None:
-            return
-        if reward.adapter is not None:
-            self.head = self.head.to(trainer.args.device)
-            self.score = lambda rows: _scores_of_adapter(trainer, self.head, rows)
-            return
-        with model.named("stage.reward_model"):
-            separate = model.load_reward_model(
-                reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
-            )
-        separate = separate.to(trainer.args.device).eval().requires_grad_(False)
-        pad, size = reward.tokenizer.pad_token_id, config.stage.batch_size
-
-        def score(rows: list[list[int]]) -> list[float]:
-            with trainer.accelerator.autocast():
-                return scores(separate, rows, pad, size)
-
-        self.score = score
-
-
-def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[float]:
-    """What the merged reward model would give: its head on the hidden state of the last token that is no padding.
-
-    By id, as transformers looks for it: a padding token that the policy has said itself is passed over, too.
-    """
-    import torch
-
-    from posttrain.evaluation import pad_right
-    from posttrain.rlhf.value import REWARD
-
-    found: list[float] = []
-    for start in range(0, len(rows), trainer.plan.batch_size):
-        part = rows[start : start + trainer.plan.batch_size]
-        padding = trainer.processing_class.pad_token_id
-        ids = pad_right(part, padding).to(head.device)
-        mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            hidden = trainer.roles().hidden(REWARD, ids, mask, positions)
-        numbers = torch.arange(ids.size(1), device=head.device)
-        last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
-        found += (last.float() @ head.float().T)[:, 0].tolist()
-    return found
-
-
-def _critic(
-    config: Config, policy: Any, reward: _Reward | None, tokenizer: Any, path: str, scorer: _Scorer
-) -> "ValueNetwork":
-    """The critic: the reward model's trunk with a new head, where the reward model reads the policy's tokens."""
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
-    from posttrain.rlhf import value
-
-    size = policy.config.get_text_config().hidden_size
-    if not config.model.use_peft:
-        if reward is not None and reward.same_tokenizer:
-            with model.named("stage.reward_model"):
-                taken = model.load_reward_model(
-                    reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
-                )
-        else:
-            taken = model.load_causal_lm(config.model, tokenizer, path)
-        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken))
-    if reward is not None and reward.adapter is not None:
-        settings = PeftConfig.from_pretrained(str(reward.adapter))
-        state = load_file(reward.adapter / "adapter_model.safetensors")
-        scorer.head = value.add_reward_adapter(policy, settings, state)
-        value.add_value_adapter(policy, settings, like=value.REWARD)
-    else:
-        value.add_value_adapter(policy, policy.peft_config[value.POLICY], like=None)
-    return value.ValueNetwork(size)
-
-
-def _tell_roles(config: Config, reward: _Reward | None, path: str) -> None:
-    lora = config.model.use_peft
-    from_reward = reward is not None and (reward.adapter is not None if lora else reward.same_tokenizer)
-    models = 1 if lora else 3
-    lines = [
-        f"policy = {path}, {'a new adapter' if lora else 'all weights'}",
-        f"reference = {path}, {'all adapters off' if lora else 'a frozen copy'}",
-        f"critic = {'the reward model' if from_reward else path}, "
-        f"{'an adapter on the same base' if lora else 'all weights'}, with a new head that begins at 0",
+def _inputs(rows: Sequence[Any], prompt_ids: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """What TRL hands to reward functions: each prompt, its ids and its other columns, None where a row lacks one."""
+    names = sorted({name for row in rows for name in row.columns})
+    return [
+        {name: row.columns.get(name) for name in names} | {"prompt": row.prompt, "prompt_ids": ids}
+        for row, ids in zip(rows, prompt_ids, strict=True)
     ]
-    if reward is not None:
-        shared = reward.adapter is not None
-        models += not shared
-        lines.append(
-            f"reward model = {reward.path}, {'an adapter on the same base' if shared else 'frozen'}"
-            + ("" if shared or not lora else " (trained with LoRA from the same SFT model, it would share the base)")
-        )
-    lines.append(f"{models} {'model' if models == 1 else 'models'} in memory")
-    say("\n".join(lines))
 
 
 def preflight(work: Work) -> None:
@@ -339,11 +205,7 @@ def held_out(work: Work) -> tuple[dict[str, float], list[Answer]]:
         )
     texts = [str(text) for text in encoder.tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
-    names = sorted({name for row in rows for name in row.columns})
-    inputs = [
-        {name: row.columns.get(name) for name in names} | {"prompt": row.prompt, "prompt_ids": ids}
-        for row, ids in zip(rows, made.prompts, strict=True)
-    ]
+    inputs = _inputs(rows, made.prompts)
     prompts = [row.prompt for row in rows]
     per_function = trainer.rewards_of(inputs, prompts, messages, made.completions)
     score = float((per_function.cpu() * trainer.reward_weights).nansum(1).mean())
@@ -353,7 +215,7 @@ def held_out(work: Work) -> tuple[dict[str, float], list[Answer]]:
         "response_length": fmean(len(completion) for completion in made.completions),
         "ended_by_eos": fmean(made.ended),
     }
-    columns = {name: [row[name] for row in inputs] for name in names}
+    columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
     golds = {
         function.__name__: fmean(
             value
@@ -372,6 +234,8 @@ def judge(work: Work) -> Judgement:
     """Reward, gold reward, KL and length of sampled answers to held-out prompts, and the prompt panel answered."""
     trainer = work.trainer
     found, _ = held_out(work)
+    if trainer.state.global_step == 0 and not work.folder.metrics.is_file():  # where the curves begin
+        trainer.log({f"eval_{name}": value for name, value in found.items()})
     with trainer.accelerator.autocast():
         answers = answer(trainer.trained(), work.prepared.encoder, work.panel[:ANSWERED], work.new_tokens)
     return Judgement(found, answers)

@@ -1,0 +1,152 @@
+"""The four roles of a PPO run, found and loaded: what the reward model is, where it lives, and what the critic is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain import lineage, model
+from posttrain.console import say
+from posttrain.evaluation import pad_right, scores
+from posttrain.rlhf import rewards
+from posttrain.schema import Config, PPOStage
+
+if TYPE_CHECKING:
+    from posttrain.rlhf.value import ValueNetwork
+
+
+@dataclass
+class RewardModel:
+    """The reward model of a run, before it is known where it lives."""
+
+    settings: Any  # ModelConfig
+    path: str
+    tokenizer: Any
+    same_tokenizer: bool
+    adapter: Path | None  # of a reward model trained with LoRA on the policy's own base
+
+
+def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
+    stage = config.stage
+    if not isinstance(stage, PPOStage) or stage.reward_model is None:
+        return None
+    settings = model.reward_settings(config.model, stage.reward_model)
+    with model.named("stage.reward_model"):
+        path = model.source(settings)
+        theirs, _ = model.load_tokenizer(settings)
+    adapter = Path(path).parent / "adapter"
+    parent = lineage.parent_of(Path(path))
+    start = Path(model.source(config.model))
+    shared = (
+        config.model.use_peft
+        and parent is not None
+        and (adapter / "adapter_model.safetensors").is_file()
+        and start.is_dir()
+        and parent["inputs"]["model"]["weights"] == lineage.weight_hashes(start)
+    )
+    return RewardModel(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
+
+
+class Scorer:
+    """Scores conversations with the reward model, which is a model of its own or an adapter on the policy's base."""
+
+    def __init__(self) -> None:
+        self.head: Any = None  # of the adapter
+        self.score: rewards.Score | None = None
+
+    def __call__(self, rows: list[list[int]]) -> list[float]:
+        assert self.score is not None
+        return self.score(rows)
+
+    def attach(self, trainer: Any, reward: RewardModel | None, config: Config) -> None:
+        if reward is None:
+            return
+        if reward.adapter is not None:
+            self.head = self.head.to(trainer.args.device)
+            self.score = lambda rows: _scores_of_adapter(trainer, self.head, rows)
+            return
+        with model.named("stage.reward_model"):
+            separate = model.load_reward_model(
+                reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
+            )
+        separate = separate.to(trainer.args.device).eval().requires_grad_(False)
+        pad, size = reward.tokenizer.pad_token_id, config.stage.batch_size
+
+        def score(rows: list[list[int]]) -> list[float]:
+            with trainer.accelerator.autocast():
+                return scores(separate, rows, pad, size)
+
+        self.score = score
+
+
+def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[float]:
+    """What the merged reward model would give: its head on the hidden state of the last token that is no padding.
+
+    By id, as transformers looks for it: a padding token that the policy has said itself is passed over, too.
+    """
+    import torch
+
+    from posttrain.rlhf.value import REWARD
+
+    found: list[float] = []
+    for start in range(0, len(rows), trainer.plan.batch_size):
+        part = rows[start : start + trainer.plan.batch_size]
+        padding = trainer.processing_class.pad_token_id
+        ids = pad_right(part, padding).to(head.device)
+        mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            hidden = trainer.roles().hidden(REWARD, ids, mask, positions)
+        numbers = torch.arange(ids.size(1), device=head.device)
+        last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
+        found += (last.float() @ head.float().T)[:, 0].tolist()
+    return found
+
+
+def critic(
+    config: Config, policy: Any, reward: RewardModel | None, tokenizer: Any, path: str, scorer: Scorer
+) -> "ValueNetwork":
+    """The critic: the reward model's trunk with a new head, where the reward model reads the policy's tokens."""
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    from posttrain.rlhf import value
+
+    size = policy.config.get_text_config().hidden_size
+    if not config.model.use_peft:
+        if reward is not None and reward.same_tokenizer:
+            with model.named("stage.reward_model"):
+                taken = model.load_reward_model(
+                    reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
+                )
+        else:
+            taken = model.load_causal_lm(config.model, tokenizer, path)
+        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken))
+    if reward is not None and reward.adapter is not None:
+        settings = PeftConfig.from_pretrained(str(reward.adapter))
+        state = load_file(reward.adapter / "adapter_model.safetensors")
+        scorer.head = value.add_reward_adapter(policy, settings, state)
+        value.add_value_adapter(policy, settings, like=value.REWARD)
+    else:
+        value.add_value_adapter(policy, policy.peft_config[value.POLICY], like=None)
+    return value.ValueNetwork(size)
+
+
+def tell_roles(config: Config, reward: RewardModel | None, path: str) -> None:
+    lora = config.model.use_peft
+    from_reward = reward is not None and (reward.adapter is not None if lora else reward.same_tokenizer)
+    models = 1 if lora else 3
+    lines = [
+        f"policy = {path}, {'a new adapter' if lora else 'all weights'}",
+        f"reference = {path}, {'all adapters off' if lora else 'a frozen copy'}",
+        f"critic = {'the reward model' if from_reward else path}, "
+        f"{'an adapter on the same base' if lora else 'all weights'}, with a new head that begins at 0",
+    ]
+    if reward is not None:
+        shared = reward.adapter is not None
+        models += not shared
+        lines.append(
+            f"reward model = {reward.path}, {'an adapter on the same base' if shared else 'frozen'}"
+            + ("" if shared or not lora else " (trained with LoRA from the same SFT model, it would share the base)")
+        )
+    lines.append(f"{models} {'model' if models == 1 else 'models'} in memory")
+    say("\n".join(lines))

@@ -1,0 +1,152 @@
+"""The pipeline through its real entry point: what goes to which stage, what is run again and why, and the gate."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome, start
+from test_resume import wait_for
+
+from posttrain.checkpoint import MANIFEST
+from posttrain.errors import ConfigError
+from posttrain.pipeline import Step, main, read_pipeline
+
+Pipeline = Callable[..., Outcome]
+SHORT = ("recipes=quickstart", "trainer.max_steps=4", "data.max_rows=200", "ppo.gate=warn", "ppo.max_new_tokens=8")
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Pipeline:
+    """`python -m posttrain.pipeline <arguments>` in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), told.out, told.err)
+
+    return call
+
+
+def commands(*arguments: str) -> dict[str, list[str]]:
+    return {step.stage: step.arguments for step in read_pipeline(list(arguments))}
+
+
+def test_what_goes_to_which_stage(tmp_path: Path) -> None:
+    rows = tmp_path / "pairs.jsonl"
+    rows.touch()
+    found = commands(
+        "recipes=quickstart",
+        "run_name=mine",
+        "sft.num_epochs=1",
+        "dpo.beta=0.3",
+        "dpo.trainer.loss_type=[ipo]",
+        "ppo.data.test_size=0.2",
+        f"data.preferences={rows}",
+        "model.use_peft=true",
+    )
+    assert found["sft"] == [
+        *("stage=sft", "recipes=quickstart/sft", "run_name=mine", "stage.num_epochs=1", "model.use_peft=true"),
+    ]
+    assert found["dpo"][3:] == [
+        *("stage.beta=0.3", "trainer.loss_type=[ipo]", f"data.dataset_name={rows}", "model.use_peft=true"),
+    ]
+    assert f"data.dataset_name={rows}" in found["reward"]
+    assert "data.test_size=0.2" in found["ppo"]
+    assert not any("dataset_name" in argument for argument in found["sft"] + found["ppo"])
+    assert list(commands("stages=[dpo,sft]")) == ["sft", "dpo"]
+    start = commands("model.model_name_or_path=posttrain/tiny")
+    assert "model.model_name_or_path=posttrain/tiny" in start["sft"]
+    assert not any("model_name_or_path" in argument for argument in start["dpo"])
+    swept = read_pipeline(["-m", "recipes=quickstart", "dpo.beta=0.1,0.3"])
+    assert swept[-1] == Step("dpo", ["-m", "stage=dpo", "recipes=quickstart/dpo", "stage.beta=0.1,0.3"], sweeps=True)
+    assert not any(step.sweeps for step in swept[:-1])
+
+
+REFUSED = {
+    "typo": (["sft.lerning_rate=1"], "sft.lerning_rate is unknown for stage=sft; did you mean sft.learning_rate?"),
+    "typo in the section": (["dop.beta=1"], "dop.beta is unknown"),
+    "value": (["dpo.beta=-1", "sft.num_epochs=0"], "dpo.beta=-1 must be above 0"),
+    "stage": (["stage=dpo"], "choose with stages=[sft,reward,ppo,dpo]"),
+    "stages": (["stages=[sft,pdo]"], "must be some of sft, reward, ppo, dpo"),
+    "recipe": (["recipes=quikstart"], "quikstart/sft"),
+    "several values": (["dpo.beta=0.1,0.2"], "add -m to sweep over them"),
+    "a sweep over sft": (["-m", "sft.learning_rate=1e-3,1e-4"], "sweep it alone: python -m posttrain.run -m stage=sft"),
+    "no sweep": (["-m", "dpo.beta=0.1"], "-m sweeps over nothing"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), REFUSED.values(), ids=REFUSED)
+def test_a_mistake_is_told_before_anything_runs(arguments: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_pipeline(arguments)
+    assert told in str(error.value)
+
+
+def finished(stage: str) -> str:
+    return str(json.loads(Path(f"outputs/demo/{stage}/posttrain.json").read_text())["finished"])
+
+
+def test_all_stages_then_only_what_has_changed(pipeline: Pipeline) -> None:
+    done = pipeline(*SHORT)
+    assert done.code == 0, done
+    for place, stage in enumerate(("sft", "reward", "ppo", "dpo"), start=1):
+        assert f"[{place} of 4] {stage}" in done.out
+        assert Path(f"outputs/demo/{stage}/posttrain.json").is_file()
+    assert "reward of held-out answers" in done.out
+    inputs = json.loads(Path("outputs/demo/ppo/posttrain.json").read_text())["inputs"]
+    assert inputs["model"]["path"] == "outputs/demo/sft"
+    assert inputs["reward_model"]["path"] == "outputs/demo/reward"
+
+    again = pipeline(*SHORT)
+    assert again.code == 0, again
+    assert again.out.count("already complete: ") == 4
+    assert "and nothing has changed" in again.out
+
+    before = {stage: finished(stage) for stage in ("sft", "reward", "ppo")}
+    other = pipeline(*SHORT, "dpo.beta=0.5")
+    assert other.code == 0, other
+    assert other.out.count("already complete: ") == 3
+    assert "outputs/demo/dpo held a finished run and is made anew: stage.beta was 0.1, now 0.5" in other.out
+    assert before == {stage: finished(stage) for stage in before}
+
+    anew = pipeline(*SHORT, "stages=[sft,reward]", "sft.learning_rate=1e-3")
+    assert anew.code == 0, anew
+    assert "outputs/demo/sft held a finished run and is made anew: stage.learning_rate was" in anew.out
+    assert "outputs/demo/reward held a finished run and is made anew: the weights to start from are not" in anew.out
+
+
+def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Pipeline) -> None:
+    done = pipeline("recipes=quickstart", "trainer.max_steps=1", "data.max_rows=200")
+    assert done.code == 2, done
+    assert "is not fit to be optimised against" in done.err
+    assert "ppo.gate=warn" in done.err
+    assert Path("outputs/demo/reward/posttrain.json").is_file()
+    assert not Path("outputs/demo/ppo").exists()
+
+
+def test_a_sweep_trains_the_stages_before_it_once(pipeline: Pipeline) -> None:
+    done = pipeline("-m", *SHORT, "stages=[sft,dpo]", "dpo.beta=0.1,0.5")
+    assert done.code == 0, done
+    assert Path("outputs/demo/dpo/stage.beta=0.1/posttrain.json").is_file()
+    assert Path("outputs/demo/dpo/stage.beta=0.5/posttrain.json").is_file()
+    assert done.out.count("sft: before and after") == 1
+
+
+def test_killed_inside_a_stage_the_same_command_goes_on(pipeline: Pipeline, tmp_path: Path) -> None:
+    arguments = ("recipes=quickstart", "stages=[sft,reward]", "trainer.max_steps=20", "trainer.save_steps=5")
+    process = start(*arguments, cwd=tmp_path, module="posttrain.pipeline")
+    wait_for(tmp_path / "outputs/demo/reward/checkpoint-10" / MANIFEST, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = pipeline(*arguments)
+    assert done.code == 0, done
+    assert "already complete: outputs/demo/sft" in done.out
+    assert "resuming from checkpoint-" in done.out
