@@ -32,8 +32,15 @@ def runs() -> list[str]:
     return sorted({part for part in found if part.startswith(("python -m posttrain.run", "posttrain "))})
 
 
+def pipelines() -> list[str]:
+    """The pipelines in all pages."""
+    found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
+    return sorted({part for part in found if part.startswith("python -m posttrain.pipeline")})
+
+
 def test_the_pages_hold_commands() -> None:
-    assert 'pip install -e ".[dev]" && python -m posttrain.run recipes=quickstart/sft' in commands(ROOT / "README.md")
+    assert "pip install -e . && python -m posttrain.pipeline recipes=quickstart" in commands(ROOT / "README.md")
+    assert len(pipelines()) >= 4
     assert 'pip install -e ".[dev]" && pytest' in commands(ROOT / "README.md")
     assert len(runs()) >= 8
 
@@ -61,6 +68,24 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
             more = [*more, "stage.gate=warn"]  # two steps make no fit reward model
     done = posttrain(*kept, *more, *SHORT)
     assert done.code == 0, done
+
+
+@pytest.mark.parametrize("command", pipelines())
+def test_every_documented_pipeline_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, posttrain: Posttrain
+) -> None:
+    from posttrain import pipeline
+
+    arguments = shlex.split(command.removeprefix("python -m posttrain.pipeline"))
+    local = ["model=tiny"] if "model=gpt2" in arguments else []
+    write_rows(tmp_path / "mine.jsonl", [{"instruction": f"Say {n}.", "response": f"It is {n}."} for n in range(30)])
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "Not."} for n in range(30)]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    kept = [argument for argument in arguments if argument != "model=gpt2"]
+    monkeypatch.setattr(sys, "argv", ["pipeline", *kept, *local, "trainer.max_steps=2", "ppo.gate=warn"])
+    with pytest.raises(SystemExit) as ended:
+        pipeline.main()
+    assert not ended.value.code
 
 
 def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
