@@ -102,7 +102,7 @@ def _check_models(config: Config) -> None:
     model.source(config.model)
     if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
         with model.named("stage.reward_model"):
-            model.source(model.reward_settings(config.model, config.stage.reward_model))
+            model.source(model.beside(config.model, config.stage.reward_model))
 
 
 def _check_folder(config: Config) -> None:

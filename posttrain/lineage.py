@@ -37,7 +37,7 @@ IDENTITY = "run.json"
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a line per log entry, each with its step
 OWN_FILES = (
     *(MANIFEST, IDENTITY, "config.yaml", "run.log", *LOGS),
-    *("samples.json", "report_card.json", "curves.svg", ".lock"),
+    *("samples.json", "report_card.json", "curves.svg", "report.html", ".lock"),
 )
 OWN_FOLDERS = ("model", "adapter", "base", "runs")
 # Keys that change what is shown or kept, never what is learned.

@@ -50,8 +50,8 @@ def source(model: ModelConfig) -> str:
     return name
 
 
-def reward_settings(model: ModelConfig, path: str) -> ModelConfig:
-    """The settings under which a reward model at `path` is loaded beside a policy."""
+def beside(model: ModelConfig, path: str) -> ModelConfig:
+    """The settings under which another model, at `path`, is loaded whole beside the one being trained."""
     return replace(
         model,
         model_name_or_path=path,

@@ -20,8 +20,9 @@ from hydra.errors import HydraException, OverrideParseException
 from posttrain import run
 from posttrain.compose import read_command
 from posttrain.config import nearest
-from posttrain.console import number, say, show_table
+from posttrain.console import is_main_process, number, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.report import write_report
 
 ORDER = ("sft", "reward", "ppo", "dpo")
 # data.<name>=<source> for the stages that read this format
@@ -205,9 +206,32 @@ def main() -> None:
     sys.exit(run.guarded(_main))
 
 
+def evaluate_pipeline(steps: Sequence[Step], done: Sequence[Finished]) -> None:
+    """Put SFT, PPO and DPO side by side on PPO's held-out prompts, where they all were trained."""
+    from posttrain import lineage
+    from posttrain.evaluate import evaluate_into
+
+    by_stage = {step.stage: step for step in steps}
+    folders = {each.stage: str(each.folder) for each in done if each.metrics}
+    if "sft" not in folders or "ppo" not in folders:
+        return
+    config = read_command(by_stage["ppo"].arguments).config
+    responses = read_command(by_stage["sft"].arguments).config
+    assert config is not None
+    assert responses is not None
+    policies = [folders[stage] for stage in ("sft", "ppo", "dpo") if stage in folders]
+    evaluate_into(lineage.with_inputs(config)[0], policies, responses.data)
+
+
 def _main() -> None:
     steps = read_pipeline(sys.argv[1:])
-    show_pipeline(run_pipeline(steps))
+    done = run_pipeline(steps)
+    if all(not each.metrics for each in done):
+        return  # a dry run, or sweeps alone, which have told their own
+    evaluate_pipeline(steps, done)
+    show_pipeline(done)
+    if is_main_process():
+        say(f"report: {write_report(done[0].folder.parent)}")
 
 
 if __name__ == "__main__":

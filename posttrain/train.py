@@ -128,7 +128,7 @@ def _reward_folder(config: Config) -> Path | None:
     """The folder of PPO's reward model, where it is one on this machine."""
     if not isinstance(config.stage, PPOStage) or config.stage.reward_model is None:
         return None
-    folder = Path(model.source(model.reward_settings(config.model, config.stage.reward_model)))
+    folder = Path(model.source(model.beside(config.model, config.stage.reward_model)))
     return folder if folder.is_dir() else None
 
 
@@ -266,6 +266,10 @@ def _progress(folder: RunFolder) -> Any:
     return Progress()
 
 
+def _entry_point() -> str:
+    return "pipeline" if Path(sys.argv[0]).stem == "pipeline" else "run"
+
+
 def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     import torch
 
@@ -275,7 +279,7 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
         "format": 1,
         "stage": config.stage.name,
         "run_name": config.run_name,
-        "command": sys.argv[1:],
+        "command": f"python -m posttrain.{_entry_point()} {shlex.join(sys.argv[1:])}",
         **identity,
         "inputs": {
             "model": {

@@ -46,7 +46,9 @@ FLOORS = {
     "posttrain.sweep": 12,
     "posttrain.train": 12,
     "posttrain.run": 13,
-    "posttrain.pipeline": 14,
+    "posttrain.evaluate": 14,
+    "posttrain.report": 14,
+    "posttrain.pipeline": 15,
 }
 # Its classes are modules and trainers themselves, so it is imported only when a run begins.
 IMPORTED_LATE = {"posttrain.rlhf.value", "posttrain.rlhf.trainer", "posttrain.rlhf.start"}

@@ -29,7 +29,7 @@ def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
     stage = config.stage
     if not isinstance(stage, PPOStage) or stage.reward_model is None:
         return None
-    settings = model.reward_settings(config.model, stage.reward_model)
+    settings = model.beside(config.model, stage.reward_model)
     with model.named("stage.reward_model"):
         path = model.source(settings)
         theirs, _ = model.load_tokenizer(settings)

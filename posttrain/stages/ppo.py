@@ -82,7 +82,7 @@ def _check_rewards(config: Config) -> None:
     if stage.reward_model is None:
         return
     with model.named("stage.reward_model"):
-        folder = Path(model.source(model.reward_settings(config.model, stage.reward_model)))
+        folder = Path(model.source(model.beside(config.model, stage.reward_model)))
     parent = lineage.parent_of(folder) if folder.is_dir() else None
     if parent is not None and parent["stage"] != "reward":
         raise ConfigError(f"stage.reward_model={stage.reward_model} is a run of stage={parent['stage']}, not of reward")

@@ -1,0 +1,269 @@
+"""`python -m posttrain.report outputs/demo`: one page about a run, a stage or several runs, from their folders alone.
+
+The page needs nothing but itself: no network, no script, light and dark as the reader's system is. torch is never
+imported.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from posttrain import run
+from posttrain.console import number, say
+from posttrain.errors import ConfigError
+from posttrain.lineage import MANIFEST
+from posttrain.paths import PACKAGE
+
+FILE = "report.html"
+ORDER = ("sft", "reward", "ppo", "dpo")
+TITLES = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "dpo": "DPO",
+}
+# what is drawn of each stage: (title, unit, series of metrics.jsonl)
+CURVES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
+    "sft": [("loss per token", ("loss", "eval_loss"))],
+    "reward": [("loss (Bradley–Terry)", ("loss", "eval_loss"))],
+    "ppo": [
+        ("reward", ("reward", "eval_reward")),
+        ("gold reward", ("eval_gold",)),
+        ("KL from the reference (nats per answer)", ("kl", "eval_kl")),
+        ("response length (tokens)", ("response_length", "eval_response_length")),
+        ("entropy (nats per token)", ("entropy",)),
+        ("explained variance of the critic", ("explained_variance",)),
+    ],
+    "dpo": [
+        ("loss", ("loss", "eval_loss")),
+        ("accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
+        ("KL from the reference (nats per answer)", ("eval_kl",)),
+    ],
+}
+NUMBERS = {
+    "eval_loss": "held-out loss",
+    "accuracy": "held-out accuracy",
+    "reward": "reward of held-out answers",
+    "gold": "gold reward of held-out answers",
+    "reward_margin": "reward margin",
+    "mean_margin": "mean margin",
+    "kl": "KL from the reference (nats per answer)",
+    "response_length": "response length (tokens)",
+    "ended_by_eos": "answers ended by the model itself",
+}
+COMPARED = {
+    "reward": "reward",
+    "gold": "gold reward",
+    "win_rate": "wins against the first",
+    "kl": "KL from the first (nats per answer)",
+    "response_length": "response length (tokens)",
+    "ended_by_eos": "ended by the model itself",
+    "distinct_1": "distinct words",
+    "distinct_2": "distinct pairs of words",
+    "perplexity": "perplexity of held-out responses",
+}
+SAMPLES = 4
+ANSWERS = 6  # of the evaluation, side by side
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def stage_folders(path: Path) -> list[Path]:
+    """The finished stages below a run's folder, in their order; the folder itself where it is a stage or a point.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = [path / stage for stage in ORDER if (path / stage / MANIFEST).is_file()]
+    found += [point.parent for stage in (*ORDER, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
+    if not found:
+        raise ConfigError(f"{path}: no finished stage is there ({MANIFEST} ends one)")
+    return found
+
+
+def chart(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], labels: Sequence[str] = ()) -> str:
+    """A small line chart as SVG whose colours serve on light and dark pages; `labels` name the points of a frontier."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grey = "#808080"
+    style: Any = {
+        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), grey),
+        **{"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "svg.hashsalt": title},
+        **{"axes.spines.top": False, "axes.spines.right": False},
+    }
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=(3.7, 2.3), layout="constrained")
+        for (label, points), (colour, marker) in zip(series, (("#4c8dd6", ""), ("#e08a2e", "o")), strict=False):
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
+        for (x, y), label in zip(series[0][1] if labels else [], labels, strict=False):
+            axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set_title(title, fontsize=10)
+        if len([points for _, points in series if points]) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        if labels:
+            axes.set_xlabel("KL from the reference (nats per answer)")
+            axes.margins(0.2)
+        written = StringIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+    drawn = written.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def _curves(stage: str, entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for title, names in CURVES[stage]:
+        series = [
+            (
+                "held out" if name.startswith("eval_") else "training",
+                [(entry["step"], entry[name]) for entry in entries if name in entry],
+            )
+            for name in names
+        ]
+        if any(len(points) > 1 for _, points in series):
+            both = series if len(series) == 2 else [("", []), *series] if names[0].startswith("eval_") else series
+            yield chart(title, both)
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    manifest = _json(folder / MANIFEST)
+    name, metrics = manifest["stage"], manifest["metrics"]
+    log = folder / "run.log"
+    warnings = [
+        line.split(" WARNING posttrain: ", 1)[1]
+        for line in (log.read_text(encoding="utf-8").splitlines() if log.is_file() else [])
+        if " WARNING posttrain: " in line
+    ]
+    card = _json(folder / "report_card.json")
+    rollouts = _lines(folder / "rollouts.jsonl")
+    return {
+        "name": name,
+        "title": TITLES[name] + ("" if "=" not in folder.name else f", {folder.name}"),
+        "anchor": folder.name,
+        "point": "=" in folder.name,
+        "folder": str(folder),
+        "manifest": manifest,
+        "numbers": [
+            (label, number(key, metrics.get(f"{key}_before")), number(key, metrics.get(key)))
+            for key, label in NUMBERS.items()
+            if key in metrics
+        ],
+        "curves": list(_curves(name, _lines(folder / "metrics.jsonl"))),
+        "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
+        "card": card,
+        "rollouts": rollouts[:2] + rollouts[-4:] if len(rollouts) > 6 else rollouts,
+        "warnings": list(dict.fromkeys(warnings)),
+        "settings": [
+            (key, value)
+            for key, value in _flat({section: manifest["config"][section] for section in ("stage", "trainer", "model")})
+            if value is not None
+        ],
+        "sources": manifest["data"]["sources"],
+        "counts": manifest["data"]["counts"],
+    }
+
+
+def _frontiers(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each point of a sweep gained, over the KL that it cost."""
+    for name, key in (("ppo", "reward"), ("ppo", "gold"), ("dpo", "accuracy")):
+        points = [s for s in stages if s["name"] == name and s["point"] and "kl" in s["manifest"]["metrics"]]
+        points = [point for point in points if key in point["manifest"]["metrics"]]
+        points.sort(key=lambda point: point["manifest"]["metrics"]["kl"])
+        if len(points) > 1:
+            places = [(p["manifest"]["metrics"]["kl"], p["manifest"]["metrics"][key]) for p in points]
+            labels = [point["anchor"].removeprefix("stage.") for point in points]
+            yield chart(f"{TITLES[name]}: {NUMBERS[key]}", [("", places)], labels)
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    found = _json(path / "evaluation.json")
+    if not found:
+        return None
+
+    def cell(name: str, metrics: dict[str, float]) -> str:
+        if name == "win_rate" and name in metrics:
+            return f"{metrics[name]:.0%} ({metrics['win_rate_low']:.0%}–{metrics['win_rate_high']:.0%})"
+        return number("accuracy" if name.startswith("distinct") else name, metrics.get(name))
+
+    return {
+        "policies": [each["policy"] for each in found],
+        "rows": [
+            (label, [cell(name, each["metrics"]) for each in found])
+            for name, label in COMPARED.items()
+            if any(name in each["metrics"] for each in found)
+        ],
+        "answers": [
+            (prompt, [each["answers"][index] for each in found])
+            for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
+        ],
+    }
+
+
+def write_report(*paths: Path) -> Path:
+    """Write report.html into the first folder and return its path."""
+    runs = []
+    for path in paths:
+        stages = [_stage(folder) for folder in stage_folders(path)]
+        runs.append(
+            {
+                "path": str(path),
+                "stages": stages,
+                "frontiers": list(_frontiers(stages)),
+                "evaluation": _evaluation(path),
+            }
+        )
+    environment = Environment(
+        loader=FileSystemLoader(PACKAGE),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(runs=runs, order=ORDER, titles=TITLES)
+    file = paths[0] / FILE
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+def main() -> None:
+    """The entry point: exit codes as those of `posttrain.run`."""
+    sys.exit(run.guarded(_main))
+
+
+def _main() -> None:
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    if not paths:
+        raise ConfigError("name a run's folder, for example: python -m posttrain.report outputs/demo")
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder")
+    say(f"report: {write_report(*paths)}")
+
+
+if __name__ == "__main__":
+    main()

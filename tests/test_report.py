@@ -1,0 +1,123 @@
+"""Policies compared, and the page about a run: the right numbers, nothing from elsewhere, no torch."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome
+from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
+
+from posttrain import evaluate, report
+from posttrain.evaluate import distinct, win_rate
+
+
+def test_distinct_n() -> None:
+    assert distinct(["a b a", "a b"], 1) == pytest.approx(2 / 5)
+    assert distinct(["a b a", "a b"], 2) == pytest.approx(2 / 3)
+    assert distinct([""], 1) == 0
+
+
+def test_win_rate() -> None:
+    found = win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0])
+    assert found["win_rate"] == 2.5 / 4
+    assert found["win_rate_low"] < 2.5 / 4 < found["win_rate_high"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Outcome]:
+    def call(main: Callable[[], None], *arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["posttrain", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), told.out, told.err)
+
+    return call
+
+
+def test_a_pipeline_ends_in_an_evaluation_and_a_page(
+    pipeline: Pipeline,  # noqa: F811
+    command: Callable[..., Outcome],
+) -> None:
+    done = pipeline(*SHORT)
+    assert done.code == 0, done
+    assert "report: outputs/demo/report.html" in done.out
+    found = json.loads(Path("outputs/demo/evaluation.json").read_text())
+    assert [each["policy"] for each in found] == [f"outputs/demo/{stage}" for stage in ("sft", "ppo", "dpo")]
+    first, *others = (each["metrics"] for each in found)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert "win_rate" not in first
+    for metrics in (first, *others):
+        assert {"reward", "gold", "kl", "response_length", "ended_by_eos", "distinct_1", "perplexity"} <= metrics.keys()
+    assert all(0 <= metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"] for metrics in others)
+
+    page = Path("outputs/demo/report.html").read_text()
+    for words in (
+        "Supervised fine-tuning",
+        "Reward model",
+        "PPO",
+        "DPO",
+        "Policies side by side",
+        "Versions and hashes",
+    ):
+        assert words in page, words
+    assert "python -m posttrain.pipeline recipes=quickstart" in page
+    assert json.loads(Path("outputs/demo/sft/posttrain.json").read_text())["weights"]["model.safetensors"] in page
+    assert page.count("<svg") >= 6
+    assert not re.search(r"(?:src|href)=\"(?!#)", page), "the page would fetch something"
+    assert "<script" not in page
+
+    # again by hand: the same policies, the same numbers
+    again = command(
+        evaluate.main,
+        "policies=[outputs/demo/sft,outputs/demo/ppo]",
+        "recipes=quickstart/ppo",
+        "reward_model=outputs/demo/reward",
+        "max_new_tokens=8",
+        "data.max_rows=200",
+        "run_name=again",
+    )
+    assert again.code == 0, again
+    repeated = json.loads(Path("outputs/again/evaluation.json").read_text())
+    assert repeated[1]["metrics"]["reward"] == pytest.approx(found[1]["metrics"]["reward"])
+    assert repeated[1]["answers"] == found[1]["answers"]
+    alone = command(report.main, "outputs/demo/dpo")
+    assert alone.code == 0, alone
+    assert "Reward model" not in Path("outputs/demo/dpo/report.html").read_text()
+
+
+def test_text_of_models_and_data_cannot_write_the_page(tmp_path: Path, pipeline: Pipeline) -> None:  # noqa: F811
+    done = pipeline(*SHORT, "stages=[sft]")
+    assert done.code == 0, done
+    samples = tmp_path / "outputs/demo/sft/samples.json"
+    content = json.loads(samples.read_text())
+    content[0]["after"]["text"] = "<script>alert(1)</script>"
+    samples.write_text(json.dumps(content))
+    page = report.write_report(tmp_path / "outputs/demo").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_wrong_folders_are_told(tmp_path: Path, command: Callable[..., Outcome]) -> None:
+    for arguments, told in (
+        ((), "name a run's folder"),
+        ((str(tmp_path / "nowhere"),), "no such folder"),
+        ((str(tmp_path),), "no finished stage is there"),
+    ):
+        done = command(report.main, *arguments)
+        assert done.code == 2
+        assert told in done.err
+    done = command(evaluate.main, "data.max_rows=3")
+    assert done.code == 2
+    assert "policies=[…] is required" in done.err
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys, posttrain.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
