@@ -3,12 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain.compose import configure
     from posttrain.data import format_instruction, format_preference
     from posttrain.model import load_model_and_tokenizer
     from posttrain.stages.dpo import compute_dpo_loss
+    from posttrain.train import run_stage
 
 __version__ = "0.1.0.dev0"
-__all__ = ["compute_dpo_loss", "format_instruction", "format_preference", "load_model_and_tokenizer"]
+__all__ = [
+    "compute_dpo_loss",
+    "configure",
+    "format_instruction",
+    "format_preference",
+    "load_model_and_tokenizer",
+    "run_stage",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +30,14 @@ def __getattr__(name: str) -> Any:
         from posttrain.model import load_model_and_tokenizer
 
         return load_model_and_tokenizer
+    if name == "configure":
+        from posttrain.compose import configure
+
+        return configure
+    if name == "run_stage":
+        from posttrain.train import run_stage
+
+        return run_stage
     if name == "compute_dpo_loss":
         from posttrain.stages.dpo import compute_dpo_loss
 

@@ -106,7 +106,7 @@ def _check_models(config: Config) -> None:
 
 
 def _check_folder(config: Config) -> None:
-    folder = Path(config.output_dir) / config.run_name / config.stage.name
+    folder = lineage.run_path(config)
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"output_dir={config.output_dir}: {path} is a file, so {folder} cannot be a folder")
@@ -159,6 +159,18 @@ def read_command(arguments: list[str], inputs_exist: bool = True) -> Command:
         fixed = [override.key_or_group for override in overrides if override.key_or_group not in swept]
         rewritten.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]")
     return Command([*kept, *rewritten], flags.multirun, swept, configs[0])
+
+
+def configure(*overrides: str) -> Config:
+    """The configuration of one run, checked as on the command line: configure("stage=dpo", "stage.beta=0.3").
+
+    Raises:
+        ConfigError: with every problem found, a line each.
+    """
+    config = read_command(list(overrides)).config
+    if config is None:
+        raise ConfigError(f"{' '.join(overrides)} asks for something else than a run")
+    return config
 
 
 def _raw_value(override: Override) -> str:

@@ -125,6 +125,11 @@ def _with_starting_model(config: Config) -> tuple[Config, str]:
     return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
 
 
+def run_path(config: Config) -> Path:
+    """The folder of the run that a configuration describes."""
+    return Path(config.output_dir) / config.run_name / str(config.stage.name)
+
+
 class RunFolder:
     """One run's folder. Only the main process writes to it."""
 

@@ -22,6 +22,7 @@ from posttrain.compose import read_command
 from posttrain.config import nearest
 from posttrain.console import is_main_process, number, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.lineage import run_path, with_inputs
 from posttrain.report import write_report
 
 ORDER = ("sft", "reward", "ppo", "dpo")
@@ -165,7 +166,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
         command = read_command(step.arguments)
         assert command.config is not None
         config = command.config
-        folder = Path(config.output_dir) / config.run_name / config.stage.name
+        folder = run_path(config)
         metrics: dict[str, float] = {}
         if step.sweeps:
             _sweep(step)
@@ -208,7 +209,6 @@ def main() -> None:
 
 def evaluate_pipeline(steps: Sequence[Step], done: Sequence[Finished]) -> None:
     """Put SFT, PPO and DPO side by side on PPO's held-out prompts, where they all were trained."""
-    from posttrain import lineage
     from posttrain.evaluate import evaluate_into
 
     by_stage = {step.stage: step for step in steps}
@@ -220,7 +220,7 @@ def evaluate_pipeline(steps: Sequence[Step], done: Sequence[Finished]) -> None:
     assert config is not None
     assert responses is not None
     policies = [folders[stage] for stage in ("sft", "ppo", "dpo") if stage in folders]
-    evaluate_into(lineage.with_inputs(config)[0], policies, responses.data)
+    evaluate_into(with_inputs(config)[0], policies, responses.data)
 
 
 def _main() -> None:

@@ -57,8 +57,8 @@ def _network_only_where_needed(config: Config) -> Iterator[None]:
             del os.environ[name]
 
 
-def run_stage(config: Config, path: Path, rerun: bool = False) -> Result | None:
-    """Run the stage that `config` describes in the folder `path`; None for a dry run.
+def run_stage(config: Config, path: Path | None = None, rerun: bool = False) -> Result | None:
+    """Run the stage that `config` describes, in the folder `path` if it is given; None for a dry run.
 
     With `rerun`, a run there with another configuration, data or inputs is told and replaced, not refused.
 
@@ -67,6 +67,7 @@ def run_stage(config: Config, path: Path, rerun: bool = False) -> Result | None:
         Stopped: a signal came; the checkpoint is written.
         PosttrainError: the run failed, and why.
     """
+    path = path or lineage.run_path(config)
     untouched = not path.is_dir() or not any(path.iterdir())
     with _network_only_where_needed(config):
         try:

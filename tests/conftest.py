@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,14 @@ class Outcome:
 
 
 @pytest.fixture
-def posttrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Outcome]:
-    """`python -m posttrain.run <arguments>` in an empty folder, in this process: imports are paid for once."""
-    from posttrain.run import main
-
+def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Outcome]:
+    """Call an entry point with arguments in an empty folder, in this process: imports are paid for once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
 
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["posttrain", *arguments])
+    def call(main: Callable[[], None], *arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [str(sys.modules[main.__module__].__file__), *arguments])
         capfd.readouterr()
         code: Any = 0
         try:
@@ -50,6 +49,14 @@ def posttrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Ca
         return Outcome(int(code), told.out, told.err)
 
     return call
+
+
+@pytest.fixture
+def posttrain(entry: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """`python -m posttrain.run <arguments>`."""
+    from posttrain.run import main
+
+    return partial(entry, main)
 
 
 def start(*arguments: str, cwd: Path, module: str = "posttrain.run", **more: Any) -> subprocess.Popen[str]:

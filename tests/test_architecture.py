@@ -47,6 +47,8 @@ FLOORS = {
     "posttrain.train": 12,
     "posttrain.run": 13,
     "posttrain.evaluate": 14,
+    "posttrain.chat": 14,
+    "posttrain.export": 14,
     "posttrain.report": 14,
     "posttrain.pipeline": 15,
 }

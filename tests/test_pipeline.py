@@ -2,10 +2,9 @@
 
 import json
 import signal
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Outcome, start
@@ -20,19 +19,9 @@ SHORT = ("recipes=quickstart", "trainer.max_steps=4", "data.max_rows=200", "ppo.
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Pipeline:
-    """`python -m posttrain.pipeline <arguments>` in an empty folder, in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capfd.readouterr()
-        return Outcome(int(ended.value.code or 0), told.out, told.err)
-
-    return call
+def pipeline(entry: Callable[..., Outcome]) -> Pipeline:
+    """`python -m posttrain.pipeline <arguments>`."""
+    return partial(entry, main)
 
 
 def commands(*arguments: str) -> dict[str, list[str]]:

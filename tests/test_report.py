@@ -2,17 +2,18 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Outcome
+from conftest import ROOT, Outcome
 from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
+from test_shipped import commands
 
-from posttrain import evaluate, report
+from posttrain import evaluate, export, report
 from posttrain.evaluate import distinct, win_rate
 
 
@@ -28,22 +29,9 @@ def test_win_rate() -> None:
     assert found["win_rate_low"] < 2.5 / 4 < found["win_rate_high"]
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Outcome]:
-    def call(main: Callable[[], None], *arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["posttrain", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capfd.readouterr()
-        return Outcome(int(ended.value.code or 0), told.out, told.err)
-
-    return call
-
-
 def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     pipeline: Pipeline,  # noqa: F811
-    command: Callable[..., Outcome],
+    entry: Callable[..., Outcome],
 ) -> None:
     done = pipeline(*SHORT)
     assert done.code == 0, done
@@ -74,7 +62,7 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     assert "<script" not in page
 
     # again by hand: the same policies, the same numbers
-    again = command(
+    again = entry(
         evaluate.main,
         "policies=[outputs/demo/sft,outputs/demo/ppo]",
         "recipes=quickstart/ppo",
@@ -87,7 +75,13 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     repeated = json.loads(Path("outputs/again/evaluation.json").read_text())
     assert repeated[1]["metrics"]["reward"] == pytest.approx(found[1]["metrics"]["reward"])
     assert repeated[1]["answers"] == found[1]["answers"]
-    alone = command(report.main, "outputs/demo/dpo")
+    mains = {"evaluate": evaluate.main, "report": report.main, "export": export.main}
+    documented = [line for line in commands(ROOT / "README.md") if line.startswith("python -m posttrain.")]
+    for name, main in mains.items():
+        [line] = [line for line in documented if line.startswith(f"python -m posttrain.{name} ")]
+        shown = entry(main, *shlex.split(line)[3:])
+        assert shown.code == 0, shown
+    alone = entry(report.main, "outputs/demo/dpo")
     assert alone.code == 0, alone
     assert "Reward model" not in Path("outputs/demo/dpo/report.html").read_text()
 
@@ -104,16 +98,16 @@ def test_text_of_models_and_data_cannot_write_the_page(tmp_path: Path, pipeline:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_wrong_folders_are_told(tmp_path: Path, command: Callable[..., Outcome]) -> None:
+def test_wrong_folders_are_told(tmp_path: Path, entry: Callable[..., Outcome]) -> None:
     for arguments, told in (
         ((), "name a run's folder"),
         ((str(tmp_path / "nowhere"),), "no such folder"),
         ((str(tmp_path),), "no finished stage is there"),
     ):
-        done = command(report.main, *arguments)
+        done = entry(report.main, *arguments)
         assert done.code == 2
         assert told in done.err
-    done = command(evaluate.main, "data.max_rows=3")
+    done = entry(evaluate.main, "data.max_rows=3")
     assert done.code == 2
     assert "policies=[…] is required" in done.err
 

@@ -1,0 +1,114 @@
+"""`python -m posttrain.chat outputs/demo/dpo`: talk to a model in the terminal, or to two at once.
+
+The model's own template and generation settings are used. /new begins another conversation, /quit or Ctrl-D ends.
+Options: temperature=0.7 (0: the most likely answer), max_new_tokens=256, system="...".
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain import model, run
+from posttrain.arguments import process_state
+from posttrain.compose import configure
+from posttrain.console import say
+from posttrain.data import Message
+from posttrain.errors import ConfigError
+
+NUMBERS = {"temperature": 0.7, "max_new_tokens": 256.0}
+
+
+def read_chat(arguments: Sequence[str]) -> tuple[list[str], dict[str, float], str]:
+    """Models, numbers and the system message of a command line.
+
+    Raises:
+        ConfigError: no model is named, or more than two, or an option is unknown.
+    """
+    models, numbers, system = [], dict(NUMBERS), ""
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator:
+            models.append(argument)
+        elif key == "system":
+            system = value
+        elif key in numbers:
+            try:
+                numbers[key] = float(value)
+            except ValueError as error:
+                raise ConfigError(f"{argument} must be a number") from error
+        else:
+            raise ConfigError(f"{key} is unknown; the options are {', '.join([*numbers, 'system'])}")
+    if len(models) not in (1, 2):
+        raise ConfigError("name one model, or two: python -m posttrain.chat outputs/demo/sft outputs/demo/dpo")
+    return models, numbers, system
+
+
+class Talker:
+    """One model and the conversation with it so far."""
+
+    def __init__(self, path: str, system: str) -> None:
+        settings = model.beside(configure().model, path)
+        with model.named("model"):
+            self.tokenizer, _ = model.load_tokenizer(settings)
+            self.model = model.load_causal_lm(settings, self.tokenizer, model.source(settings))
+        self.model = self.model.to(process_state().device).eval()
+        self.path, self.system = path, system
+        self.messages: list[Message] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin another conversation."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str, numbers: dict[str, float]) -> str:
+        """Ask, write the answer to standard output as it is made, and keep both in the conversation."""
+        import torch
+        from transformers import TextStreamer
+
+        self.messages.append({"role": "user", "content": text})
+        inputs = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        sampled: dict[str, Any] = {"do_sample": False}
+        if numbers["temperature"] > 0:
+            sampled = {"do_sample": True, "temperature": numbers["temperature"]}
+        with torch.no_grad():
+            output = self.model.generate(
+                **inputs,
+                **sampled,
+                max_new_tokens=int(numbers["max_new_tokens"]),
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+        said = self.tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": said})
+        return str(said)
+
+
+def main() -> None:
+    """The entry point: exit codes as those of `posttrain.run`."""
+    sys.exit(run.guarded(_main))
+
+
+def _main() -> None:
+    paths, numbers, system = read_chat(sys.argv[1:])
+    talkers = [Talker(path, system) for path in paths]
+    say("/new begins another conversation, /quit ends")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text == "/new":
+            for talker in talkers:
+                talker.forget()
+        elif text:
+            for talker in talkers:
+                if len(talkers) > 1:
+                    say(talker.path, style="bold")
+                talker.answer(text, numbers)
+
+
+if __name__ == "__main__":
+    main()

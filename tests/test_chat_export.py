@@ -1,0 +1,115 @@
+"""Talking to a finished model, taking it elsewhere, and the four lines for a notebook."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Outcome
+
+from posttrain import export
+from posttrain.chat import read_chat
+from posttrain.errors import ConfigError
+
+Entry = Callable[..., Outcome]
+RUN = ("+trainer.max_steps=2", "stage.max_length=64")
+
+
+def test_a_conversation_with_two_models(posttrain: Entry, rows: Path, tmp_path: Path) -> None:
+    assert posttrain(f"data.dataset_name={rows}", *RUN).code == 0
+    talk = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "posttrain.chat",
+            "outputs/demo/sft",
+            "posttrain/tiny",
+            "max_new_tokens=4",
+            "temperature=0",
+        ],
+        input="What is one?\n/new\n\nAnd two?\n",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert talk.returncode == 2, talk  # posttrain/tiny has no weights to talk to
+    assert "model=posttrain/tiny" in talk.stderr
+    talk = subprocess.run(
+        [sys.executable, "-m", "posttrain.chat", *["outputs/demo/sft"] * 2, "max_new_tokens=4", "temperature=0"],
+        input="What is one?\n/new\n\nAnd two?\n",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert talk.returncode == 0, talk
+    assert talk.stdout.count("outputs/demo/sft") == 4  # two questions, two models
+    assert talk.stdout.count("> ") == 5
+
+
+def test_a_chat_is_refused() -> None:
+    for arguments, told in (
+        ([], "name one model, or two"),
+        (["a", "b", "c"], "name one model, or two"),
+        (["a", "temprature=1"], "temprature is unknown; the options are temperature, max_new_tokens, system"),
+        (["a", "temperature=hot"], "temperature=hot must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            read_chat(arguments)
+    assert read_chat(["a", "temperature=0", "system=Be brief."]) == (
+        ["a"],
+        {"temperature": 0.0, "max_new_tokens": 256.0},
+        "Be brief.",
+    )
+
+
+def test_an_exported_model_is_whole_and_has_a_card(posttrain: Entry, entry: Entry, rows: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert posttrain(f"data.dataset_name={rows}", *RUN, "model.use_peft=true").code == 0
+    done = entry(export.main, "outputs/demo/sft", "to=exported")
+    assert done.code == 0, done
+    assert "merged model and base with adapter agree within" in done.out
+    card = Path("exported/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "- sft" in card
+    assert (
+        f"| eval_loss | {json.loads(Path('exported/posttrain.json').read_text())['metrics']['eval_loss']:.6g} |" in card
+    )
+    assert "python -m posttrain.run" in card
+    AutoModelForCausalLM.from_pretrained("exported")
+    assert AutoTokenizer.from_pretrained("exported").chat_template
+    again = entry(export.main, "outputs/demo/sft", "to=exported")
+    assert again.code == 2
+    assert "to=exported is there already" in again.err
+    assert entry(export.main, "outputs/demo/sft", "push_to_hub=someone/model").code == 1  # no Hub can be reached here
+
+
+def test_an_export_is_refused(entry: Entry) -> None:
+    for arguments, told in (
+        ((), "name one finished stage"),
+        (("nowhere", "to=x"), "nowhere is no finished stage"),
+        (("nowhere", "too=x"), "too is unknown; the options are to, push_to_hub, private"),
+    ):
+        done = entry(export.main, *arguments)
+        assert done.code == 2
+        assert told in done.err
+
+
+def test_four_lines_in_a_notebook(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from posttrain import configure, run_stage
+
+    config = configure("stage=sft", f"data.dataset_name={rows}", *RUN)
+    result = run_stage(config)
+    assert result is not None
+    assert (result.model / "model.safetensors").is_file()
+    assert result.objective == result.metrics["eval_loss"]
+    with pytest.raises(ConfigError, match="did you mean"):
+        configure("stage.lerning_rate=1")
