@@ -1,7 +1,8 @@
 """The course of a PPO run as a picture, from its metrics.jsonl alone: reward, gold reward, KL and length by step."""
 
-import json
 from pathlib import Path
+
+from posttrain.lineage import read_lines
 
 PANELS = {
     "reward": "reward",
@@ -18,7 +19,7 @@ def draw_curves(metrics: Path, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    entries = read_lines(metrics)
     series = {
         name: {
             label: [(entry["step"], entry[key]) for entry in entries if key in entry]

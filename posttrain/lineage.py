@@ -125,6 +125,12 @@ def _with_starting_model(config: Config) -> tuple[Config, str]:
     return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file of a run; none where it is not there. A kill may have cut the last one."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def run_path(config: Config) -> Path:
     """The folder of the run that a configuration describes."""
     return Path(config.output_dir) / config.run_name / str(config.stage.name)
@@ -238,10 +244,9 @@ class RunFolder:
         """Write down what the run is, before its first step; forget what was logged after `checkpoint`."""
         reached = step_of(checkpoint) if checkpoint else -1
         for file in (self.path / name for name in LOGS):
-            logged = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-            kept = [line for line in logged if line.endswith("}") and json.loads(line)["step"] <= reached]
-            if logged:
-                write_atomically(file, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in read_lines(file) if line["step"] <= reached]
+            if file.is_file():
+                write_atomically(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity["config"])))
         write_atomically(self.path / IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False))
 

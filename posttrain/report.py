@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from posttrain import run
 from posttrain.console import number, say
 from posttrain.errors import ConfigError
-from posttrain.lineage import MANIFEST
+from posttrain.lineage import MANIFEST, read_lines
 from posttrain.paths import PACKAGE
 
 FILE = "report.html"
@@ -73,12 +73,6 @@ ANSWERS = 6  # of the evaluation, side by side
 
 def _json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -161,7 +155,7 @@ def _stage(folder: Path) -> dict[str, Any]:
         if " WARNING posttrain: " in line
     ]
     card = _json(folder / "report_card.json")
-    rollouts = _lines(folder / "rollouts.jsonl")
+    rollouts = read_lines(folder / "rollouts.jsonl")
     return {
         "name": name,
         "title": TITLES[name] + ("" if "=" not in folder.name else f", {folder.name}"),
@@ -174,7 +168,7 @@ def _stage(folder: Path) -> dict[str, Any]:
             for key, label in NUMBERS.items()
             if key in metrics
         ],
-        "curves": list(_curves(name, _lines(folder / "metrics.jsonl"))),
+        "curves": list(_curves(name, read_lines(folder / "metrics.jsonl"))),
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
         "rollouts": rollouts[:2] + rollouts[-4:] if len(rollouts) > 6 else rollouts,

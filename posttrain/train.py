@@ -20,7 +20,7 @@ from posttrain.checkpoint import StopSignals
 from posttrain.config import to_dict
 from posttrain.console import is_main_process, logging_to, number, say, show_table, warn
 from posttrain.evaluation import panel
-from posttrain.lineage import RunFolder
+from posttrain.lineage import RunFolder, read_lines
 from posttrain.model import load_tokenizer, prepare_base
 from posttrain.preview import show_data, show_dry_run, show_plan
 from posttrain.saving import save_model
@@ -250,6 +250,8 @@ def _progress(folder: RunFolder) -> Any:
     from transformers.trainer_callback import ProgressCallback
 
     class Progress(ProgressCallback):
+        logged: set[tuple[int, frozenset[str]]] | None = None  # of an earlier start of this run
+
         def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
             """No second bar for an evaluation."""
 
@@ -257,8 +259,13 @@ def _progress(folder: RunFolder) -> Any:
             if not state.is_world_process_zero or not logs:
                 return
             numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            with folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+            entry = {"step": state.global_step, **numbers}
+            # what was logged between a checkpoint and the end of the process is the same again after a resume
+            if self.logged is None:
+                self.logged = {(line["step"], frozenset(line)) for line in read_lines(folder.metrics)}
+            if (state.global_step, frozenset(entry)) not in self.logged:
+                with folder.metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
             shown = {name: f"{numbers[name]:.3g}" for name in ("loss", "eval_loss", "learning_rate") if name in numbers}
             if self.training_bar is not None and shown:
                 self.last_shown = {**getattr(self, "last_shown", {}), **shown}

@@ -23,7 +23,7 @@ FLOORS = {
     "posttrain.encoding": 4,
     "posttrain.model": 5,
     "posttrain.evaluation": 5,
-    "posttrain.curves": 1,
+    "posttrain.curves": 3,
     "posttrain.rlhf": 0,
     "posttrain.rlhf.losses": 0,
     "posttrain.rlhf.schedule": 1,

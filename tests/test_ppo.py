@@ -265,6 +265,16 @@ def test_what_cannot_work_is_refused(posttrain: Posttrain, prompts: str, more: t
     assert told in done.err
 
 
+def test_a_column_named_like_an_argument_is_refused(posttrain: Posttrain, prompts: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}.", "completions": "x"} for n in range(16)])
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD)
+    assert done.code == 2, done
+    assert "column 'completions' has the name of something else that reward functions are handed" in done.err
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.eval_reward_functions=[my_rewards.slow]")
+    assert done.code == 2, done
+    assert "slow is async; only rewards may be" in done.err
+
+
 def test_long_prompts_are_counted_and_few_ones_told(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.max_length=22", "stage.rollout_batch_size=16")
     assert done.code == 0, done

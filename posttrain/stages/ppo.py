@@ -1,5 +1,6 @@
 """Proximal policy optimisation: our PPOTrainer on TRL's RLOOTrainer, its four roles loaded and its rollouts told."""
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
     from posttrain.rlhf.trainer import Rollout
 
+# what reward functions are handed besides a row's own columns
+RESERVED_COLUMNS = {
+    *("prompts", "prompt_ids", "completions", "completion_ids"),
+    *("trainer_state", "log_extra", "log_metric"),
+}
 SAMPLES = 4  # answers of each rollout that rollouts.jsonl keeps
 
 
@@ -55,7 +61,16 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     _check_rewards(config)
     functions = _functions("stage.reward_functions", stage.reward_functions)
     eval_functions = _functions("stage.eval_reward_functions", stage.eval_reward_functions)
+    for function in eval_functions:
+        if inspect.iscoroutinefunction(function):
+            raise ConfigError(f"stage.eval_reward_functions: {function.__name__} is async; only rewards may be")
     prepared = prepare_rows(config, tokenizer, read_prompts, encode_prompts, stage.max_new_tokens)
+    taken = {name for row in prepared.train.rows for name in row.columns} & RESERVED_COLUMNS
+    if taken:
+        raise ConfigError(
+            f"data.dataset_name={config.data.dataset_name}: column {min(taken)!r} has the name of something else that "
+            "reward functions are handed; rename it"
+        )
     found = len(prepared.train.rows)
     if found < stage.rollout_batch_size:
         warn(
@@ -170,10 +185,14 @@ def preflight(work: Work) -> None:
 
     check_start(work.trainer)
     alarms = Alarms(_stage(work.config))
+    for entry in lineage.read_lines(work.folder.metrics):
+        if "kl_error" in entry:  # a rollout before a resume
+            alarms(entry)
     file = work.folder.rollouts
+    kept = {line["rollout"] for line in lineage.read_lines(file)}
 
     def on_rollout(rollout: "Rollout") -> None:
-        if is_main_process():
+        if is_main_process() and rollout.number not in kept:
             step = work.trainer.state.global_step
             with file.open("a", encoding="utf-8") as lines:
                 for sample in rollout.samples[:SAMPLES]:
