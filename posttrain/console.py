@@ -28,6 +28,9 @@ HARMLESS = (
 )
 
 
+SHARES = {"accuracy", "ended_by_eos", "distinct_1", "distinct_2"}  # metrics that are shown as percentages
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -125,4 +128,4 @@ def number(name: str, value: float | None) -> str:
     """A metric for a table: shares as percentages, what is missing as nothing."""
     if value is None or math.isnan(value):
         return ""
-    return f"{value:.1%}" if name in ("accuracy", "ended_by_eos") else f"{value:.4f}"
+    return f"{value:.1%}" if name in SHARES else f"{value:.4f}"

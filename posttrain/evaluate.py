@@ -13,38 +13,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from posttrain import model, run
+from posttrain import comparison, model, run
 from posttrain.arguments import process_state
 from posttrain.compose import read_command
-from posttrain.console import is_main_process, number, say, show_table
+from posttrain.console import is_main_process, say, show_table
 from posttrain.data import read_instructions, read_prompts
 from posttrain.encoding import ChatEncoder, encode_conversations
 from posttrain.errors import ConfigError
 from posttrain.evaluation import completion_kl, completion_logps, generate, panel, scores
-from posttrain.report_card import wilson
 from posttrain.rlhf import rewards, roles
 from posttrain.schema import Config, DataConfig, PPOStage
 from posttrain.stages.base import check_length
 
-FILE = "evaluation.json"
 PROMPTS = 128  # held-out prompts that are answered
 BATCH = 32
-SHOWN = {
-    "reward": "reward",
-    "gold": "gold reward (eval_reward_functions)",
-    "win_rate": "wins against the first policy",
-    "kl": "KL from the first policy (nats per answer)",
-    "response_length": "response length (tokens)",
-    "ended_by_eos": "answers ended by the model itself",
-    "distinct_1": "distinct words",
-    "distinct_2": "distinct pairs of words",
-    "perplexity": "perplexity of held-out responses",
-}
 
 
 @dataclass
@@ -134,14 +120,14 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
         metrics: dict[str, float] = {
             "response_length": fmean(map(len, completions)),
             "ended_by_eos": fmean(ended),
-            **{f"distinct_{size}": distinct(texts, size) for size in (1, 2)},
+            **{f"distinct_{size}": comparison.distinct(texts, size) for size in (1, 2)},
         }
         if reward:
             metrics["reward"] = fmean(reward)
         if judge.eval_functions:
             metrics["gold"] = fmean(judge(judge.eval_functions, [1.0] * len(judge.eval_functions), asked))
         if done and reward and len(reward) == len(done[0].rewards):
-            metrics |= win_rate(reward, done[0].rewards)
+            metrics |= comparison.win_rate(reward, done[0].rewards)
         if reference.config.vocab_size == policy.config.vocab_size:
             opened = partial(nullcontext, reference)
             kl = completion_kl(policy, opened, prompts, completions, tokenizer.pad_token_id)
@@ -183,20 +169,6 @@ def _answers(policy: Any, encoder: ChatEncoder, rows: Sequence[Any], config: Con
     return prompts, completions, ended
 
 
-def distinct(texts: Sequence[str], size: int) -> float:
-    """Share of the n-grams of words in all answers that are different ones (Li et al. 2016, distinct-n)."""
-    words = [text.split() for text in texts]
-    grams = [gram for each in words for gram in (pairwise(each) if size == 2 else each)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def win_rate(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Share of prompts on which `mine` has the higher reward, a tie half, with its 95 % interval."""
-    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, theirs, strict=True))
-    low, high = wilson(wins, len(mine))
-    return {"win_rate": wins / len(mine), "win_rate_low": low, "win_rate_high": high}
-
-
 def perplexity(policy: Any, dataset: Any, pad: int) -> float:
     """exp of the mean negative log-likelihood of the tokens of each row's last response."""
     prompts, responses = [], []
@@ -212,22 +184,13 @@ def perplexity(policy: Any, dataset: Any, pad: int) -> float:
 
 def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:
     """Print the policies side by side and keep everything in `file`."""
-    rows = []
-    for name, label in SHOWN.items():
-        if any(name in each.metrics for each in found):
-            rows.append((label, *(_cell(name, each.metrics) for each in found)))
-    show_table("evaluation", ("", *(each.policy for each in found)), rows)
+    table = [(label, *cells) for label, cells in comparison.rows([each.metrics for each in found])]
+    show_table("evaluation", ("", *(each.policy for each in found)), table)
     if is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
         content = [{item.name: vars(each)[item.name] for item in fields(each)} for each in found]
         file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         say(f"evaluation: {file}")
-
-
-def _cell(name: str, metrics: dict[str, float]) -> str:
-    if name == "win_rate" and name in metrics:
-        return f"{metrics[name]:.0%} ({metrics['win_rate_low']:.0%}–{metrics['win_rate_high']:.0%})"
-    return number("accuracy" if name.startswith("distinct") else name, metrics.get(name))
 
 
 def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -265,7 +228,7 @@ def _main() -> None:
 def evaluate_into(config: Config, policies: Sequence[str], responses: DataConfig | None) -> list[Evaluated]:
     """Compare the policies and leave the numbers in the run's folder."""
     found = compare(config, policies, responses)
-    show_evaluation(found, Path(config.output_dir) / config.run_name / FILE)
+    show_evaluation(found, Path(config.output_dir) / config.run_name / comparison.FILE)
     return found
 
 

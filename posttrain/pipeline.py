@@ -24,6 +24,7 @@ from posttrain.console import is_main_process, number, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.lineage import run_path, with_inputs
 from posttrain.report import write_report
+from posttrain.stages import STAGES
 
 ORDER = ("sft", "reward", "ppo", "dpo")
 # data.<name>=<source> for the stages that read this format
@@ -31,12 +32,7 @@ FORMATS = {"instructions": ("sft",), "preferences": ("reward", "dpo"), "prompts"
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
 SWEPT = ("ppo", "dpo")  # stages that nothing is built on
 # the number that tells a newcomer what a stage did
-HEADLINES = {
-    "sft": ("eval_loss", "held-out loss per token"),
-    "reward": ("accuracy", "held-out pairs ranked right"),
-    "ppo": ("reward", "reward of held-out answers"),
-    "dpo": ("accuracy", "held-out pairs ranked right"),
-}
+HEADLINES = {"sft": "eval_loss", "reward": "accuracy", "ppo": "reward", "dpo": "accuracy"}
 
 
 @dataclass
@@ -195,7 +191,8 @@ def show_pipeline(done: Sequence[Finished]) -> None:
     """What each stage has done, in a line."""
     rows = []
     for each in done:
-        name, label = HEADLINES[each.stage]
+        name = HEADLINES[each.stage]
+        label = STAGES[each.stage].shown[name]
         before, after = (each.metrics.get(key) for key in (f"{name}_before", name))
         numbers = " → ".join(number(name, value) for value in (before, after) if value is not None)
         rows.append((each.stage, label if numbers else "sweep", numbers, f"{each.seconds:.0f} s", str(each.folder)))

@@ -13,11 +13,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from posttrain import run
+from posttrain import comparison, run
 from posttrain.console import number, say
 from posttrain.errors import ConfigError
 from posttrain.lineage import MANIFEST, read_lines
 from posttrain.paths import PACKAGE
+from posttrain.stages import STAGES
 
 FILE = "report.html"
 ORDER = ("sft", "reward", "ppo", "dpo")
@@ -44,28 +45,6 @@ CURVES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
         ("KL from the reference (nats per answer)", ("eval_kl",)),
     ],
-}
-NUMBERS = {
-    "eval_loss": "held-out loss",
-    "accuracy": "held-out accuracy",
-    "reward": "reward of held-out answers",
-    "gold": "gold reward of held-out answers",
-    "reward_margin": "reward margin",
-    "mean_margin": "mean margin",
-    "kl": "KL from the reference (nats per answer)",
-    "response_length": "response length (tokens)",
-    "ended_by_eos": "answers ended by the model itself",
-}
-COMPARED = {
-    "reward": "reward",
-    "gold": "gold reward",
-    "win_rate": "wins against the first",
-    "kl": "KL from the first (nats per answer)",
-    "response_length": "response length (tokens)",
-    "ended_by_eos": "ended by the model itself",
-    "distinct_1": "distinct words",
-    "distinct_2": "distinct pairs of words",
-    "perplexity": "perplexity of held-out responses",
 }
 SAMPLES = 4
 ANSWERS = 6  # of the evaluation, side by side
@@ -165,7 +144,7 @@ def _stage(folder: Path) -> dict[str, Any]:
         "manifest": manifest,
         "numbers": [
             (label, number(key, metrics.get(f"{key}_before")), number(key, metrics.get(key)))
-            for key, label in NUMBERS.items()
+            for key, label in STAGES[name].shown.items()
             if key in metrics
         ],
         "curves": list(_curves(name, read_lines(folder / "metrics.jsonl"))),
@@ -192,26 +171,16 @@ def _frontiers(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
         if len(points) > 1:
             places = [(p["manifest"]["metrics"]["kl"], p["manifest"]["metrics"][key]) for p in points]
             labels = [point["anchor"].removeprefix("stage.") for point in points]
-            yield chart(f"{TITLES[name]}: {NUMBERS[key]}", [("", places)], labels)
+            yield chart(f"{TITLES[name]}: {STAGES[name].shown[key]}", [("", places)], labels)
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:
-    found = _json(path / "evaluation.json")
+    found = _json(path / comparison.FILE)
     if not found:
         return None
-
-    def cell(name: str, metrics: dict[str, float]) -> str:
-        if name == "win_rate" and name in metrics:
-            return f"{metrics[name]:.0%} ({metrics['win_rate_low']:.0%}–{metrics['win_rate_high']:.0%})"
-        return number("accuracy" if name.startswith("distinct") else name, metrics.get(name))
-
     return {
         "policies": [each["policy"] for each in found],
-        "rows": [
-            (label, [cell(name, each["metrics"]) for each in found])
-            for name, label in COMPARED.items()
-            if any(name in each["metrics"] for each in found)
-        ],
+        "rows": comparison.rows([each["metrics"] for each in found]),
         "answers": [
             (prompt, [each["answers"][index] for each in found])
             for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])

@@ -24,6 +24,7 @@ FLOORS = {
     "posttrain.model": 5,
     "posttrain.evaluation": 5,
     "posttrain.curves": 3,
+    "posttrain.comparison": 2,
     "posttrain.rlhf": 0,
     "posttrain.rlhf.losses": 0,
     "posttrain.rlhf.schedule": 1,

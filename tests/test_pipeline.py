@@ -89,7 +89,7 @@ def test_all_stages_then_only_what_has_changed(pipeline: Pipeline) -> None:
     for place, stage in enumerate(("sft", "reward", "ppo", "dpo"), start=1):
         assert f"[{place} of 4] {stage}" in done.out
         assert Path(f"outputs/demo/{stage}/posttrain.json").is_file()
-    assert "reward of held-out answers" in done.out
+    assert "reward of sampled answers, held out" in done.out
     inputs = json.loads(Path("outputs/demo/ppo/posttrain.json").read_text())["inputs"]
     assert inputs["model"]["path"] == "outputs/demo/sft"
     assert inputs["reward_model"]["path"] == "outputs/demo/reward"

@@ -14,7 +14,7 @@ from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
 from test_shipped import commands
 
 from posttrain import evaluate, export, report
-from posttrain.evaluate import distinct, win_rate
+from posttrain.comparison import distinct, win_rate
 
 
 def test_distinct_n() -> None:
