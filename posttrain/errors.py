@@ -25,6 +25,10 @@ class DataError(PosttrainError, ValueError):
     exit_code = 2
 
 
+class AlreadyToldError(PosttrainError):
+    """A point of a sweep has failed and told so; the sweep goes on, and ends with exit code 1."""
+
+
 class Stopped(PosttrainError):  # noqa: N818, an orderly end is no error
     """A signal ended the run after its checkpoint was written (exit code 128 + signal)."""
 

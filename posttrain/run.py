@@ -19,7 +19,7 @@ from posttrain import paths
 from posttrain.compose import read_command
 from posttrain.config import check
 from posttrain.console import fail
-from posttrain.errors import PosttrainError, Stopped
+from posttrain.errors import AlreadyToldError, PosttrainError, Stopped
 from posttrain.sweep import show_sweep
 
 TRACE = "HYDRA_FULL_ERROR"
@@ -28,6 +28,8 @@ _show_trace = False
 
 def _report(error: BaseException) -> int:
     """Tell what happened in one paragraph and return the exit code."""
+    if isinstance(error, AlreadyToldError):
+        return error.exit_code
     if isinstance(error, PosttrainError):
         fail(type(error).__name__, str(error))
         return error.exit_code
@@ -52,6 +54,8 @@ def _job(composed: DictConfig) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _report(error)  # Hydra goes on with the other points, and raises the first failure after the last
+            if not _show_trace:
+                raise AlreadyToldError(str(error)) from error
         raise
     return result.objective if result is not None else None
 
@@ -90,10 +94,6 @@ def _main() -> None:
     sys.argv[1:] = command.arguments
     try:
         hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()
-    except Exception:
-        if command.sweep and not _show_trace:
-            sys.exit(1)  # each point has told its failure already
-        raise
     finally:
         if command.sweep:
             show_sweep(command)

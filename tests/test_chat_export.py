@@ -20,37 +20,25 @@ RUN = ("+trainer.max_steps=2", "stage.max_length=64")
 
 def test_a_conversation_with_two_models(posttrain: Entry, rows: Path, tmp_path: Path) -> None:
     assert posttrain(f"data.dataset_name={rows}", *RUN).code == 0
-    talk = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "posttrain.chat",
-            "outputs/demo/sft",
-            "posttrain/tiny",
-            "max_new_tokens=4",
-            "temperature=0",
-        ],
-        input="What is one?\n/new\n\nAnd two?\n",
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert talk.returncode == 2, talk  # posttrain/tiny has no weights to talk to
-    assert "model=posttrain/tiny" in talk.stderr
-    talk = subprocess.run(
-        [sys.executable, "-m", "posttrain.chat", *["outputs/demo/sft"] * 2, "max_new_tokens=4", "temperature=0"],
-        input="What is one?\n/new\n\nAnd two?\n",
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert talk.returncode == 0, talk
-    assert talk.stdout.count("outputs/demo/sft") == 4  # two questions, two models
-    assert talk.stdout.count("> ") == 5
+
+    def talk(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "posttrain.chat", *arguments, "max_new_tokens=4", "temperature=0"],
+            input="What is one?\n/new\n\nAnd two?\n",
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = talk("outputs/demo/sft", "posttrain/tiny")
+    assert done.returncode == 2, done  # posttrain/tiny has no weights to talk to
+    assert "model=posttrain/tiny" in done.stderr
+    done = talk("outputs/demo/sft", "outputs/demo/sft")
+    assert done.returncode == 0, done
+    assert done.stdout.count("outputs/demo/sft") == 4  # two questions, two models
+    assert done.stdout.count("> ") == 5
 
 
 def test_a_chat_is_refused() -> None:
