@@ -323,6 +323,7 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
         {"kl": kl(best, reference), "reward": mean_reward(best, table)}
         for best in (best_of(reference, table, 10 ** (exponent / 20)) for exponent in range(-16, 31))
     ]
+    (folder / "outputs/full/ppo/frontier.json").write_text(json.dumps(frontier))
     return {"points": points, "frontier": frontier, "start": {"kl": 0.0, "reward": mean_reward(reference, table)}}
 
 
@@ -386,7 +387,7 @@ def main() -> None:
         )
     (folder / "closed_form.json").write_text(json.dumps(found, indent=1))
     draw(found, folder / "closed_form.png")
-    print(f"picture: {folder / 'closed_form.png'}")
+    print(f"picture: {folder / 'closed_form.png'}; python -m posttrain.report {folder / 'outputs/full'} draws it, too")
 
 
 if __name__ == "__main__":

@@ -121,12 +121,64 @@ class SafeTrainer(_TrainerBase):
     """
 
     stop_signals: StopSignals | None = None
+    control: Any
+    data_collator: Any
+    eval_dataset: Any
     _saved_step: int | None = None
     trained_tokens: int = 0  # counted by trainers that make their own data
 
     def trained(self, **options: Any) -> Any:
         """The model that the stage leaves behind, without what accelerate has wrapped around it."""
         return self.accelerator.unwrap_model(self.model, **options)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, over the rows of all processes.
+
+        Not the Trainer's own loop: called before training, as here, that lets accelerate take the model for prepared,
+        DDP then never wraps it, and each process trains alone, unseen (transformers 5.23, accelerate 1.15).
+        """
+        import torch
+        from accelerate.data_loader import DataLoaderShard
+
+        training = self.model.training
+        self.model.eval()
+        batches, processes = self._held_out_batches(), self.accelerator.num_processes
+        loader = DataLoaderShard(self.eval_dataset, batch_sampler=batches, collate_fn=self.held_out_collator())
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        whole = len(self.eval_dataset) // (self.args.eval_batch_size * processes)
+        for number, batch in enumerate(loader):
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                loss, weight = self.held_out_loss(inputs)
+            weight = weight if number < whole else weight / processes
+            sums += torch.tensor([float(loss) * weight, weight], device=self.args.device)
+        total, weights = self.accelerator.reduce(sums).tolist()
+        metrics = {"eval_loss": total / weights}
+        self.log(metrics)  # TRL adds what it has counted
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(training)
+        return metrics
+
+    def _held_out_batches(self) -> list[range]:
+        """The rows of each batch of this process; those left over at the end are read by every process.
+
+        All processes then have equally many batches of equal sizes, and no row stands in for another.
+        """
+        rows, size, processes = len(self.eval_dataset), self.args.eval_batch_size, self.accelerator.num_processes
+        whole = rows // (size * processes) * size * processes
+        mine = range(self.accelerator.process_index * size, whole, size * processes)
+        return [
+            *(range(start, start + size) for start in mine),
+            *(range(start, min(start + size, rows)) for start in range(whole, rows, size)),
+        ]
+
+    def held_out_collator(self) -> Any:
+        """What makes a batch of held-out rows."""
+        return self.data_collator
+
+    def held_out_loss(self, inputs: dict[str, Any]) -> tuple[Any, float]:
+        """The mean loss of a batch, and what it weighs among the others."""
+        return self.compute_loss(self.model, inputs), len(next(iter(inputs.values())))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
@@ -155,7 +207,25 @@ class SafeTrainer(_TrainerBase):
             self.control.should_training_stop = True
             self.control.should_save = True
             self.control.should_evaluate = False
+        if self.state.global_step == 1 or self.control.should_save:
+            self._check_processes_agree()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _check_processes_agree(self) -> None:
+        """Processes that each hold all weights hold the same: gradients that are not averaged would go unseen."""
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        import torch
+
+        trained = [weight.detach() for weight in self.model.parameters() if weight.requires_grad]
+        mine = torch.stack([weight.double().abs().sum() for weight in trained]).sum()
+        found = self.accelerator.gather(mine).tolist()
+        if len(set(found)) > 1:
+            raise PosttrainError(
+                f"after step {self.state.global_step} the processes no longer hold the same weights (sums of their "
+                f"absolute values: {', '.join(f'{value:.9g}' for value in found)}): gradients are not averaged between "
+                "them. Nothing that they have learned is right; a callback or a library has taken the model out of DDP"
+            )
 
     def _any_process_stops(self) -> bool:
         assert self.stop_signals is not None

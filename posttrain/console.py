@@ -31,6 +31,10 @@ HARMLESS = (
 SHARES = {"accuracy", "ended_by_eos", "distinct_1", "distinct_2"}  # metrics that are shown as percentages
 
 
+TRACE = "HYDRA_FULL_ERROR"
+traces = False  # whether the user asked for tracebacks
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -53,9 +57,14 @@ def warn(text: str) -> None:
         _console().print(f"[bold yellow]warning[/] {escape(text)}")
 
 
-def fail(title: str, text: str) -> None:
-    """Print an error's one paragraph to stderr, from whichever process met it."""
+def fail(title: str, text: str, everywhere: bool = True) -> None:
+    """Print an error's one paragraph to stderr: from whichever process met it, or where all meet it, one a machine."""
     log.error(f"{title}: {text}")
+    processes, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
+    if not everywhere and local != "0":
+        return
+    if everywhere and processes != "1":
+        text = f"process {os.environ.get('RANK', '0')} of {processes}: {text}"
     _console(stderr=True).print(f"[bold red]{title}[/]: {escape(text)}")
 
 

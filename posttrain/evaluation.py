@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 ANSWERED = 16  # prompts of the panel whose greedy answers are kept, before and after
+# numbers that the logits of one batch may have: a large vocabulary must not need more memory here than in training
+LOGITS = 2**25
 
 
 class Answer(NamedTuple):
@@ -108,9 +110,15 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, size: int, device: Any
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad: int,
+    batch_size: int,
 ) -> Iterator[_Batch]:
-    rows = list(zip(prompts, completions, strict=True))
+    rows, device = list(zip(prompts, completions, strict=True)), model.device
+    longest = max((len(prompt) + len(completion) for prompt, completion in rows), default=1)
+    size = min(batch_size, max(LOGITS // (longest * model.config.get_text_config().vocab_size), 1))
     for start in range(0, len(rows), size):
         pairs = rows[start : start + size]
         learned = pad_right([[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs], 0)
@@ -142,7 +150,7 @@ def completion_logps(
     import torch
 
     found = []
-    for batch in _batches(prompts, completions, pad, batch_size, model.device):
+    for batch in _batches(model, prompts, completions, pad, batch_size):
         picked = _log_probs(model, batch).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
         found.append((picked * batch.learned).sum(-1).cpu())
     return torch.cat(found)
@@ -160,7 +168,7 @@ def completion_kl(
     import torch
 
     found = []
-    for batch in _batches(prompts, completions, pad, batch_size, policy.device):
+    for batch in _batches(policy, prompts, completions, pad, batch_size):
         ours = _log_probs(policy, batch)
         with reference() as model:
             theirs = _log_probs(model, batch)

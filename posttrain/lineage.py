@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -82,26 +82,27 @@ def parent_of(model_folder: Path) -> dict[str, Any] | None:
     return json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
 
 
-def with_inputs(config: Config) -> tuple[Config, str]:
+def with_inputs(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
     """The configuration with `model.model_name_or_path` and, for PPO, `stage.reward_model` filled in.
 
-    Returned with it is why this starting model was taken.
+    Returned with it is why this starting model was taken. What stages that are still `to_come` will make is not asked
+    for: the base model stands for the SFT model.
 
     Raises:
         ConfigError: a run whose model this stage would take has not finished, or PPO has no reward.
     """
-    config, why = _with_starting_model(config)
-    return _with_reward_model(config), why
+    config, why = _with_starting_model(config, "sft" in to_come)
+    return _with_reward_model(config, "reward" in to_come), why
 
 
-def _with_reward_model(config: Config) -> Config:
+def _with_reward_model(config: Config, to_come: bool) -> Config:
     stage = config.stage
     if not isinstance(stage, PPOStage) or stage.reward_model is not None:
         return config
     reward = Path(config.output_dir) / config.run_name / "reward"
     if (reward / MANIFEST).is_file():
         return replace(config, stage=replace(stage, reward_model=str(reward)))
-    if stage.reward_functions:
+    if stage.reward_functions or to_come:
         return config
     begun = f"{reward} has not finished" if (reward / IDENTITY).is_file() else f"{reward} is not there"
     raise ConfigError(
@@ -110,13 +111,16 @@ def _with_reward_model(config: Config) -> Config:
     )
 
 
-def _with_starting_model(config: Config) -> tuple[Config, str]:
+def _with_starting_model(config: Config, to_come: bool) -> tuple[Config, str]:
     if config.model.model_name_or_path is not None:
         return config, "named by model.model_name_or_path"
     sft = Path(config.output_dir) / config.run_name / "sft"
     if config.stage.name != "sft" and (sft / MANIFEST).is_file():
         model = replace(config.model, model_name_or_path=str(sft), from_scratch=False)
         return replace(config, model=model), "the SFT model of this run"
+    if to_come:
+        base = replace(config.model, model_name_or_path=config.model.base_model)
+        return replace(config, model=base), "in place of the SFT model that is still to come"
     if config.stage.name != "sft" and (sft / IDENTITY).is_file():
         raise ConfigError(
             f"{sft} has not finished; run stage=sft run_name={config.run_name} again, "
@@ -225,7 +229,7 @@ class RunFolder:
         return [
             entry
             for entry in self.path.iterdir()
-            if entry.name not in (*OWN_FILES, "multirun.yaml", "sweep.svg")
+            if entry.name not in (*OWN_FILES, "multirun.yaml", "sweep.svg", "frontier.json")
             and not (entry.is_dir() and ("=" in entry.name or entry.name == ".submitit"))
         ]
 

@@ -163,18 +163,26 @@ def _ensure_pad_token(tokenizer: Any) -> list[str]:
     return [f"pad token: {NEW_PAD} (added; EOS is never used for padding)"]
 
 
-def positions(model: ModelConfig) -> int | None:
-    """How many positions the model has; None where its config names no limit."""
+def hub_config(model: ModelConfig) -> Any:
+    """The model's own config.json, an adapter's base model's for an adapter.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     folder = source(model)
     if (Path(folder) / "adapter_config.json").is_file():
         folder = _adapter_base(folder)
     with _named_failure(model, "its config.json cannot be read"):
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             folder, revision=model.model_revision, trust_remote_code=model.trust_remote_code
         )
-    found = config.get_text_config().to_dict()
+
+
+def positions(model: ModelConfig) -> int | None:
+    """How many positions the model has; None where its config names no limit."""
+    found = hub_config(model).get_text_config().to_dict()
     limits = [found[name] for name in ("n_positions", "max_position_embeddings") if isinstance(found.get(name), int)]
     return min(limits) if limits else None
 

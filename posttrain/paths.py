@@ -7,4 +7,5 @@ _CHECKOUT = PACKAGE.parent
 ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "conf").is_dir() else PACKAGE
 CONF = ROOT / "conf"
 RECIPES = ROOT / "recipes"
+ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 TINY = PACKAGE / "tiny"

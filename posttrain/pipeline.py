@@ -22,8 +22,10 @@ from posttrain.compose import read_command
 from posttrain.config import nearest
 from posttrain.console import is_main_process, number, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.lineage import run_path, with_inputs
+from posttrain.launching import refuse_sweep_under_accelerate
+from posttrain.lineage import MANIFEST, run_path, with_inputs
 from posttrain.report import write_report
+from posttrain.schema import Config
 from posttrain.stages import STAGES
 
 ORDER = ("sft", "reward", "ppo", "dpo")
@@ -50,23 +52,12 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     Raises:
         ConfigError: with every problem found, a line each.
     """
-    flags = get_args_parser().parse_args(list(arguments))
-    try:
-        overrides = OverridesParser.create().parse_overrides(flags.overrides)
-    except (OverrideParseException, HydraException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    overrides, multirun = _parse(arguments)
     stages = _stages(overrides)
     problems: dict[str, None] = {}
     steps = []
     for stage in stages:
-        own = [f"stage={stage}"]
-        sweeps = False
-        for override in overrides:
-            translated = _for_stage(override, stage, stages)
-            if translated is None:
-                continue
-            sweeps |= override.is_sweep_override()
-            own.append(translated)
+        own, sweeps = _command(overrides, stage, stages)
         if sweeps and stage not in SWEPT:
             problems[
                 f"a sweep over {stage} would train everything after it again for each point; sweep it alone: "
@@ -85,13 +76,33 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
                 f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(ORDER)}], set "
                 f"data with data.instructions=, data.preferences=, data.prompts="
             ] = None
-    if any(override.is_sweep_override() for override in overrides) and not flags.multirun:
+    if any(override.is_sweep_override() for override in overrides) and not multirun:
         problems["a key has several values: add -m to sweep over them, or quote the value"] = None
-    if flags.multirun and not any(step.sweeps for step in steps):
+    if multirun and not any(step.sweeps for step in steps):
         problems["-m sweeps over nothing; give a key of ppo or dpo several values"] = None
     if problems:
         raise ConfigError(*problems)
     return steps
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[Override], bool]:
+    """The overrides of a command line, and whether it sweeps."""
+    flags = get_args_parser().parse_args(list(arguments))
+    try:
+        return OverridesParser.create().parse_overrides(flags.overrides), bool(flags.multirun)
+    except (OverrideParseException, HydraException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _command(overrides: Sequence[Override], stage: str, stages: Sequence[str]) -> tuple[list[str], bool]:
+    """The command line of one stage, and whether it holds several values of a key."""
+    own, sweeps = [f"stage={stage}"], False
+    for override in overrides:
+        translated = _for_stage(override, stage, stages)
+        if translated is not None:
+            sweeps |= override.is_sweep_override()
+            own.append(translated)
+    return own, sweeps
 
 
 @contextmanager
@@ -159,19 +170,30 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
     for place, step in enumerate(steps, start=1):
         started = time.monotonic()
         say(f"\n[{place} of {len(steps)}] {step.stage}", style="bold")
-        command = read_command(step.arguments)
-        assert command.config is not None
-        config = command.config
+        config = _first_point(step)
         folder = run_path(config)
+        to_come = _unfinished(steps[: place - 1]) if config.dry_run else ()
         metrics: dict[str, float] = {}
-        if step.sweeps:
+        if step.sweeps and not config.dry_run:
             _sweep(step)
         else:
             with _in_words_of(step.stage):
-                result = run_stage(config, folder, rerun=True)
+                result = run_stage(config, folder, rerun=True, to_come=to_come)
             metrics = result.metrics if result is not None else {}
         done.append(Finished(step.stage, folder, metrics, time.monotonic() - started))
     return done
+
+
+def _first_point(step: Step) -> Config:
+    """A step's configuration; of a sweep its first point's."""
+    config = read_command(step.arguments, inputs_exist=False).config
+    assert config is not None
+    return config
+
+
+def _unfinished(steps: Sequence[Step]) -> list[str]:
+    """Those of the stages that have left no model behind yet."""
+    return [step.stage for step in steps if not (run_path(_first_point(step)) / MANIFEST).is_file()]
 
 
 def _sweep(step: Step) -> None:
@@ -204,28 +226,34 @@ def main() -> None:
     sys.exit(run.guarded(_main))
 
 
-def evaluate_pipeline(steps: Sequence[Step], done: Sequence[Finished]) -> None:
-    """Put SFT, PPO and DPO side by side on PPO's held-out prompts, where they all were trained."""
+def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> None:
+    """Put SFT, PPO and DPO side by side on PPO's held-out prompts, where there are any."""
     from posttrain.evaluate import evaluate_into
 
-    by_stage = {step.stage: step for step in steps}
     folders = {each.stage: str(each.folder) for each in done if each.metrics}
-    if "sft" not in folders or "ppo" not in folders:
-        return
-    config = read_command(by_stage["ppo"].arguments).config
-    responses = read_command(by_stage["sft"].arguments).config
-    assert config is not None
-    assert responses is not None
     policies = [folders[stage] for stage in ("sft", "ppo", "dpo") if stage in folders]
-    evaluate_into(with_inputs(config)[0], policies, responses.data)
+    if "sft" not in folders or len(policies) < 2:
+        return
+    overrides, _ = _parse(arguments)
+    names = {override.key_or_group for override in overrides}
+    if "ppo" not in folders and not names & {"recipes", "data.prompts"}:
+        say("no evaluation: name prompts to answer with data.prompts=<source>")
+        return
+    single = [override for override in overrides if not override.is_sweep_override()]
+    ppo, sft = (_command(single, stage, ("sft", stage))[0] for stage in ("ppo", "sft"))
+    config = _first_point(Step("ppo", ppo, sweeps=False))
+    responses = _first_point(Step("sft", sft, sweeps=False))
+    evaluate_into(with_inputs(config, to_come=("reward",))[0], policies, responses.data)
 
 
 def _main() -> None:
     steps = read_pipeline(sys.argv[1:])
+    if any(step.sweeps for step in steps):
+        refuse_sweep_under_accelerate("posttrain.pipeline", sys.argv[1:])
     done = run_pipeline(steps)
     if all(not each.metrics for each in done):
         return  # a dry run, or sweeps alone, which have told their own
-    evaluate_pipeline(steps, done)
+    evaluate_pipeline(sys.argv[1:], done)
     show_pipeline(done)
     if is_main_process():
         say(f"report: {write_report(done[0].folder.parent)}")

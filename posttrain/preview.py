@@ -168,7 +168,7 @@ def _end_check(prepared: Prepared, encoded: Encoded) -> str:
 
 
 def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
-    """Everything that can be known without loading a model."""
+    """Data, one row, the tokens at its ends, and the plan."""
     train, tokenizer = prepared.train, prepared.encoder.tokenizer
     show_data(config, prepared)
     low, high = min(train.lengths), max(train.lengths)
@@ -184,4 +184,3 @@ def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
     if config.trainer.get("packing"):
         say("packing: rows are packed when training starts; the steps below are those without packing")
     show_plan(config, prepared, processes, len(train.rows), None)
-    say("dry run: nothing was trained or written")

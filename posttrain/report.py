@@ -21,6 +21,7 @@ from posttrain.paths import PACKAGE
 from posttrain.stages import STAGES
 
 FILE = "report.html"
+FRONTIER = "frontier.json"
 ORDER = ("sft", "reward", "ppo", "dpo")
 TITLES = {
     "sft": "Supervised fine-tuning",
@@ -87,7 +88,7 @@ def chart(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
         for (label, points), (colour, marker) in zip(series, (("#4c8dd6", ""), ("#e08a2e", "o")), strict=False):
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
-        for (x, y), label in zip(series[0][1] if labels else [], labels, strict=False):
+        for (x, y), label in zip(series[-1][1] if labels else [], labels, strict=False):
             axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
         axes.set_title(title, fontsize=10)
         if len([points for _, points in series if points]) > 1:
@@ -162,8 +163,12 @@ def _stage(folder: Path) -> dict[str, Any]:
     }
 
 
-def _frontiers(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each point of a sweep gained, over the KL that it cost."""
+def _frontiers(path: Path, stages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each point of a sweep gained, over the KL that it cost.
+
+    Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
+    as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
+    """
     for name, key in (("ppo", "reward"), ("ppo", "gold"), ("dpo", "accuracy")):
         points = [s for s in stages if s["name"] == name and s["point"] and "kl" in s["manifest"]["metrics"]]
         points = [point for point in points if key in point["manifest"]["metrics"]]
@@ -171,7 +176,9 @@ def _frontiers(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
         if len(points) > 1:
             places = [(p["manifest"]["metrics"]["kl"], p["manifest"]["metrics"][key]) for p in points]
             labels = [point["anchor"].removeprefix("stage.") for point in points]
-            yield chart(f"{TITLES[name]}: {STAGES[name].shown[key]}", [("", places)], labels)
+            theory = [(each["kl"], each[key]) for each in _json(path / name / FRONTIER) or [] if key in each]
+            series = [("best possible", theory), ("measured", places)]
+            yield chart(f"{TITLES[name]}: {STAGES[name].shown[key]}", series, labels)
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:
@@ -197,7 +204,7 @@ def write_report(*paths: Path) -> Path:
             {
                 "path": str(path),
                 "stages": stages,
-                "frontiers": list(_frontiers(stages)),
+                "frontiers": list(_frontiers(path, stages)),
                 "evaluation": _evaluation(path),
             }
         )

@@ -15,15 +15,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from posttrain import paths
+from posttrain import console, paths
 from posttrain.compose import read_command
 from posttrain.config import check
-from posttrain.console import fail
+from posttrain.console import TRACE, fail
 from posttrain.errors import AlreadyToldError, PosttrainError, Stopped
+from posttrain.launching import refuse_sweep_under_accelerate
 from posttrain.sweep import show_sweep
-
-TRACE = "HYDRA_FULL_ERROR"
-_show_trace = False
 
 
 def _report(error: BaseException) -> int:
@@ -31,7 +29,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, AlreadyToldError):
         return error.exit_code
     if isinstance(error, PosttrainError):
-        fail(type(error).__name__, str(error))
+        fail(type(error).__name__, str(error), everywhere=error.exit_code == 1)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         fail("Stopped", "by a second signal; the last whole checkpoint stands")
@@ -54,7 +52,7 @@ def _job(composed: DictConfig) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _report(error)  # Hydra goes on with the other points, and raises the first failure after the last
-            if not _show_trace:
+            if not console.traces:
                 raise AlreadyToldError(str(error)) from error
         raise
     return result.objective if result is not None else None
@@ -65,16 +63,15 @@ def guarded(body: Callable[[], None]) -> int:
 
     0 done, 2 configuration or data invalid, 1 failed, 130 and 143 stopped.
     """
-    global _show_trace
     given = os.environ.get(TRACE)
-    _show_trace = given == "1"
+    console.traces = given == "1"
     os.environ[TRACE] = "1"  # Hydra then hands exceptions on instead of printing and exiting by itself
     try:
         body()
     except (Stopped, KeyboardInterrupt) as error:
         return _report(error)
     except Exception as error:
-        if _show_trace:
+        if console.traces:
             raise
         return _report(error)
     finally:
@@ -91,6 +88,8 @@ def main() -> None:
 
 def _main() -> None:
     command = read_command(sys.argv[1:])
+    if command.sweep:
+        refuse_sweep_under_accelerate("posttrain.run", sys.argv[1:])
     sys.argv[1:] = command.arguments
     try:
         hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()

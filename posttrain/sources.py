@@ -129,6 +129,12 @@ def is_local(data: DataConfig) -> bool:
     return all(_files(name) or Path(name).is_dir() for name in _sources(data))
 
 
+def files(data: DataConfig) -> set[str]:
+    """The absolute paths of all local files that would be read, as the manifest records them."""
+    names = [*_sources(data), *([data.dataset_test_split] if data.dataset_test_split is not None else [])]
+    return {str(path.resolve()) for name in names for path in _files(name)}
+
+
 def check_source(data: DataConfig) -> None:
     """Refuse a source that cannot exist, before anything slow is done.
 

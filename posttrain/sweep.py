@@ -1,10 +1,15 @@
-"""The table and the picture at the end of a sweep, made from the run folders alone."""
+"""The points of a sweep, told from their folders alone: which are complete, and what came of them."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from posttrain import lineage, model, sources
 from posttrain.compose import Command
+from posttrain.config import check, differences, to_dict
 from posttrain.console import say, show_table
 from posttrain.lineage import IDENTITY, MANIFEST
 from posttrain.stages import STAGES
@@ -14,6 +19,40 @@ PICTURE = "sweep.svg"
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def is_complete(folder: Path, composed: DictConfig) -> bool:
+    """Whether a point has been finished with this configuration, these files and this model; torch is not imported.
+
+    A point of which that cannot be said from files, such as one on a Hub data set, is not; it looks for itself.
+    """
+    manifest, recorded = _read(folder / MANIFEST), _read(folder / IDENTITY)
+    if not manifest or not recorded:
+        return False
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    config, _ = lineage.with_inputs(check(ours))
+    changed = differences(recorded["config"], to_dict(config)).keys() - set(lineage.FREE_KEYS)
+    if changed or config.overwrite or not sources.is_local(config.data):
+        return False
+    files = {path: Path(path) for path in manifest["data"]["sources"]}
+    if not all(file.is_file() for file in files.values()):
+        return False
+    start = Path(model.source(config.model))
+    return (
+        set(files) == sources.files(config.data)
+        and all(
+            hashlib.sha256(file.read_bytes()).hexdigest() == manifest["data"]["sources"][name]
+            for name, file in files.items()
+        )
+        and (lineage.weight_hashes(start) if start.is_dir() else {}) == manifest["inputs"]["model"]["weights"]
+        and (folder / "model").is_dir()
+    )
+
+
+def objective_of(folder: Path) -> float | None:
+    """The number that the stage of a finished point is judged by."""
+    manifest = _read(folder / MANIFEST)
+    return manifest["metrics"].get(STAGES[manifest["stage"]].objective) if manifest else None
 
 
 def _is_number(text: str) -> bool:

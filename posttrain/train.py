@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from posttrain.config import to_dict
 from posttrain.console import is_main_process, logging_to, number, say, show_table, warn
 from posttrain.evaluation import panel
 from posttrain.lineage import RunFolder, read_lines
+from posttrain.memory import show_memory
 from posttrain.model import load_tokenizer, prepare_base
 from posttrain.preview import show_data, show_dry_run, show_plan
 from posttrain.saving import save_model
@@ -43,10 +44,10 @@ class Result:
 
 
 @contextlib.contextmanager
-def _network_only_where_needed(config: Config) -> Iterator[None]:
+def _network_only_where_needed(config: Config, to_come: Collection[str]) -> Iterator[None]:
     """No telemetry ever, and no look at the Hub when model and data are here; what the user set stays."""
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    if model.is_local(lineage.with_inputs(config)[0].model) and sources.is_local(config.data):
+    if model.is_local(lineage.with_inputs(config, to_come)[0].model) and sources.is_local(config.data):
         wanted["HF_HUB_OFFLINE"] = "1"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -57,10 +58,13 @@ def _network_only_where_needed(config: Config) -> Iterator[None]:
             del os.environ[name]
 
 
-def run_stage(config: Config, path: Path | None = None, rerun: bool = False) -> Result | None:
+def run_stage(
+    config: Config, path: Path | None = None, rerun: bool = False, to_come: Collection[str] = ()
+) -> Result | None:
     """Run the stage that `config` describes, in the folder `path` if it is given; None for a dry run.
 
-    With `rerun`, a run there with another configuration, data or inputs is told and replaced, not refused.
+    With `rerun`, a run there with another configuration, data or inputs is told and replaced, not refused. A dry run
+    does without what the stages `to_come` will make.
 
     Raises:
         ConfigError, DataError: before any weight is loaded.
@@ -69,13 +73,11 @@ def run_stage(config: Config, path: Path | None = None, rerun: bool = False) -> 
     """
     path = path or lineage.run_path(config)
     untouched = not path.is_dir() or not any(path.iterdir())
-    with _network_only_where_needed(config):
+    with _network_only_where_needed(config, to_come):
         try:
             if config.dry_run:
                 with logging_to(None):
-                    resolved, why = lineage.with_inputs(config)
-                    _, prepared = _prepare(resolved, why)
-                    show_dry_run(resolved, prepared, _processes())
+                    _dry_run(config, to_come)
                 return None
             folder = RunFolder(path)
             with folder.lock() if is_main_process() else contextlib.nullcontext(), logging_to(folder.log):
@@ -83,6 +85,17 @@ def run_stage(config: Config, path: Path | None = None, rerun: bool = False) -> 
         finally:
             if untouched and is_main_process() and not (path / lineage.IDENTITY).exists():
                 _remove(path)  # a command that did not begin a run leaves the disk as it was
+
+
+def _dry_run(config: Config, to_come: Collection[str]) -> None:
+    """Everything that can be known without loading a model."""
+    config, why = lineage.with_inputs(config, to_come)
+    tokenizer, prepared = _prepare(config, why, "sft" not in to_come)
+    show_dry_run(config, prepared, _processes())
+    answer = config.stage.max_new_tokens if isinstance(config.stage, PPOStage) else 0
+    longest = config.stage.max_length if config.trainer.get("packing") else max(prepared.train.lengths) + answer
+    show_memory(config, tokenizer, longest, answer, _processes())
+    say("dry run: nothing was trained or written")
 
 
 def _remove(path: Path) -> None:
@@ -97,11 +110,11 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _prepare(config: Config, why: str) -> tuple[Any, Prepared]:
+def _prepare(config: Config, why: str, expects_sft: bool = True) -> tuple[Any, Prepared]:
     chosen = config.model.start
     random = config.model.from_scratch or chosen == model.EMBEDDED
     say(f"model: {chosen} ({why}{', random weights' if random else ''})")
-    if config.stage.name != "sft" and chosen == config.model.base_model:
+    if expects_sft and config.stage.name != "sft" and chosen == config.model.base_model:
         warn(
             f"stage={config.stage.name} expects an SFT model, and {config.output_dir}/{config.run_name}/sft is not "
             f"there: run stage=sft run_name={config.run_name} first, or name one with model.model_name_or_path=…"

@@ -115,3 +115,28 @@ def test_wrong_folders_are_told(tmp_path: Path, entry: Callable[..., Outcome]) -
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, posttrain.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_sweep_is_drawn_on_what_is_possible(posttrain: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def vowels(prompts, completions, **columns):\n"
+        "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
+    )
+    sweep = ("-m", "stage=ppo", "recipes=quickstart/ppo", "stage.kl_coef=0.1,1", "stage.max_new_tokens=4")
+    more = ("stage.reward_functions=[my_rewards.vowels]", "trainer.max_steps=2", "data.max_rows=200")
+    done = posttrain(*sweep, *more, "model.model_name_or_path=posttrain/tiny")
+    assert done.code == 0, done
+    without = report.write_report(tmp_path / "outputs/demo").read_text()
+    assert "best possible" not in without
+    possible = [{"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 2.0}]
+    (tmp_path / "outputs/demo/ppo/frontier.json").write_text(json.dumps(possible))
+    assert "best possible" in report.write_report(tmp_path / "outputs/demo").read_text()
+
+
+def test_policies_without_ppo_are_compared(pipeline: Pipeline) -> None:  # noqa: F811
+    done = pipeline(*SHORT, "stages=[sft,dpo]")
+    assert done.code == 0, done
+    found = json.loads(Path("outputs/demo/evaluation.json").read_text())
+    assert [each["policy"] for each in found] == ["outputs/demo/sft", "outputs/demo/dpo"]
+    assert "gold" in found[1]["metrics"]
+    assert "reward" not in found[1]["metrics"]

@@ -58,6 +58,7 @@ class PolicyAndValue(nn.Module):
     def __init__(self, policy: Any, value: ValueNetwork, temperature: float = 1.0, learn_entropy: bool = False) -> None:
         super().__init__()
         self.temperature, self.learn_entropy = temperature, learn_entropy
+        self.fused: bool | None = None  # see log_probs
         self.policy: Any = policy
         self.value = value
         self.layers = _adapter_layers(policy)
@@ -69,7 +70,7 @@ class PolicyAndValue(nn.Module):
         # in an update, entropy matters only to its bonus
         wanted = self.learn_entropy or not torch.is_grad_enabled()
         logps, entropy = log_probs(
-            self.policy, input_ids, attention_mask, position_ids, completion, self.temperature, wanted
+            self.policy, input_ids, attention_mask, position_ids, completion, self.temperature, wanted, self.fused
         )
         hidden = self.hidden(VALUE, input_ids, attention_mask, position_ids)
         # the value of a state is read where the state ends: one token before the one that is chosen in it

@@ -57,7 +57,6 @@ def build(
     config: Config, prepared: Prepared, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> Any:
     """The trainer: TRL's, with our checkpoints, and a held-out loss that is a mean over tokens."""
-    import torch
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -66,25 +65,14 @@ def build(
     test = prepared.test
 
     class Trainer(SafeTrainer, SFTTrainer):
-        data_collator: Any
+        def held_out_collator(self) -> Any:
+            return padded  # held-out rows are never packed: each is judged as it would be read
 
-        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-            # held-out rows are never packed: each is judged as it would be read
-            collator, self.data_collator = self.data_collator, padded
-            try:
-                return super().get_eval_dataloader(eval_dataset)
-            finally:
-                self.data_collator = collator
-
-        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            # Trainer averages the losses of batches by their rows; dividing each batch's summed loss by its rows'
-            # share of all tokens makes that the mean over tokens, whatever the batch size and number of processes
-            assert test is not None
-            inputs = self._prepare_inputs(inputs)
-            share = len(inputs["labels"]) * test.loss_tokens / len(test.rows)
-            count = torch.tensor(share * self.accelerator.num_processes, device=self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                return self.compute_loss(model, inputs, num_items_in_batch=count), None, None
+        def held_out_loss(self, inputs: dict[str, Any]) -> tuple[Any, float]:
+            # a mean over tokens, whatever the batch size and number of processes
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            loss = self.compute_loss(self.model, inputs, num_items_in_batch=tokens)
+            return loss / self.accelerator.num_processes, float(tokens)
 
     arguments = trainer_arguments(config, folder, test is not None)
     packing = bool(arguments.get("packing"))

@@ -1,0 +1,215 @@
+"""Several processes: the same result as one, one folder, one voice; and the shipped accelerate configurations."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, WORDS, Outcome, weights, write_rows
+from test_resume import wait_for
+
+from posttrain.errors import ConfigError
+from posttrain.launching import launch_command
+
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+COMMON = (
+    "stage.max_length=64",
+    "data.test_size=7",
+    "trainer.max_steps=4",
+    "trainer.logging_steps=1",
+    "model.model_name_or_path=posttrain/tiny",
+)
+SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+PPO = (
+    "stage.rollout_batch_size=8",
+    "stage.num_mini_batches=2",
+    "stage.ppo_epochs=1",
+    "stage.max_new_tokens=8",
+    "stage.reward_functions=[my_rewards.vowels]",
+    "stage.learning_rate=1e-3",
+)
+LORA = ("model.use_peft=true", "model.lora_dropout=0")
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """rows.jsonl, pairs.jsonl, prompts.jsonl and my_rewards.py."""
+    asked = [(f"What is {a} and {b}?", f"{a} and {b}.") for a in WORDS[:8] for b in WORDS[8:]]
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": q, "response": a} for q, a in asked])
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in asked])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": q} for q, _ in asked])
+    (tmp_path / "my_rewards.py").write_text(
+        "def vowels(prompts, completions, **columns):\n"
+        "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
+    )
+    return tmp_path
+
+
+def command(stage: str, run_name: str, *more: str) -> list[str]:
+    data = f"data.dataset_name={SOURCES[stage]}.jsonl"
+    return [f"stage={stage}", f"run_name={run_name}", data, *COMMON, *(PPO if stage == "ppo" else ()), *more]
+
+
+def launched(*arguments: str, cwd: Path, module: str = "posttrain.run") -> "subprocess.Popen[str]":
+    """`accelerate launch` with two CPU processes, in a process group of its own."""
+    return subprocess.Popen(
+        [*launch_command("cpu2"), "-m", module, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: "subprocess.Popen[str]") -> Outcome:
+    out, err = process.communicate(timeout=300)
+    return Outcome(process.returncode, out, err)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_agreement(posttrain: Callable[..., Outcome], folder: Path, stage: str, *more: str) -> None:
+    """Four rows an update in one process, and two in each of two: the same losses and weights."""
+    one = posttrain(*command(stage, "one", "stage.batch_size=4", *more))
+    assert one.code == 0, one
+    two = ended(launched(*command(stage, "two", "stage.batch_size=2", *more), cwd=folder))
+    assert two.code == 0, two
+    assert two.out.count("device: cpu") == two.out.count("saved model: read again") == 1
+    assert "× 2 devices = 4" in two.out
+    left, right = (folder / "outputs" / name / stage for name in ("one", "two"))
+    expected = {path.name for path in left.iterdir()}
+    assert {path.name for path in right.iterdir()} == expected
+    first, second = weights(left / "model"), weights(right / "model")
+    start = weights(left / "base")
+    apart = max(float((weight - second[name]).abs().max()) for name, weight in first.items())
+    moved = max(float((weight - start[name]).abs().max()) for name, weight in first.items() if name in start)
+    assert apart < 1e-6
+    assert moved > 20 * apart
+    for a, b in zip(logged(left), logged(right), strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert (name in a) == (name in b)
+            assert name not in a or a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_learn_what_one_learns(posttrain: Callable[..., Outcome], sources: Path, stage: str) -> None:
+    check_agreement(posttrain, sources, stage)
+
+
+def test_with_lora_too(posttrain: Callable[..., Outcome], sources: Path) -> None:
+    check_agreement(posttrain, sources, "reward", *LORA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "more"), [("sft", LORA), ("reward", ()), ("dpo", LORA)], ids=["sft lora", "reward full", "dpo lora"]
+)
+def test_every_way_of_training(
+    posttrain: Callable[..., Outcome], sources: Path, stage: str, more: tuple[str, ...]
+) -> None:
+    check_agreement(posttrain, sources, stage, *more)
+
+
+def interrupted(stage: str, folder: Path, *more: str) -> None:
+    """Killed with its second checkpoint written, started again: the weights of an undisturbed run, bit for bit."""
+    arguments = ("stage.batch_size=2", "trainer.save_steps=1", *more)
+    whole = ended(launched(*command(stage, "whole", *arguments), cwd=folder))
+    assert whole.code == 0, whole
+    longer = launched(*command(stage, "cut", *arguments), cwd=folder)
+    wait_for(folder / f"outputs/cut/{stage}/checkpoint-2/checkpoint.json", longer)
+    os.killpg(longer.pid, signal.SIGKILL)
+    longer.communicate()
+    again = ended(launched(*command(stage, "cut", *arguments), cwd=folder))
+    assert again.code == 0, again
+    assert "resuming from checkpoint-" in again.out or "already complete" in again.out, again
+    first, second = (weights(folder / f"outputs/{name}/{stage}/model") for name in ("whole", "cut"))
+    assert all(bool((first[name] == second[name]).all()) for name in first)
+
+
+def test_ppo_on_two_processes_resumes(sources: Path) -> None:
+    interrupted("ppo", sources, *LORA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_every_stage_resumes(sources: Path, stage: str) -> None:
+    interrupted(stage, sources)
+
+
+def test_a_failure_is_told_once_and_ends_all(sources: Path) -> None:
+    wrong = ended(launched(*command("sft", "wrong", "stage.lerning_rate=1"), cwd=sources))
+    assert wrong.code != 0
+    assert wrong.err.count("did you mean stage.learning_rate?") == 1, wrong
+    # one process alone fails in the middle of the run; the other waits for it in a collective
+    (sources / "my_rewards.py").write_text(
+        "import os\n"
+        "def vowels(prompts, completions, **columns):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise ValueError('no vowels today')\n"
+        "    return [1.0 for _ in completions]\n"
+    )
+    alone = ended(launched(*command("ppo", "alone", "stage.batch_size=2"), cwd=sources))
+    assert alone.code != 0
+    assert "process 1 of 2" in alone.err
+    assert "no vowels today" in alone.err
+
+
+def test_sweeps_are_refused_under_accelerate(sources: Path) -> None:
+    done = ended(launched("-m", *command("sft", "sweep"), "stage.batch_size=1,2", cwd=sources))
+    assert done.code != 0
+    assert "python -m posttrain.run -m stage=sft" in done.err
+    assert "hydra.launcher.accelerate_config=" in done.err
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_every_accelerate_config_is_what_accelerate_reads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    content = yaml.safe_load(file.read_text())
+    config = load_config_from_file(str(file))  # refuses unknown keys, but none that is nested
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert set(content.get(section, {})) <= known, f"{section}: accelerate would not read all of it"
+    assert config.num_processes == {"single_gpu": 1, "cpu2": 2, "multi_node": 16}.get(file.stem, 8)
+    args, _, _ = _validate_launch_command(
+        parser.parse_args(["--config_file", str(file), "--main_process_port", "0", "x.py"])
+    )
+    if file.stem == "single_gpu":
+        assert not args.multi_gpu
+        return
+    assert args.multi_gpu or args.use_fsdp or args.use_deepspeed, "one process would be started"
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(content["deepspeed_config"])  # as its launcher does
+        _, environment = prepare_deepspeed_cmd_env(args)
+    else:
+        environment = prepare_multi_gpu_env(args)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if args.use_fsdp:
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward is True
+        assert str(plugin.state_dict_type).endswith("FULL_STATE_DICT")
+    if args.use_deepspeed:
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
+
+
+def test_an_unknown_configuration_is_told() -> None:
+    with pytest.raises(ConfigError, match="did you mean cpu2"):
+        launch_command("cpu")
+    assert launch_command("ddp", 4)[-2:] == ["--num_processes", "4"]
+    assert launch_command(str(CONFIGS[0]))[0] == sys.executable
