@@ -29,8 +29,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a point that was told to end
-
 
 @dataclass
 class ProcessLauncherConf:
@@ -119,8 +117,6 @@ class ProcessLauncher(Launcher):
                 code = self._wait_for(point, devices, prefixed)
             finally:
                 slots.put(devices)
-            if code in STOPPED and self.stopped is None and code != -signal.SIGTERM:
-                self.stopped = signal.SIGINT if code in (130, -signal.SIGINT) else signal.SIGTERM
             if code:
                 ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
                 fail("Point", f"{point.name} {ended}; see {point.folder / 'run.log'}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain import comparison, model, run
 from posttrain.arguments import process_state
@@ -106,32 +106,22 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
         room = check_length(mine) - config.stage.max_new_tokens
         rows = panel(splits.test, encoder, PROMPTS, room)
-        prompts, completions, ended = _answers(policy, encoder, rows, config)
-        texts = [str(text) for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
-        names = sorted({name for row in rows for name in row.columns})
-        asked = {
-            **{name: [row.columns.get(name) for row in rows] for name in names},
-            "prompts": [row.prompt for row in rows],
-            "completions": [[{"role": "assistant", "content": text}] for text in texts],
-            "completion_ids": completions,
-            "prompt_ids": prompts,
-        }
-        reward = judge(judge.functions, judge.weights, asked) if judge.functions else []
+        answers = _answers(policy, reference, encoder, rows, config, judge)
+        texts, reward = [each.text for each in answers], [each.reward for each in answers if each.reward is not None]
+        golds = [each.gold for each in answers if each.gold is not None]
         metrics: dict[str, float] = {
-            "response_length": fmean(map(len, completions)),
-            "ended_by_eos": fmean(ended),
+            "response_length": fmean(each.length for each in answers),
+            "ended_by_eos": fmean(each.ended for each in answers),
             **{f"distinct_{size}": comparison.distinct(texts, size) for size in (1, 2)},
         }
         if reward:
             metrics["reward"] = fmean(reward)
-        if judge.eval_functions:
-            metrics["gold"] = fmean(judge(judge.eval_functions, [1.0] * len(judge.eval_functions), asked))
+        if golds:
+            metrics["gold"] = fmean(golds)
         if done and reward and len(reward) == len(done[0].rewards):
             metrics |= comparison.win_rate(reward, done[0].rewards)
-        if reference.config.vocab_size == policy.config.vocab_size:
-            opened = partial(nullcontext, reference)
-            kl = completion_kl(policy, opened, prompts, completions, tokenizer.pad_token_id)
-            metrics["kl"] = float(kl.mean())
+        if all(each.kl is not None for each in answers):
+            metrics["kl"] = fmean(each.kl for each in answers if each.kl is not None)
         if said is not None and said.test:
             encoded = encode_conversations(encoder, said.test, said.counts["test"], check_length(mine), "drop")
             metrics["perplexity"] = perplexity(policy, encoded.dataset, tokenizer.pad_token_id)
@@ -146,40 +136,76 @@ def _config_for(config: Config, path: str) -> Config:
     return replace(config, model=model.beside(config.model, path))
 
 
-def _answers(policy: Any, encoder: ChatEncoder, rows: Sequence[Any], config: Config) -> tuple[Any, Any, list[bool]]:
-    """Sampled answers in batches, from a generator of the evaluation's own."""
+class _Answer(NamedTuple):
+    """One answer to one held-out prompt; None where nothing scores it or the reference reads other tokens."""
+
+    place: int  # of the prompt
+    text: str
+    length: int
+    ended: bool
+    reward: float | None
+    gold: float | None
+    kl: float | None
+
+
+def _answers(
+    policy: Any, reference: Any, encoder: ChatEncoder, rows: Sequence[Any], config: Config, judge: Judge
+) -> list[_Answer]:
+    """Sampled answers with their scores: each process answers every so-manieth batch, each batch has its own seed."""
     import torch
+    from accelerate.utils import gather_object
 
     assert isinstance(config.stage, PPOStage)
-    prompts, completions, ended = [], [], []
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)
-        for start in range(0, len(rows), BATCH):
-            made = generate(
-                policy,
-                encoder,
-                rows[start : start + BATCH],
-                config.stage.max_new_tokens,
-                temperature=config.stage.temperature,
-            )
-            prompts += made.prompts
-            completions += made.completions
-            ended += made.ended
-    return prompts, completions, ended
+    state, found = process_state(), []
+    tokenizer = encoder.tokenizer
+    for start in range(BATCH * state.process_index, len(rows), BATCH * state.num_processes):
+        part = rows[start : start + BATCH]
+        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
+            torch.manual_seed(config.seed + start)
+            made = generate(policy, encoder, part, config.stage.max_new_tokens, temperature=config.stage.temperature)
+        texts = [str(text) for text in tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
+        names = sorted({name for row in part for name in row.columns})
+        asked = {
+            **{name: [row.columns.get(name) for row in part] for name in names},
+            "prompts": [row.prompt for row in part],
+            "completions": [[{"role": "assistant", "content": text}] for text in texts],
+            "completion_ids": made.completions,
+            "prompt_ids": made.prompts,
+        }
+        nothing = [None] * len(part)
+        kl: Sequence[float | None] = nothing
+        if reference.config.vocab_size == policy.config.vocab_size:
+            opened = partial(nullcontext, reference)
+            kl = completion_kl(policy, opened, made.prompts, made.completions, tokenizer.pad_token_id).tolist()
+        ones = [1.0] * len(judge.eval_functions)
+        columns = (
+            range(start, start + len(part)),
+            texts,
+            map(len, made.completions),
+            made.ended,
+            judge(judge.functions, judge.weights, asked) if judge.functions else nothing,
+            judge(judge.eval_functions, ones, asked) if judge.eval_functions else nothing,
+            kl,
+        )
+        found += [tuple(each) for each in zip(*columns, strict=True)]
+    return sorted(_Answer(*each) for each in gather_object(found))
 
 
 def perplexity(policy: Any, dataset: Any, pad: int) -> float:
-    """exp of the mean negative log-likelihood of the tokens of each row's last response."""
+    """exp of the mean negative log-likelihood of the tokens of each row's last response, over all processes' rows."""
+    from accelerate.utils import gather_object
+
+    state = process_state()
     prompts, responses = [], []
-    for row in dataset:
+    for row in dataset.select(range(state.process_index, len(dataset), state.num_processes)):
         start = len(row["labels"])
         while start and row["labels"][start - 1] != -100:
             start -= 1
         prompts.append(row["input_ids"][:start])
         responses.append(row["input_ids"][start:])
-    total = float(completion_logps(policy, prompts, responses, pad).sum())
-    return math.exp(-total / sum(map(len, responses)))
+    total = completion_logps(policy, prompts, responses, pad).double().sum().item() if prompts else 0.0
+    parts = gather_object([(total, sum(map(len, responses)))])
+    return math.exp(-sum(part for part, _ in parts) / sum(count for _, count in parts))
 
 
 def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:

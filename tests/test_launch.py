@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, WORDS, Outcome, weights, write_rows
+from test_pipeline import SHORT
 from test_resume import wait_for
 
+from posttrain import evaluate
 from posttrain.errors import ConfigError
 from posttrain.launching import launch_command
 
@@ -162,6 +164,23 @@ def test_a_failure_is_told_once_and_ends_all(sources: Path) -> None:
     assert alone.code != 0
     assert "process 1 of 2" in alone.err
     assert "no vowels today" in alone.err
+
+
+def test_a_pipeline_on_two_processes(sources: Path, entry: Callable[..., Outcome]) -> None:
+    done = ended(launched(*SHORT, "ppo.batch_size=16", cwd=sources, module="posttrain.pipeline"))
+    assert done.code == 0, done
+    assert done.out.count("[4 of 4] dpo") == done.out.count("report: outputs/demo/report.html") == 1
+    found = json.loads((sources / "outputs/demo/evaluation.json").read_text())
+    assert [each["policy"] for each in found] == [f"outputs/demo/{stage}" for stage in ("sft", "ppo", "dpo")]
+    # one process says the same of these policies
+    alone = ("policies=[outputs/demo/sft,outputs/demo/dpo]", "recipes=quickstart/ppo", "run_name=alone")
+    scored = ("reward_model=outputs/demo/reward", "max_new_tokens=8", "data.max_rows=200")
+    again = entry(evaluate.main, *alone, *scored)
+    assert again.code == 0, again
+    repeated = json.loads((sources / "outputs/alone/evaluation.json").read_text())
+    assert repeated[1]["answers"] == found[2]["answers"]
+    assert repeated[1]["metrics"]["kl"] == pytest.approx(found[2]["metrics"]["kl"], rel=1e-4)
+    assert repeated[1]["rewards"] == pytest.approx(found[2]["rewards"], rel=1e-4)
 
 
 def test_sweeps_are_refused_under_accelerate(sources: Path) -> None:

@@ -1,0 +1,153 @@
+"""Sweeps: a process for each point, failures that stay alone, skipped points, shared GPUs, accelerate, and Slurm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome, start, write_rows
+from test_resume import wait_for
+
+from hydra_plugins.posttrain_launcher import share_out, visible_gpus
+
+Posttrain = Callable[..., Outcome]
+REWARDS = """
+import os, pathlib
+def short(prompts, completions, completion_ids, **columns):
+    longest = max(map(len, completion_ids))
+    with open("seen.txt", "a") as file:
+        names = ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
+        print(longest, *map(os.environ.get, names), os.getpid(), file=file)
+    if longest == 6:
+        raise ValueError("six is too many")
+    if longest == 7:
+        os.kill(os.getpid(), 9)
+    return [float(-longest + index) for index in range(len(completion_ids))]
+"""
+PPO = (
+    *("stage=ppo", "data.dataset_name=prompts.jsonl", "stage.max_length=64", "data.test_size=0"),
+    *("stage.reward_functions=[my_rewards.short]", "stage.rollout_batch_size=8", "stage.num_mini_batches=1"),
+    *("stage.batch_size=4", "stage.ppo_epochs=1", "trainer.max_steps=1"),
+    "model.model_name_or_path=posttrain/tiny",
+)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"What is {n}?"} for n in range(24)])
+    return tmp_path
+
+
+def seen(folder: Path) -> list[list[str]]:
+    file = folder / "seen.txt"
+    lines = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
+def complete(folder: Path) -> set[str]:
+    return {path.parent.name for path in folder.glob("outputs/demo/ppo/*/posttrain.json")}
+
+
+def test_points_fail_alone_and_finished_ones_are_skipped(posttrain: Posttrain, prompts: Path) -> None:
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=4,6,7,5")
+    assert done.code == 1, done
+    assert complete(prompts) == {"stage.max_new_tokens=4", "stage.max_new_tokens=5"}
+    assert "stage.max_new_tokens=6 failed with exit code 1" in done.err
+    assert "stage.max_new_tokens=7 was killed by SIGKILL" in done.err
+    assert "six is too many" in done.err
+    processes = {line[3] for line in seen(prompts)}
+    assert len(processes) == 4, "each point is a process"
+    assert str(os.getpid()) not in processes
+
+    again = posttrain("-m", *PPO, "stage.max_new_tokens=4,3")
+    assert again.code == 0, again
+    assert "stage.max_new_tokens=4: already complete, and nothing has changed" in again.out
+    assert {line[0] for line in seen(prompts)} == {"3"}
+    rows = [line for line in again.out.splitlines() if "complete" in line or "not finished" in line]
+    assert sum("│ complete" in line for line in rows) == 3, "the table has the points of both sweeps"
+    # other prompts: the point is not the same any more, and says so itself
+    write_rows(prompts / "prompts.jsonl", [{"prompt": f"Who is {n}?"} for n in range(24)])
+    changed = posttrain("-m", *PPO, "stage.max_new_tokens=4,3")
+    assert changed.code == 1
+    assert "rows are not the same" in changed.err
+
+
+def test_gpus_are_shared_out(posttrain: Posttrain, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert visible_gpus() == ["4", "5", "6", "7"]
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4,5", "hydra.launcher.n_jobs=2")
+    assert done.code == 0, done
+    assert "3 points, 2 at a time, 2 GPUs each" in done.out
+    assert {line[1] for line in seen(prompts)} == {"4", "6"}
+    assert "[stage.max_new_tokens=3] " in done.out
+
+
+def test_share_out() -> None:
+    assert share_out([], 2) == [[], []]
+    assert share_out(["0", "1", "2", "3"], 2) == [["0", "1"], ["2", "3"]]
+    assert share_out(["0", "1"], 3) == [["0"], ["1"], ["0"]]
+
+
+def test_each_point_under_accelerate(posttrain: Posttrain, prompts: Path) -> None:
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra.launcher.accelerate_config=cpu2")
+    assert done.code == 0, done
+    assert {tuple(line[:3]) for line in seen(prompts)} == {("3", "None", "2"), ("4", "None", "2")}
+    wrong = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra.launcher.accelerate_config=cpu")
+    assert wrong.code == 2
+    assert "did you mean cpu2?" in wrong.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_point_with_a_checkpoint(prompts: Path, number: signal.Signals) -> None:
+    long = [argument for argument in PPO if not argument.startswith("trainer.max_steps")]
+    sweep = ("-m", *long, "trainer.max_steps=500", "stage.max_new_tokens=4,5", "hydra.launcher.n_jobs=2")
+    process = start(*sweep, cwd=prompts)
+    for tokens in (4, 5):
+        wait_for(prompts / f"outputs/demo/ppo/stage.max_new_tokens={tokens}/rollouts.jsonl", process)
+    children = {int(line[3]) for line in seen(prompts)}
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out + err
+    time.sleep(0.1)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    for tokens in (4, 5):
+        assert list((prompts / f"outputs/demo/ppo/stage.max_new_tokens={tokens}").glob("checkpoint-*/checkpoint.json"))
+
+
+def test_the_objective_reaches_hydras_sweeper(prompts: Path) -> None:
+    """What an optimising sweeper such as Optuna's reads."""
+    code = (
+        "import sys, json\n"
+        "from hydra.core.plugins import Plugins\n"
+        "Plugins.instance()  # it imports all plugins once more\n"
+        "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\n"
+        "sweep = BasicSweeper.sweep\n"
+        "def kept(self, arguments):\n"
+        "    returns = sweep(self, arguments)\n"
+        "    json.dump([r.return_value for batch in returns for r in batch], open('objectives.json', 'w'))\n"
+        "    return returns\n"
+        "BasicSweeper.sweep = kept\n"
+        "from posttrain.run import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-m", *PPO, "stage.max_new_tokens=3,4", "data.test_size=8"],
+        cwd=prompts,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifests = [
+        json.loads((prompts / f"outputs/demo/ppo/stage.max_new_tokens={n}/posttrain.json").read_text()) for n in (3, 4)
+    ]
+    found = json.loads((prompts / "objectives.json").read_text())
+    assert found == [manifest["metrics"]["penalised_reward"] for manifest in manifests]
