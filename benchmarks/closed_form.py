@@ -19,11 +19,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from posttrain.launching import launch_command  # noqa: E402
 
 BETAS = (0.25, 0.5, 1.0)
 PROMPTS = ("river", "stone", "cloud")
@@ -103,8 +106,8 @@ def write_problem(folder: Path) -> None:
 PAIRS = f"stage.batch_size={len(PROMPTS) * 4 * sum(ODDS['river'])}"
 
 
-def train(folder: Path, *arguments: str, data: str = "pairs.jsonl") -> None:
-    command = [sys.executable, "-m", "posttrain.run", *arguments, *SETTINGS, f"output_dir={folder / 'outputs'}"]
+def train(folder: Path, *arguments: str, data: str = "pairs.jsonl", launch: Sequence[str] = (sys.executable,)) -> None:
+    command = [*launch, "-m", "posttrain.run", *arguments, *SETTINGS, f"output_dir={folder / 'outputs'}"]
     command += [f"model.model_name_or_path={folder / 'reference'}", f"data.dataset_name={folder / data}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -294,6 +297,8 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     function = f"stage.reward_functions=[{folder / 'table.py'}:reward]"
     full = [*PPO, "stage.learning_rate=1e-3", function, "run_name=full"]
     train(folder, "-m", *full, f"stage.kl_coef={','.join(map(str, BETAS))}", data="prompts.jsonl")
+    two = [*full, "stage.batch_size=192", "stage.kl_coef=0.5", "run_name=two"]
+    train(folder, *two, data="prompts.jsonl", launch=launch_command("cpu2"))
     lora = [*PPO, *LORA, "stage.learning_rate=2e-3"]
     train(folder, *lora, "stage.kl_coef=0.5", function, "run_name=lora", data="prompts.jsonl")
     train(folder, *REWARD, PAIRS, *LORA, "run_name=shared")
@@ -301,6 +306,7 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     shared = [*lora, "stage.kl_coef=1", "stage.num_epochs=600", "stage.gate=warn", "run_name=shared"]
     train(folder, *shared, f"stage.reward_model={folder / 'outputs/shared/reward'}", data="prompts.jsonl")
     runs = [("full fine-tuning", beta, f"full/ppo/stage.kl_coef={beta}", table) for beta in BETAS]
+    runs.append(("two processes", 0.5, "two/ppo", table))
     runs.append(("LoRA", 0.5, "lora/ppo", table))
     runs.append(("shared base", 1.0, "shared/ppo", model_rewards(folder / "outputs/shared/reward/model", tokenizer)))
     points = []

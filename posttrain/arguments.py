@@ -69,7 +69,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     if not has_test and given.get("eval_strategy", "no") != "no":
         given |= {"eval_strategy": "no"}
         given.pop("eval_steps", None)
-    for tracker in _trackers(given.get("report_to")):
+    for tracker in trackers(given.get("report_to")):
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"trainer.report_to={tracker}: not installed; pip install 'posttrain[trackers]'")
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
@@ -95,7 +95,12 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     }
 
 
-def _trackers(report_to: Any) -> list[str]:
+def trackers(report_to: Any) -> list[str]:
+    """The trackers that trainer.report_to names.
+
+    Raises:
+        ConfigError: one of them is not supported.
+    """
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     unknown = [name for name in names if name not in (*TRACKERS, "none")]
     if unknown:

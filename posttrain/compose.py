@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -52,6 +53,9 @@ def _forced(override: Override, value: str, groups: Collection[str]) -> str:
 
 
 def _values(override: Override) -> list[str]:
+    if override.is_interval_sweep():  # of a sweeper that chooses the values itself, such as Optuna's
+        ends: Any = override.value()
+        return [str(ends.start), str(ends.end)]
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
     return [override.get_value_element_as_str()]

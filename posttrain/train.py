@@ -28,6 +28,7 @@ from posttrain.saving import save_model
 from posttrain.schema import Config, PPOStage
 from posttrain.stages import STAGES
 from posttrain.stages.base import ANSWER_TOKENS, Judgement, Prepared, Work
+from posttrain.trackers import Cells, log_tables
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have answered
 PANEL_SHOWN = 3
@@ -200,6 +201,7 @@ def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
             (folder.path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         if stage.draw is not None:
             stage.draw(folder)
+        log_tables(trainer, _tables(shown, before, after))
         folder.finish(_manifest(config, prepared, identity, metrics))
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
@@ -246,6 +248,15 @@ def _samples(shown: list[Any], before: Judgement, after: Judgement) -> dict[str,
         if after.answers
         else {}
     )
+
+
+def _tables(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, Cells]:
+    answered = zip(shown, before.answers, after.answers, strict=False)
+    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in answered]
+    return {
+        "samples": Cells(("prompt", "before", "after"), samples),
+        "report card": Cells(("", "value"), after.table),
+    }
 
 
 def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Result:

@@ -21,6 +21,7 @@ FLOORS = {
     "posttrain.data": 3,
     "posttrain.arguments": 2,
     "posttrain.lineage": 2,
+    "posttrain.trackers": 3,
     "posttrain.encoding": 4,
     "posttrain.model": 5,
     "posttrain.evaluation": 5,

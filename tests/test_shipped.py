@@ -16,7 +16,11 @@ Posttrain = Callable[..., Outcome]
 SHORT = ["+trainer.max_steps=2"]
 # Put in place of what has to come from the Hub, or from the reader.
 LOCAL = ["model=tiny", "data.dataset_name=local.jsonl", "data.test_size=0.2"]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "accelerate_configs" / "README.md",
+    *sorted((ROOT / "recipes").rglob("README.md")),
+]
 
 
 def commands(document: Path) -> list[str]:
@@ -36,6 +40,25 @@ def pipelines() -> list[str]:
     """The pipelines in all pages."""
     found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
     return sorted({part for part in found if part.startswith("python -m posttrain.pipeline")})
+
+
+def launches() -> list[str]:
+    """The runs under accelerate in all pages."""
+    return sorted({line for page in DOCUMENTS for line in commands(page) if line.startswith("accelerate launch")})
+
+
+@pytest.mark.parametrize("command", launches())
+def test_every_documented_launch_is_one(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_launch.py runs what they start, with two processes on a CPU."""
+    from posttrain.compose import read_command
+    from posttrain.pipeline import read_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    at = words.index("-m")
+    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    read = {"posttrain.run": read_command, "posttrain.pipeline": read_pipeline}[words[at + 1]]
+    assert read(words[at + 2 :])
 
 
 def test_the_pages_hold_commands() -> None:

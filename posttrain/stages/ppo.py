@@ -1,5 +1,6 @@
 """Proximal policy optimisation: our PPOTrainer on TRL's RLOOTrainer, its four roles loaded and its rollouts told."""
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Sequence
@@ -57,6 +58,10 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
         raise ConfigError(
             f"stage.max_new_tokens={stage.max_new_tokens} leaves no room for a prompt in stage.max_length="
             f"{stage.max_length}, which counts both"
+        )
+    if stage.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
         )
     _check_rewards(config)
     functions = _functions("stage.reward_functions", stage.reward_functions)

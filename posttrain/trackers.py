@@ -1,0 +1,59 @@
+"""What a tracker is given besides the curves, which the Trainer logs: the answers and the report card, as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from posttrain.arguments import trackers
+
+
+class Cells(NamedTuple):
+    """One table."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def log_tables(trainer: Any, tables: Mapping[str, Cells]) -> None:
+    """Log the tables to every tracker of the run and end its run there, so that the next stage begins its own."""
+    for name in trackers(trainer.args.report_to):
+        _LOGGERS[name](trainer, {title: cells for title, cells in tables.items() if cells.rows})
+
+
+def _to_wandb(trainer: Any, tables: Mapping[str, Cells]) -> None:
+    import wandb
+
+    if wandb.run is None:  # WANDB_DISABLED, or nothing was logged
+        return
+    for title, cells in tables.items():
+        wandb.run.log({title: wandb.Table(columns=list(cells.columns), data=[list(row) for row in cells.rows])})
+    wandb.finish()
+
+
+def _to_trackio(trainer: Any, tables: Mapping[str, Cells]) -> None:
+    import pandas
+    import trackio
+
+    # the Trainer has ended the run with its last step; this goes on with it
+    trackio.init(project=trainer.args.project, name=trainer.args.run_name, resume="allow")
+    for title, cells in tables.items():
+        trackio.log({title: trackio.Table(dataframe=pandas.DataFrame(list(cells.rows), columns=list(cells.columns)))})
+    trackio.finish()
+
+
+def _to_tensorboard(trainer: Any, tables: Mapping[str, Cells]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    [callback] = [each for each in trainer.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
+    with SummaryWriter(callback.logging_dir) as writer:
+        for title, cells in tables.items():
+            lines = [cells.columns, ["---"] * len(cells.columns), *cells.rows]
+            written = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+            writer.add_text(title, written, trainer.state.global_step)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+_LOGGERS = {"wandb": _to_wandb, "trackio": _to_trackio, "tensorboard": _to_tensorboard}
