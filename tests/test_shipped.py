@@ -173,3 +173,18 @@ def test_ci_is_what_the_readme_says() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert 'pip install --quiet --disable-pip-version-check -e ".[dev]"' in script
     assert script.rstrip().endswith("pytest")
+
+
+@pytest.mark.parametrize(
+    "case", ["sft, full", pytest.param("", marks=pytest.mark.slow)], ids=["one case", "every case"]
+)
+def test_the_gpu_benchmark_runs_at_a_cpus_size(tmp_path: Path, case: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--small", "--steps", "2", "--repeats", "1"]
+    environment = {**os.environ, "THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--only", case], env=environment, capture_output=True, text=True, check=False, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("small, ")]
+    assert len(lines) == (1 if case else 10)
+    assert all(float(line.split()[-1]) > 0 for line in lines)
