@@ -258,7 +258,7 @@ class RunFolder:
         """The newest whole checkpoint; broken ones are deleted and told."""
         newest, faults = newest_whole(self.path)
         for checkpoint in self.path.glob(f"{PREFIX}*"):
-            if checkpoint != newest and fault(checkpoint) is not None:
+            if is_main_process() and checkpoint != newest and fault(checkpoint) is not None:
                 shutil.rmtree(checkpoint)
         return newest, faults
 
