@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from posttrain.stages.dpo import compute_dpo_loss
     from posttrain.train import run_stage
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "compute_dpo_loss",
     "configure",

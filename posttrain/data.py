@@ -164,11 +164,16 @@ def format_instruction(row: dict[str, Any]) -> list[Message]:
     """Turn an instruction row into the messages of its conversation.
 
     `instruction` and `response` are texts or lists of messages; `input` is appended to the instruction after a
-    blank line; `system` becomes the first message. Every assistant message is a response to learn.
+    blank line; `system` becomes the first message. Every assistant message is a response to learn. Without an
+    `instruction`, `response` is a whole conversation: a list of messages or a transcript.
 
     Raises:
         ValueError: says what is missing or out of order.
     """
+    if row.get("instruction") is None and _is_conversation(row.get("response")):
+        messages = _whole(row["response"], "response")
+        _check_turns(messages)
+        return messages
     _require(row, ("instruction", "response"), "instruction")
     instruction = row["instruction"]
     for column in ("input", "system"):
@@ -206,11 +211,25 @@ def parse_transcript(text: str, column: str) -> list[Message]:
     return messages
 
 
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is more than an answer: messages that begin before one, or a transcript."""
+    if isinstance(value, str):
+        return bool(_TURN.match(value.lstrip() if value.strip() else ""))
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and value[0].get("role") != "assistant"
+    )
+
+
+def _whole(value: Any, column: str) -> list[Message]:
+    """The messages of a whole conversation."""
+    return parse_transcript(value, column) if isinstance(value, str) else _as_messages(value, "assistant", column)
+
+
 def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
     """Turn a preference row into prompt, chosen and rejected messages.
 
-    With a `prompt` (text or messages), `chosen` and `rejected` are its answers. Without one they are whole
-    transcripts or whole conversations, and the prompt is what both begin with.
+    With a `prompt` (text or messages), `chosen` and `rejected` are its answers, or conversations that begin with it.
+    Without one they are whole transcripts or whole conversations, and the prompt is what both begin with.
 
     Raises:
         ValueError: says what is missing or out of order.
@@ -219,15 +238,16 @@ def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message]
         _require(row, ("prompt", "chosen", "rejected"), "preference")
         prompt = _as_messages(row["prompt"], "user", "prompt")
         answers = [_as_messages(row[side], "assistant", side) for side in ("chosen", "rejected")]
+        if all(answer[: len(prompt)] == prompt for answer in answers):
+            answers = [answer[len(prompt) :] for answer in answers]
     else:
         _require(row, ("chosen", "rejected"), "preference")
         whole = []
         for side in ("chosen", "rejected"):
-            text = isinstance(row[side], str)
-            if text and not _TURN.match(row[side].lstrip() if row[side].strip() else ""):
+            if isinstance(row[side], str) and not _is_conversation(row[side]):
                 found = ", ".join(row)
                 raise ValueError(f"no 'prompt' (found: {found}); format 'preference' needs prompt, chosen, rejected")
-            whole.append(parse_transcript(row[side], side) if text else _as_messages(row[side], "assistant", side))
+            whole.append(_whole(row[side], side))
         shared = 0
         while shared < min(map(len, whole)) - 1 and whole[0][shared] == whole[1][shared]:
             shared += 1
@@ -244,9 +264,13 @@ def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message]
 def format_prompt(row: dict[str, Any]) -> list[Message]:
     """Turn a prompt row into messages that wait for an answer; `prompt` is a text or a list of messages.
 
+    A preference row without a `prompt` has one: what its two conversations begin with.
+
     Raises:
         ValueError: says what is missing or out of order.
     """
+    if row.get("prompt") is None and {"chosen", "rejected"} <= row.keys():
+        return format_preference(row)[0]
     _require(row, ("prompt",), "prompt")
     messages = _as_messages(row["prompt"], "user", "prompt")
     _check_turns([*messages, {"role": "assistant", "content": "?"}])
@@ -258,7 +282,7 @@ def _conversation(row: dict[str, Any], where: str, others: dict[str, Any]) -> Co
 
 
 def _prompt(row: dict[str, Any], where: str, others: dict[str, Any]) -> Prompt:
-    return Prompt(format_prompt(row), where, others)
+    return Prompt(format_prompt({**others, **row}), where, others)
 
 
 def _pair(row: dict[str, Any], where: str, others: dict[str, Any]) -> Pair:

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Outcome, write_rows
@@ -15,7 +16,10 @@ from conftest import ROOT, Outcome, write_rows
 Posttrain = Callable[..., Outcome]
 SHORT = ["+trainer.max_steps=2"]
 # Put in place of what has to come from the Hub, or from the reader.
-LOCAL = ["model=tiny", "data.dataset_name=local.jsonl", "data.test_size=0.2"]
+LOCAL = ["model=tiny", "data.dataset_name=local.jsonl", "data.test_size=0.2", "stage.max_length=128"]
+LOCAL += ["data.dataset_train_split=train", "data.dataset_test_split=null", "model.base_model=posttrain/tiny"]
+LOCAL += ["model.model_name_or_path=null"]
+RECIPES = sorted({str(file.relative_to(ROOT / "recipes").with_suffix("")) for file in ROOT.glob("recipes/*/*.yaml")})
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "accelerate_configs" / "README.md",
@@ -33,7 +37,9 @@ def commands(document: Path) -> list[str]:
 def runs() -> list[str]:
     """The runs of posttrain in all pages, without what stands before `&&`."""
     found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
-    return sorted({part for part in found if part.startswith(("python -m posttrain.run", "posttrain "))})
+    # what accelerate starts on several GPUs runs here in one process
+    under = {"python " + line[line.index("-m posttrain.run") :] for line in launches() if "-m posttrain.run" in line}
+    return sorted({part for part in found if part.startswith(("python -m posttrain.run", "posttrain "))} | under)
 
 
 def pipelines() -> list[str]:
@@ -61,6 +67,11 @@ def test_every_documented_launch_is_one(command: str, tmp_path: Path, monkeypatc
     assert read(words[at + 2 :])
 
 
+def test_every_recipe_is_run_by_some_page() -> None:
+    shown = " ".join([*runs(), *launches()])
+    assert not [name for name in RECIPES if f"recipes={name}" not in shown]
+
+
 def test_the_pages_hold_commands() -> None:
     assert "pip install -e . && python -m posttrain.pipeline recipes=quickstart" in commands(ROOT / "README.md")
     assert len(pipelines()) >= 4
@@ -72,11 +83,32 @@ def test_the_pages_hold_commands() -> None:
 def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
     arguments = shlex.split(command.removeprefix("python -m posttrain.run").removeprefix("posttrain"))
     names = {"instruction": "Say", "response": "It is", "question": "Say", "answer": "It is", "output": "It is"}
-    names |= {"prompt": "Say", "chosen": "It is", "rejected": "Not"}
-    text = [{name: f"{words} {n}." for name, words in names.items()} for n in range(30)]
+    names |= {"prompt": "Say", "chosen": "It is", "rejected": "Not", "completion": "It is"}
+    text: list[dict[str, Any]] = [{name: f"{words} {n}." for name, words in names.items()} for n in range(30)]
+    for row in text:
+        said = (("user", row["prompt"]), ("assistant", row["chosen"]))
+        row["messages"] = [{"role": role, "content": content} for role, content in said]
+    if "gpt2-hh" in command:  # the layout of Anthropic/hh-rlhf
+        beginning = "\n\nHuman: Say {n}.\n\nAssistant: "
+        text = [
+            {"chosen": beginning.format(n=n) + f"It is {n}.", "rejected": beginning.format(n=n) + "Not."}
+            for n in range(30)
+        ]
+    if "zephyr-7b/sft" in command:  # ultrachat_200k's columns
+        text = [{"prompt": row["prompt"], "messages": row["messages"]} for row in text]
+    if "zephyr-7b/dpo" in command:  # ultrafeedback_binarized's: whole conversations beside their prompt
+        text = [
+            {
+                "prompt": row["prompt"],
+                "chosen": row["messages"],
+                "rejected": [row["messages"][0], {"role": "assistant", "content": "Not."}],
+            }
+            for row in text
+        ]
     write_rows(tmp_path / "local.jsonl", text)
     write_rows(tmp_path / "mine.jsonl", text)
-    remote = ("model=gpt2", "model=qwen3_8b", "recipes=gpt2-alpaca", "data.dataset_name=yahma")
+    remote = ("model=gpt2", "model=qwen3_8b", "data.dataset_name=yahma")
+    remote += tuple(f"recipes={name}" for name in RECIPES if not name.startswith("quickstart/"))
     more = LOCAL if any(argument.startswith(remote) for argument in arguments) else []
     kept = [argument for argument in arguments if not argument.startswith("model=") or argument not in remote]
     if any(argument.startswith("trainer.report_to=") for argument in arguments):
@@ -86,7 +118,10 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
             "def concise(prompts, completions, **columns):\n"
             "    return [-len(completion[0]['content']) / 100 for completion in completions]\n"
         )
-        if "my_rewards" not in command:
+        if more:  # another recipe's: its reward model is not there, and its rollouts are for a GPU
+            small = ("rollout_batch_size=8", "batch_size=4", "num_mini_batches=1", "max_new_tokens=8", "num_epochs=1")
+            more = [*more, "stage.reward_functions=[my_rewards.concise]", *(f"stage.{each}" for each in small)]
+        elif "my_rewards" not in command:
             assert posttrain("recipes=quickstart/reward", *SHORT).code == 0
             more = [*more, "stage.gate=warn"]  # two steps make no fit reward model
     done = posttrain(*kept, *more, *SHORT)

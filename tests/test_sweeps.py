@@ -151,3 +151,11 @@ def test_the_objective_reaches_hydras_sweeper(prompts: Path) -> None:
     ]
     found = json.loads((prompts / "objectives.json").read_text())
     assert found == [manifest["metrics"]["penalised_reward"] for manifest in manifests]
+
+
+def test_points_as_jobs_of_submitit(posttrain: Posttrain, prompts: Path) -> None:
+    """What queues points on Slurm, here with processes in place of its jobs."""
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra/launcher=submitit_local")
+    assert done.code == 0, done
+    assert complete(prompts) == {"stage.max_new_tokens=3", "stage.max_new_tokens=4"}
+    assert str(os.getpid()) not in {line[3] for line in seen(prompts)}
