@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from posttrain import lineage, model, paths, sources
 from posttrain.config import check, nearest
@@ -90,6 +91,8 @@ def _compose_all(
             if not bad:
                 return None, problems
             remaining = [override for override in remaining if override not in bad]
+        except YAMLError as error:
+            return None, [*problems, f"a configuration is no yaml: {' '.join(str(error).split())}"]
         except (ConfigCompositionException, HydraException) as error:
             cause = error.__cause__ or error
             first = " ".join(str(cause).split())

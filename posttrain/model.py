@@ -113,6 +113,9 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
                     f"model.model_name_or_path={model.start}: "
                     "transformers splits text otherwise than the model's tokenizer.json"
                 )
+    if not tokenizer(_PROBES[0], add_special_tokens=False).input_ids:
+        # transformers 5 makes up a tokenizer without a vocabulary where a folder holds none
+        raise ConfigError(f"model.model_name_or_path={model.start}: it has no tokenizer (no tokenizer.json)")
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.model_name_or_path={model.start}: the tokenizer has no EOS token")
     notes += _ensure_chat_template(tokenizer, model)
