@@ -167,7 +167,7 @@ MODELS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("stage", ("sft", "reward"))  # the two kinds of model
+@pytest.mark.parametrize("stage", ["sft", "reward"])  # the two kinds of model
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_broken_model_folder(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
     folder = model_folder(tmp_path / "model")
