@@ -4,6 +4,8 @@ import random
 import shutil
 import signal
 import subprocess
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,32 +13,46 @@ from conftest import same_weights, start
 from test_launch import command, sources  # noqa: F401  a fixture
 
 KILLS = 20
+STEPS = 30
+
+
+def newest(folder: Path) -> int:
+    """The step of the last whole checkpoint."""
+    return max((int(path.parent.name[11:]) for path in folder.glob("checkpoint-*/checkpoint.json")), default=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_killed_at_any_moment_it_ends_the_same(sources: Path, stage: str) -> None:  # noqa: F811
     arguments = [*command(stage, "whole"), "stage.batch_size=2", "trainer.save_steps=1"]
-    arguments = [each.replace("trainer.max_steps=4", "trainer.max_steps=12") for each in arguments]
+    arguments = [each.replace("trainer.max_steps=4", f"trainer.max_steps={STEPS}") for each in arguments]
     process = start(*arguments, cwd=sources)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     cut = [each.replace("run_name=whole", "run_name=cut") for each in arguments]
+    folder = sources / "outputs/cut" / stage
     moments = random.Random(stage)
-    kills = 0
-    while kills < KILLS:
+    killed: Counter[str] = Counter()
+    while killed.total() < KILLS:
+        reached = newest(folder)
         process = start(*cut, cwd=sources)
+        if killed.total() % 4:  # three of four once it trains, the fourth at any time
+            while newest(folder) == reached and process.poll() is None:
+                time.sleep(0.01)
         try:
-            out, err = process.communicate(timeout=moments.uniform(0.2, 9))
+            out, err = process.communicate(timeout=moments.uniform(0, 1.5 if killed.total() % 4 else 9))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            kills += 1
+            step = newest(folder)
+            killed["training" if reached < step < STEPS else "starting" if step == reached < STEPS else "ending"] += 1
             continue
         assert process.returncode == 0, out + err
         # faster than the kill; begin anew, so that there is something to kill
         shutil.rmtree(sources / "outputs/cut")
+    print(stage, dict(killed))
+    assert killed["training"] >= KILLS // 4
     process = start(*cut, cwd=sources)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
-    assert same_weights(sources / f"outputs/whole/{stage}/model", sources / f"outputs/cut/{stage}/model")
+    assert same_weights(sources / f"outputs/whole/{stage}/model", folder / "model")

@@ -1,5 +1,6 @@
 """The memory plan: against hand-counted weights, against torch's own tracker, and as the dry runs print it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def test_a_dry_run_of_the_whole_pipeline(pipeline: Pipeline, tmp_path: Path) -> 
 
 
 def test_too_much_is_told(posttrain: Callable[..., Outcome]) -> None:
-    done = posttrain("dry_run=true", "stage.batch_size=1000000")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = 2 * (memory // 2**21)  # a row takes about 1.8 MiB
+    done = posttrain("dry_run=true", f"stage.batch_size={rows}")
     assert "on this machine: it does not fit" in done.out
-    assert "stage.batch_size=500000 trainer.gradient_accumulation_steps=2 (the same updates)" in done.out
+    assert f"stage.batch_size={rows // 2} trainer.gradient_accumulation_steps=2 (the same updates)" in done.out

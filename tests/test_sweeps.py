@@ -20,9 +20,9 @@ REWARDS = """
 import os, pathlib
 def short(prompts, completions, completion_ids, **columns):
     longest = max(map(len, completion_ids))
-    with open("seen.txt", "a") as file:
+    with open(f"seen-{os.getpid()}.txt", "a") as file:
         names = ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
-        print(longest, *map(os.environ.get, names), os.getpid(), file=file)
+        print(longest, *(os.environ.get(name) or None for name in names), os.getpid(), file=file)
     if longest == 6:
         raise ValueError("six is too many")
     if longest == 7:
@@ -45,9 +45,10 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def seen(folder: Path) -> list[list[str]]:
-    file = folder / "seen.txt"
-    lines = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
-    file.unlink(missing_ok=True)
+    lines = []
+    for file in sorted(folder.glob("seen-*.txt")):
+        lines += [line.split() for line in file.read_text().splitlines()]
+        file.unlink()
     return lines
 
 
