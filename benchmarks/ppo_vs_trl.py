@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peers import environment
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PEER = ["torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0"]
@@ -92,14 +94,6 @@ def run(command: list[str], folder: Path, last: str = "stdout") -> dict[str, flo
     return found
 
 
-def peer_environment(folder: Path) -> str:
-    python = folder / "trl-1.12" / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder / "trl-1.12")], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER], check=True)
-    return str(python)
-
-
 def parity(folder: Path) -> dict[str, float]:
     """The largest difference of each number on TRL's own rollout."""
     import numpy as np
@@ -130,7 +124,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="ppo-vs-trl-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
-    python = peer_environment(folder)
+    python = str(environment(folder / "trl-1.12", *PEER) / "python")
     idle = run(
         [
             sys.executable,

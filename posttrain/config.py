@@ -4,17 +4,13 @@ Types stand in schema.py, values in conf/. Hydra composes plain yaml; `check` th
 dataclasses, whichever file, `+key` or `++key` a value came from, and reports all problems at once.
 """
 
-import ast
 import dataclasses
 import difflib
-import importlib.util
 import math
 import operator
 import os
 import re
 import typing
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -23,21 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from posttrain import paths
 from posttrain.errors import ConfigError
 from posttrain.schema import COLUMN_SCHEMAS, STAGE_SCHEMAS, Config, StageConfig, renamed
+from posttrain.trl_sources import Argument, dpo_losses, trainer_arguments
 
 OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
 
-
-# The class of each stage's trainer arguments, and the sources that declare its fields, most general first.
-_COMMON_SOURCES = (
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-)
-_TRL_SOURCES = {
-    "sft": (*_COMMON_SOURCES, ("trl", "trainer/sft_config.py", "SFTConfig")),
-    "reward": (*_COMMON_SOURCES, ("trl", "trainer/reward_config.py", "RewardConfig")),
-    "ppo": (*_COMMON_SOURCES, ("trl", "trainer/rloo_config.py", "RLOOConfig")),
-    "dpo": (*_COMMON_SOURCES, ("trl", "trainer/dpo_config.py", "DPOConfig")),
-}
 
 # Trainer arguments that posttrain sets itself or that have a key of ours: setting them twice would hide one.
 _RESERVED = {
@@ -68,6 +53,13 @@ _RESERVED = {
     "do_train": "leave it out",
     "do_eval": "leave it out; set trainer.eval_strategy",
     "do_predict": "leave it out",
+    "deepspeed": "start it with accelerate launch --config_file accelerate_configs/zero2.yaml",
+    "fsdp": "start it with accelerate launch --config_file accelerate_configs/fsdp2.yaml",
+    "fsdp_config": "start it with accelerate launch --config_file accelerate_configs/fsdp2.yaml",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "push a finished model: python -m posttrain.export <its folder> push_to_hub=<owner/name>",
+    ),
 }
 
 _RESERVED_FOR_PPO = {
@@ -105,23 +97,6 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "list": (list,),
     "dict": (dict,),
 }
-
-
-@cache
-def trainer_fields(stage: str) -> dict[str, str]:
-    """The arguments of the stage's TRL config and their annotations, read from the installed sources (no import)."""
-    found: dict[str, str] = {}
-    for package, file, class_name in _TRL_SOURCES[stage]:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(f"the package {package} is not installed; run: pip install -e .")
-        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == class_name:
-                for item in node.body:
-                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                        found[item.target.id] = ast.unparse(item.annotation)
-    return found
 
 
 def _leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -167,8 +142,7 @@ def _limit_problem(path: str, value: Any, limits: typing.Mapping[str, Any]) -> s
         if name in limits and not holds(value, limits[name]):
             return f"{path}={value:g} must be {name.replace('_', ' ')} {limits[name]}"
     if "choices" in limits and value not in limits["choices"]:
-        close = nearest(str(value), limits["choices"])
-        return f"{path}={value} is not one of {', '.join(limits['choices'])}{close}"
+        return _one_of(path, value, limits["choices"])
     if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
         return f"{path}={value!r} may hold letters, digits, '.', '_' and '-' only"
     return None
@@ -186,19 +160,25 @@ def _secret_problem(path: str, value: Any) -> str | None:
     return None
 
 
-def _type_problem(path: str, value: Any, annotation: str) -> str | None:
-    """Compare a trainer value with the annotation in TRL's source; a type that is no plain one is left to TRL."""
-    parts = [part.strip() for part in re.sub(r"\[[^\]]*\]", "", annotation).split("|")]
+def _one_of(path: str, value: Any, choices: typing.Sequence[str]) -> str:
+    return f"{path}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
+
+
+def _type_problem(path: str, value: Any, argument: Argument) -> str | None:
+    """Compare a trainer value with what TRL's source says of it; a type that is no plain one is left to TRL."""
+    if argument.choices:
+        return None if value is None or value in argument.choices else _one_of(path, value, argument.choices)
+    parts = [part.strip() for part in re.sub(r"\[[^\]]*\]", "", argument.annotation).split("|")]
     if not all(part in _PLAIN_TYPES for part in parts):
         return None
     allowed = tuple(kind for part in parts for kind in _PLAIN_TYPES[part])
     if isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
         return None
-    return f"{path}={value!r} must be {annotation.replace(' | ', ' or ')}"
+    return f"{path}={value!r} must be {argument.annotation.replace(' | ', ' or ')}"
 
 
 def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterator[str]:
-    fields = trainer_fields(stage.name)
+    fields = trainer_arguments(stage.name)
     ours = renamed(stage)
     reserved = _RESERVED | (_RESERVED_FOR_PPO if stage.name == "ppo" else {})
     for name, value in trainer.items():
@@ -215,6 +195,11 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
             yield f"{path}={value} must be a finite number"
         elif problem := _type_problem(path, value, fields[name]):
             yield problem
+    if stage.name == "dpo":
+        losses = trainer.get("loss_type") or []
+        for name in losses if isinstance(losses, list) else [losses]:
+            if name not in dpo_losses():
+                yield _one_of("trainer.loss_type", name, dpo_losses())
     if trainer.get("packing_strategy", "bfd") != "bfd":
         yield (
             f"trainer.packing_strategy={trainer['packing_strategy']} lets rows see each other or cuts them; "
@@ -226,6 +211,8 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
         value = trainer.get(name)
         if isinstance(value, (int, float)) and value <= 0:
             yield f"trainer.{name}={value} must be above 0"
+    if isinstance(norm := trainer.get("max_grad_norm"), (int, float)) and norm < 0:
+        yield f"trainer.max_grad_norm={norm} must be at least 0; 0 clips nothing"
     if trainer.get("max_steps") == 0:
         yield "trainer.max_steps=0 would train nothing; leave it out to train stage.num_epochs"
 
@@ -279,7 +266,7 @@ def check(composed: DictConfig) -> Config:
         elif path == "trainer" or path.startswith("trainer."):
             continue
         elif path not in keys:
-            known = [*keys, *(f"trainer.{name}" for name in trainer_fields(stage_name))]
+            known = [*keys, *(f"trainer.{name}" for name in trainer_arguments(stage_name))]
             known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes"]
             problems.append(f"{path} is unknown for stage={stage_name}{nearest(path, known)}")
         elif value == MISSING:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ HARMLESS = (
 SHARES = {"accuracy", "ended_by_eos", "distinct_1", "distinct_2"}  # metrics that are shown as percentages
 
 
+FIRST_SPEAKS = 30.0  # seconds
 TRACE = "HYDRA_FULL_ERROR"
 traces = False  # whether the user asked for tracebacks
 
@@ -62,7 +64,9 @@ def fail(title: str, text: str, everywhere: bool = True) -> None:
     log.error(f"{title}: {text}")
     processes, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
     if not everywhere and local != "0":
-        return
+        # The launcher ends all processes as soon as one has ended: the machine's first one, which may be slower, speaks.
+        time.sleep(FIRST_SPEAKS)
+        everywhere = True  # nobody ended this one, so it met what the first did not
     if everywhere and processes != "1":
         text = f"process {os.environ.get('RANK', '0')} of {processes}: {text}"
     _console(stderr=True).print(f"[bold red]{title}[/]: {escape(text)}")

@@ -121,6 +121,11 @@ def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, tra
             f"stage.warmup_steps={stage.warmup_steps} is not below the {plan.steps} steps of the run: "
             "the learning rate never reaches its value"
         )
+    if config.model.dtype in ("bfloat16", "float16") and not config.model.use_peft:
+        warn(
+            f"model.dtype={config.model.dtype} trains all weights in it, where small updates round to nothing; "
+            "model.dtype=float32 precision=bf16 keeps them and computes as fast"
+        )
 
 
 def histogram(lengths: Sequence[int], bins: int = 40) -> str:

@@ -10,9 +10,10 @@ from conftest import ROOT
 
 from posttrain import paths
 from posttrain.compose import read_command
-from posttrain.config import nearest, trainer_fields
+from posttrain.config import nearest
 from posttrain.errors import ConfigError
 from posttrain.schema import Config
+from posttrain.trl_sources import dpo_losses, trainer_arguments
 
 
 def problems(*arguments: str) -> list[str]:
@@ -61,6 +62,13 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("trainer.weight_decay=abc", "trainer.weight_decay='abc' must be float"),
         ("trainer.packing=1", "trainer.packing=1 must be bool"),
         ("trainer.packing_strategy=wrapped", "lets rows see each other"),
+        ("trainer.lr_scheduler_type=cosin", "did you mean cosine?"),
+        ("trainer.optim=adamw8bit", "did you mean adamw_8bit?"),
+        ("trainer.save_strategy=false", "trainer.save_strategy=False is not one of no, steps, epoch, best"),
+        ("trainer.loss_type=nl", "trainer.loss_type=nl is not one of nll, dft, chunked_nll"),
+        ("trainer.max_grad_norm=-1", "trainer.max_grad_norm=-1 must be at least 0"),
+        ("trainer.push_to_hub=true", "python -m posttrain.export <its folder> push_to_hub=<owner/name>"),
+        ("trainer.deepspeed=ds.json", "accelerate_configs/zero2.yaml"),
         ("model.load_in_4bit=true", "model.load_in_4bit=true needs model.use_peft=true"),
         ("model.model_name_or_path=./nope", "no such folder"),
         ("data.dataset_name=nope.jsonl", "no such file"),
@@ -119,7 +127,7 @@ def every_choice() -> list[list[str]]:
 @pytest.mark.parametrize("choice", every_choice(), ids=" ".join)
 def test_every_shipped_yaml_loads_and_its_keys_exist(choice: list[str]) -> None:
     found = config(*choice)
-    assert set(found.trainer) <= set(trainer_fields(found.stage.name))
+    assert set(found.trainer) <= set(trainer_arguments(found.stage.name))
 
 
 def test_fields_read_from_the_sources_are_those_of_the_class() -> None:
@@ -127,8 +135,21 @@ def test_fields_read_from_the_sources_are_those_of_the_class() -> None:
 
     from trl import SFTConfig
 
-    fields = {name for name in trainer_fields("sft") if not name.startswith("_")}
+    fields = {name for name in trainer_arguments("sft") if not name.startswith("_")}
     assert {field.name for field in dataclasses.fields(SFTConfig) if field.init} <= fields
+
+
+def test_choices_are_read_from_the_sources() -> None:
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    found = trainer_arguments("dpo")
+    assert set(found["lr_scheduler_type"].choices) == {kind.value for kind in SchedulerType}
+    assert set(found["optim"].choices) == {kind.value for kind in OptimizerNames}
+    assert {"sigmoid", "ipo", "hinge", "robust", "apo_zero", "sft"} <= set(dpo_losses())
+    [problem] = problems("stage=dpo", "trainer.loss_type=[sigmoid,ipoo]")
+    assert problem.startswith("trainer.loss_type=ipoo is not one of sigmoid, hinge, ipo, ")
+    assert problem.endswith("did you mean ipo?")
 
 
 def test_a_user_recipe_is_checked_too(tmp_path: Path) -> None:

@@ -193,8 +193,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
 
 def test_warnings_tell_what_would_go_unseen(posttrain: Posttrain, rows: Path) -> None:
     rows.write_text(rows.read_text() * 2)
-    done = posttrain(f"data.dataset_name={rows}", "data.test_size=0", "stage.max_length=40", "dry_run=true")
+    done = posttrain(
+        f"data.dataset_name={rows}", "data.test_size=0", "stage.max_length=40", "model.dtype=bfloat16", "dry_run=true"
+    )
     assert done.code == 0, done
+    assert "model.dtype=bfloat16 trains all weights in it, where small updates round to nothing" in done.out
     assert "rows to train on repeat another one exactly" in done.out
     assert "no rows are held out" in done.out
     assert "lose the EOS" in done.out or "are cut" not in done.out
