@@ -11,7 +11,7 @@ from typing import Any
 from posttrain import model, run
 from posttrain.arguments import process_state
 from posttrain.compose import configure
-from posttrain.console import say
+from posttrain.console import say, tame
 from posttrain.data import Message
 from posttrain.errors import ConfigError
 
@@ -65,6 +65,10 @@ class Talker:
         import torch
         from transformers import TextStreamer
 
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                super().on_finalized_text(tame(text), stream_end)
+
         self.messages.append({"role": "user", "content": text})
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -77,7 +81,7 @@ class Talker:
                 **inputs,
                 **sampled,
                 max_new_tokens=int(numbers["max_new_tokens"]),
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         said = self.tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": said})

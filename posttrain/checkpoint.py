@@ -56,16 +56,17 @@ def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None for a whole one."""
     try:
-        recorded = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        recorded = {name: (wanted["size"], wanted["sha256"]) for name, wanted in files.items()}
     except FileNotFoundError:
         return f"no {MANIFEST}: it was not finished"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is broken ({error})"
-    for name, wanted in recorded.items():
+    for name, (size, digest) in recorded.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != wanted["size"] or sha256(path) != wanted["sha256"]:
+        if path.stat().st_size != size or sha256(path) != digest:
             return f"{name} has changed since it was written"
     return None
 

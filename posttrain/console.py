@@ -32,6 +32,9 @@ HARMLESS = (
 SHARES = {"accuracy", "ended_by_eos", "distinct_1", "distinct_2"}  # metrics that are shown as percentages
 
 
+# Characters that a terminal obeys, and what is shown in their place: data and models may hold any.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 FIRST_SPEAKS = 30.0  # seconds
 TRACE = "HYDRA_FULL_ERROR"
 traces = False  # whether the user asked for tracebacks
@@ -41,48 +44,58 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def tame(text: str) -> str:
+    """The text with pictures in place of control characters, tabs and line breaks apart."""
+    return text.translate(_CONTROLS)
+
+
+def verbatim(text: str) -> str:
+    """The text as it is shown by `show_markup`: neither its brackets nor its control characters are obeyed."""
+    return escape(tame(text))
+
+
 def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 def say(text: str, style: str | None = None) -> None:
     """Print one paragraph and log it."""
-    log.info(text)
+    log.info(tame(text))
     if is_main_process():
-        _console().print(escape(text), style=style)
+        _console().print(verbatim(text), style=style)
 
 
 def warn(text: str) -> None:
     """Print a warning and log it as one."""
-    log.warning(text)
+    log.warning(tame(text))
     if is_main_process():
-        _console().print(f"[bold yellow]warning[/] {escape(text)}")
+        _console().print(f"[bold yellow]warning[/] {verbatim(text)}")
 
 
 def fail(title: str, text: str, everywhere: bool = True) -> None:
     """Print an error's one paragraph to stderr: from whichever process met it, or where all meet it, one a machine."""
-    log.error(f"{title}: {text}")
+    log.error(f"{title}: {tame(text)}")
     processes, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
     if not everywhere and local != "0":
-        # The launcher ends all processes as soon as one has ended: the machine's first one, which may be slower, speaks.
+        # The launcher ends all as soon as one has ended; the first of the machine, perhaps a slower one, is to speak.
         time.sleep(FIRST_SPEAKS)
         everywhere = True  # nobody ended this one, so it met what the first did not
     if everywhere and processes != "1":
         text = f"process {os.environ.get('RANK', '0')} of {processes}: {text}"
-    _console(stderr=True).print(f"[bold red]{title}[/]: {escape(text)}")
+    _console(stderr=True).print(f"[bold red]{title}[/]: {verbatim(text)}")
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], headed: bool = True) -> None:
     """Print a table and log its cells."""
     for row in rows:
-        log.info(f"{title}: {' | '.join(row)}")
+        log.info(f"{title}: {tame(' | '.join(row))}")
     if not is_main_process():
         return
     table = Table(title=title, title_justify="left", title_style="bold", show_header=headed, show_lines=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(verbatim(cell) for cell in row))
     Console(highlight=False).print(table)
 
 

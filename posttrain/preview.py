@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.markup import escape
-
-from posttrain.console import say, show_markup, show_table, warn
+from posttrain.console import say, show_markup, show_table, verbatim, warn
 from posttrain.data import Counts
 from posttrain.encoding import IGNORED, Encoded
 from posttrain.rlhf.schedule import schedule
@@ -142,7 +140,7 @@ def histogram(lengths: Sequence[int], bins: int = 40) -> str:
 def _coloured(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
     pieces = []
     for token, carries in zip(ids, learned, strict=True):
-        text = escape(tokenizer.decode([token])).replace("\n", "↵\n")
+        text = verbatim(tokenizer.decode([token])).replace("\n", "↵\n")
         pieces.append(f"[black on green]{text}[/]" if carries else f"[dim]{text}[/]")
     return "[dim]·[/]".join(pieces)
 
@@ -151,7 +149,7 @@ def show_example(config: Config, prepared: Prepared, index: int = 0) -> None:
     """Print one row as the model sees it, its responses in green, each token set off."""
     row: dict[str, Any] = prepared.train.dataset[index]
     tokenizer = prepared.encoder.tokenizer
-    where = escape(prepared.train.rows[index].where)
+    where = verbatim(prepared.train.rows[index].where)
     if isinstance(config.stage, PPOStage):
         show_markup(f"\n[bold]{where}[/], as tokens; the policy goes on from its end\n")
         show_markup(_coloured(tokenizer, row["prompt_ids"], [False] * len(row["prompt_ids"])) + "\n")

@@ -50,11 +50,13 @@ def _job(composed: DictConfig) -> float | None:
     except (Stopped, KeyboardInterrupt) as error:
         sys.exit(_report(error))  # not on to the next point of a sweep
     except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            _report(error)  # Hydra goes on with the other points, and raises the first failure after the last
-            if not console.traces:
-                raise AlreadyToldError(str(error)) from error
-        raise
+        if console.traces:
+            raise
+        code = _report(error)
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(code)
+        # Hydra goes on with the other points, and raises the first failure after the last
+        raise AlreadyToldError(str(error)) from error
     return result.objective if result is not None else None
 
 

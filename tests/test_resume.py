@@ -131,6 +131,8 @@ BREAKS: dict[str, Callable[[Path], Any]] = {
     ),
     "no manifest": lambda checkpoint: (checkpoint / MANIFEST).unlink(),
     "broken manifest": lambda checkpoint: (checkpoint / MANIFEST).write_text("{"),
+    "a manifest of another kind": lambda checkpoint: (checkpoint / MANIFEST).write_text('{"files": {"a": "b"}}'),
+    "a list in place of a manifest": lambda checkpoint: (checkpoint / MANIFEST).write_text('{"files": []}'),
 }
 
 

@@ -32,7 +32,8 @@ def test_ten_pipelines_in_one_process(pipeline: Pipeline) -> None:  # noqa: F811
         done = pipeline(*SHORT, f"run_name=soak{number}")
         assert done.code == 0, done
         found.append(held())
-        told(f"after pipeline {number + 1}", *found[-1])
+    for number, state in enumerate(found):
+        told(f"after pipeline {number + 1}", *state)
     (warm, *counts), (end, *last) = found[3], found[-1]
     assert end - warm < 60  # six pipelines; one alone holds some hundred MiB while it runs
     assert last == counts
