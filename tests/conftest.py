@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "red", "blue", "green", "white", "black")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs in this process reaches no further than this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise RuntimeError(f"a test reaches for {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
 class Outcome:

@@ -146,9 +146,9 @@ def test_every_documented_pipeline_runs(
     assert not ended.value.code
 
 
-def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
+def test_a_wheel_made_from_the_sdist_runs_from_another_folder(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True,
         capture_output=True,
     )
@@ -175,7 +175,7 @@ def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
     assert str(tmp_path / "site") in (empty / "outputs/demo/sft/config.yaml").read_text()
 
 
-def test_everything_local_works_with_sockets_blocked_and_no_secret_is_written(tmp_path: Path) -> None:
+def test_a_bare_run_opens_no_connection_and_writes_no_secret(tmp_path: Path) -> None:
     code = (
         "import socket, sys, runpy\n"
         "def refuse(*a, **k): raise RuntimeError('the network was used')\n"

@@ -35,7 +35,7 @@ def test_ten_pipelines_in_one_process(pipeline: Pipeline) -> None:  # noqa: F811
     for number, state in enumerate(found):
         told(f"after pipeline {number + 1}", *state)
     (warm, *counts), (end, *last) = found[3], found[-1]
-    assert end - warm < 60  # six pipelines; one alone holds some hundred MiB while it runs
+    assert end - warm < 80  # six pipelines; one alone holds some hundred MiB while it runs
     assert last == counts
 
 
@@ -53,5 +53,5 @@ def test_a_sweep_of_thirty_points(posttrain: Posttrain, prompts: Path, launcher:
     after = held()
     told("before", *before)
     told("after", *after)
-    assert after[0] - before[0] < 60
+    assert after[0] - before[0] < 80
     assert after[1:] == before[1:]
