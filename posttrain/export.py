@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from posttrain import run
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.lineage import MANIFEST
+from posttrain.lineage import MANIFEST, parent_of
 from posttrain.paths import PACKAGE
 
 TOLERANCE = 1e-3
@@ -102,7 +102,8 @@ def main() -> None:
 
 def _main() -> None:
     folder, options = read_export(sys.argv[1:])
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parent_of(folder / "model")
+    assert manifest is not None  # read_export has looked
     difference = check_merge(folder, manifest)
     if difference is not None:
         say(f"merged model and base with adapter agree within {difference:.1e}")

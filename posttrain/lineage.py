@@ -76,10 +76,55 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return found
 
 
+def read_json(file: Path, remedy: str) -> Any:
+    """The content of a file that a run wrote; None where there is no such file.
+
+    Raises:
+        ConfigError: it is broken; ends with the remedy.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{file} is broken ({error}); {remedy}") from error
+
+
+def read_object(file: Path, needed: Collection[str], remedy: str) -> dict[str, Any] | None:
+    """As `read_json`, of a JSON object with at least the `needed` keys."""
+    found = read_json(file, remedy)
+    if found is None:
+        return None
+    missing = [name for name in needed if not isinstance(found, dict) or name not in found]
+    if missing or not isinstance(found, dict):
+        raise ConfigError(f"{file} is broken (no {' and no '.join(missing) or 'object'}); {remedy}")
+    return found
+
+
 def parent_of(model_folder: Path) -> dict[str, Any] | None:
-    """The manifest of the run that made a model folder, if a run of ours did."""
-    manifest = model_folder.parent / MANIFEST
-    return json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
+    """The manifest of the run that made a model folder, if a run of ours did.
+
+    Raises:
+        ConfigError: the manifest is broken.
+    """
+    run = model_folder.parent
+    return read_object(run / MANIFEST, ("stage", "weights", "inputs"), f"train {run} again with overwrite=true")
+
+
+def input_hashes(model_folder: Path) -> dict[str, str]:
+    """The `weight_hashes` of a model that a stage starts from.
+
+    Raises:
+        ConfigError: a run of ours made it, and it is no longer what that run wrote.
+    """
+    found = weight_hashes(model_folder)
+    parent = parent_of(model_folder) if model_folder.name == "model" else None
+    written = parent["weights"] if parent is not None else found
+    for name, digest in found.items():
+        if written.get(name) != digest:
+            raise ConfigError(
+                f"{model_folder / name} has changed since its run wrote it; train {model_folder.parent} again with "
+                "overwrite=true, or copy the model folder elsewhere to take it as it is"
+            )
+    return found
 
 
 def with_inputs(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
@@ -154,11 +199,7 @@ class RunFolder:
         self.curves = path / "curves.svg"
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        file = self.path / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except ValueError as error:
-            raise ConfigError(f"{file} is broken ({error}); overwrite=true starts this run anew") from error
+        return read_object(self.path / name, (), "overwrite=true starts this run anew")
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a complete run, None before."""

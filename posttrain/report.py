@@ -4,7 +4,6 @@ The page needs nothing but itself: no network, no script, light and dark as the 
 imported.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from io import StringIO
@@ -16,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from posttrain import comparison, run
 from posttrain.console import number, say
 from posttrain.errors import ConfigError
-from posttrain.lineage import MANIFEST, read_lines
+from posttrain.lineage import MANIFEST, read_json, read_lines
 from posttrain.paths import PACKAGE
 from posttrain.stages import STAGES
 
@@ -52,7 +51,7 @@ ANSWERS = 6  # of the evaluation, side by side
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file, "run what wrote it again, or delete it")
 
 
 def stage_folders(path: Path) -> list[Path]:

@@ -106,11 +106,12 @@ def _check_rewards(config: Config) -> None:
     parent = lineage.parent_of(folder) if folder.is_dir() else None
     if parent is not None and parent["stage"] != "reward":
         raise ConfigError(f"stage.reward_model={stage.reward_model} is a run of stage={parent['stage']}, not of reward")
-    card = folder.parent / "report_card.json"
-    if not card.is_file():
+    verdict = lineage.read_object(
+        folder.parent / "report_card.json", ("verdict", "reasons"), "train the reward model again with overwrite=true"
+    )
+    if verdict is None:
         warn(f"reward model {stage.reward_model}: no report card says whether it is fit to be optimised against")
         return
-    verdict = json.loads(card.read_text(encoding="utf-8"))
     said = verdict["verdict"] + (f" ({'; '.join(verdict['reasons'])})" if verdict["reasons"] else "")
     if verdict["verdict"] == FIT:
         say(f"reward model {stage.reward_model}: {said}")

@@ -1,0 +1,108 @@
+"""What one stage hands to the next, damaged in between: told by name, and not trained on."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import Outcome
+from test_broken_input import contents, cut
+
+from posttrain import export, report
+
+Posttrain = Callable[..., Outcome]
+SHORT = ("+trainer.max_steps=1", "data.max_rows=60")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished SFT stage and a finished reward stage of one run, made once."""
+    from posttrain import configure, run_stage
+
+    folder = tmp_path_factory.mktemp("finished")
+    for stage in ("sft", "reward"):
+        run_stage(configure(f"recipes=quickstart/{stage}", *SHORT, f"output_dir={folder}"))
+    return folder / "demo"
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def reword(template: Path) -> None:
+    template.write_text(template.read_text().replace("###", "##"))
+
+
+# what is damaged -> (the stage that meets it, how, what is told)
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "SFT manifest cut": ("dpo", lambda demo: cut(demo / "sft/posttrain.json"), "sft/posttrain.json is broken"),
+    "SFT manifest a list": (
+        "dpo",
+        lambda demo: (demo / "sft/posttrain.json").write_text("[]"),
+        "sft/posttrain.json is broken (no stage",
+    ),
+    "SFT weights gone": ("dpo", lambda demo: (demo / "sft/model/model.safetensors").unlink(), "model.safetensors"),
+    "one bit of the SFT weights": (
+        "reward",
+        lambda demo: flip(demo / "sft/model/model.safetensors"),
+        "sft/model/model.safetensors has changed since its run wrote it",
+    ),
+    "another chat template": (
+        "dpo",
+        lambda demo: reword(demo / "sft/model/chat_template.jinja"),
+        "sft/model/chat_template.jinja has changed since its run wrote it",
+    ),
+    "reward manifest cut": ("ppo", lambda demo: cut(demo / "reward/posttrain.json"), "reward/posttrain.json is broken"),
+    "one bit of the reward model": (
+        "ppo",
+        lambda demo: flip(demo / "reward/model/model.safetensors"),
+        "reward/model/model.safetensors has changed since its run wrote it",
+    ),
+    "report card empty": (
+        "ppo",
+        lambda demo: (demo / "reward/report_card.json").write_text("{}"),
+        "reward/report_card.json is broken (no verdict and no reasons)",
+    ),
+    "reward model is no reward model": (
+        "ppo",
+        lambda demo: [shutil.rmtree(demo / "reward"), shutil.copytree(demo / "sft", demo / "reward")],
+        "is a run of stage=sft, not of reward",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_hand_over(posttrain: Posttrain, tmp_path: Path, finished: Path, damage: str) -> None:
+    stage, make, told = DAMAGES[damage]
+    demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
+    if stage == "reward":
+        shutil.rmtree(demo / "reward")
+    make(demo)
+    before = contents(tmp_path)
+    gate = ("stage.gate=warn",) if stage == "ppo" else ()
+    done = posttrain(f"recipes=quickstart/{stage}", *SHORT, *gate)
+    assert done.code == 2, done
+    assert told in done.err, done
+    assert "Traceback" not in done.err
+    assert contents(tmp_path) == before
+
+
+def test_pages_and_exports_name_a_broken_file(entry: Callable[..., Outcome], tmp_path: Path, finished: Path) -> None:
+    demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
+    cut(demo / "reward/report_card.json")
+    done = partial(entry, report.main)("outputs/demo")
+    assert done.code == 2, done
+    assert "reward/report_card.json is broken" in done.err
+    (demo / "sft/posttrain.json").write_text(json.dumps({"stage": "sft"}))
+    done = partial(entry, export.main)("outputs/demo/sft", "to=exported")
+    assert done.code == 2, done
+    assert "sft/posttrain.json is broken (no weights and no inputs)" in done.err
+    assert not (tmp_path / "exported").exists()
