@@ -28,7 +28,6 @@ from posttrain.report import write_report
 from posttrain.schema import Config
 from posttrain.stages import STAGES
 
-ORDER = ("sft", "reward", "ppo", "dpo")
 # data.<name>=<source> for the stages that read this format
 FORMATS = {"instructions": ("sft",), "preferences": ("reward", "dpo"), "prompts": ("ppo",)}
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
@@ -73,8 +72,8 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     for override in overrides:
         if override.key_or_group in ("stage", "data"):
             problems[
-                f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(ORDER)}], set "
-                f"data with data.instructions=, data.preferences=, data.prompts="
+                f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(STAGES)}], "
+                f"set data with data.instructions=, data.preferences=, data.prompts="
             ] = None
     if any(override.is_sweep_override() for override in overrides) and not multirun:
         problems["a key has several values: add -m to sweep over them, or quote the value"] = None
@@ -120,11 +119,11 @@ def _stages(overrides: Sequence[Override]) -> list[str]:
         if override.key_or_group == "stages":
             value = override.value()
             names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
-            unknown = [name for name in names if name not in ORDER]
+            unknown = [name for name in names if name not in STAGES]
             if unknown or not names:
-                raise ConfigError(f"stages={names} must be some of {', '.join(ORDER)}{nearest(str(names[0]), ORDER)}")
-            return [name for name in ORDER if name in names]
-    return list(ORDER)
+                raise ConfigError(f"stages={names} must be some of {', '.join(STAGES)}{nearest(str(names[0]), STAGES)}")
+            return [name for name in STAGES if name in names]
+    return list(STAGES)
 
 
 def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | None:
@@ -137,7 +136,7 @@ def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | N
     if name == "recipes":
         return f"recipes={value}/{stage}" if value not in ("null", "") else None
     first, _, rest = name.partition(".")
-    if first in ORDER:
+    if first in STAGES:
         if first != stage:
             return None
         return f"{prefix}{rest if rest.split('.')[0] in SECTIONS else f'stage.{rest}'}={value}"

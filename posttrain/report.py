@@ -21,7 +21,6 @@ from posttrain.stages import STAGES
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
-ORDER = ("sft", "reward", "ppo", "dpo")
 TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
@@ -62,8 +61,8 @@ def stage_folders(path: Path) -> list[Path]:
     """
     if (path / MANIFEST).is_file():
         return [path]
-    found = [path / stage for stage in ORDER if (path / stage / MANIFEST).is_file()]
-    found += [point.parent for stage in (*ORDER, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
+    found = [path / stage for stage in STAGES if (path / stage / MANIFEST).is_file()]
+    found += [point.parent for stage in (*STAGES, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
     if not found:
         raise ConfigError(f"{path}: no finished stage is there ({MANIFEST} ends one)")
     return found
@@ -213,7 +212,7 @@ def write_report(*paths: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(runs=runs, order=ORDER, titles=TITLES)
+    page = environment.get_template("report.html.jinja").render(runs=runs, order=list(STAGES), titles=TITLES)
     file = paths[0] / FILE
     file.write_text(page, encoding="utf-8")
     return file

@@ -1,4 +1,4 @@
-"""The stages, and the only list of them."""
+"""The stages, in the order in which a pipeline runs them, and the only list of them."""
 
 from posttrain.stages import dpo, ppo, reward, sft
 from posttrain.stages.base import Stage
