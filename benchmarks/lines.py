@@ -91,7 +91,8 @@ def main() -> None:
     for name, programs in sides.items():
         run(name, folder, programs)
         lines = sum(bool(line.strip()) for path in written(name) for line in path.read_text().splitlines())
-        print(f"{name:<13} {lines:4} lines in {len(written(name))} files", flush=True)
+        files = len(written(name))
+        print(f"{name:<13} {lines:4} lines in {files} {'file' if files == 1 else 'files'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,14 +87,15 @@ class ChatEncoder:
     def _find_end_of_turn(self) -> str:
         """The special token that the template writes after an answer; EOS where it writes none."""
         question: list[Message] = [{"role": "user", "content": "Q"}]
+        name = self.tokenizer.name_or_path or "tokenizer"
         try:
             start = len(self.render(question, add_generation_prompt=True))
             rendered = self.render([*question, {"role": "assistant", "content": "ANSWER"}])
         except ValueError as error:
-            raise ConfigError(f"a plain question and answer: {error}") from error
+            raise ConfigError(f"{name}, a plain question and answer: {error}") from error
         answer = rendered.find("ANSWER", start)
         if answer < 0:
-            raise ConfigError("the chat template does not begin an answer where its generation prompt ends")
+            raise ConfigError(f"{name}: the chat template does not begin an answer where its generation prompt ends")
         after = rendered[answer + len("ANSWER") :].lstrip()
         # the longest match first: <|im_end|> before <|im
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -102,7 +103,7 @@ class ChatEncoder:
             if after.startswith(token):
                 return str(token)
         if self.tokenizer.eos_token is None:
-            raise ConfigError("the tokenizer has no EOS token, so a model could never learn to stop")
+            raise ConfigError(f"{name}: the tokenizer has no EOS token, so a model could never learn to stop")
         return str(self.tokenizer.eos_token)
 
     def _find_anchor(self) -> str | None:
