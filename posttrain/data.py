@@ -14,6 +14,7 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.schema import DataConfig
 from posttrain.sources import HELD_OUT_NAMES, SHOWN_PROBLEMS, Problems, records
 
+ECHO = 20  # characters of a prompt from which on an answer that begins with them is hardly a chance
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -87,6 +88,7 @@ class Counts:
     read: int = 0
     kept: int = 0
     duplicates: int = 0  # exact repetitions, kept
+    repeats_prompt: int = 0  # kept although the answer begins with its whole prompt
     in_test_too: int = 0  # left out of training because the same row is held out
     bad: int = 0  # left out on request (data.bad_rows=drop)
     ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
@@ -409,6 +411,11 @@ def _read(data: DataConfig, make: Make[Row], others: str = "ignored") -> Splits[
     return _splits(data, train, by_split, bad, sources, notes)
 
 
+def _repeats_prompt(row: Row) -> bool:
+    question = row.prompt[-1]["content"].strip()
+    return len(question) >= ECHO and row.reference.strip().startswith(question)
+
+
 def _splits(
     data: DataConfig,
     train: list[Row],
@@ -441,6 +448,7 @@ def _splits(
     for name, rows in (("train", train), ("test", test)):
         counts[name].kept = len(rows)
         counts[name].duplicates = len(rows) - len({row.content for row in rows})
+        counts[name].repeats_prompt = sum(map(_repeats_prompt, rows))
     if not train:
         raise DataError("no rows left to train on: every one of them is also among the held-out rows")
     return Splits(train, test, counts, sources, notes)

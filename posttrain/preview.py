@@ -58,6 +58,11 @@ def show_data(config: Config, prepared: Prepared) -> None:
         warn(f"{counts.ties} pairs are left out: chosen and rejected are the same, perhaps only after the cut")
     if counts.duplicates:
         warn(f"{counts.duplicates} of {counts.kept} rows to train on repeat another one exactly")
+    if counts.repeats_prompt:
+        warn(
+            f"in {counts.repeats_prompt} of {counts.kept} rows to train on the answer begins with its whole prompt: "
+            "the model would learn to say it again; take it out of the data unless that is meant"
+        )
     if prepared.test is None:
         warn("no rows are held out, so there is no held-out loss (data.test_size, data.dataset_test_split)")
 

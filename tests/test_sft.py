@@ -192,7 +192,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
 
 
 def test_warnings_tell_what_would_go_unseen(posttrain: Posttrain, rows: Path) -> None:
-    rows.write_text(rows.read_text() * 2)
+    echo = {"instruction": "What is the first colour?", "response": "What is the first colour? Red."}
+    rows.write_text(rows.read_text() * 2 + json.dumps(echo) + "\n")
     done = posttrain(
         f"data.dataset_name={rows}", "data.test_size=0", "stage.max_length=40", "model.dtype=bfloat16", "dry_run=true"
     )
@@ -200,6 +201,7 @@ def test_warnings_tell_what_would_go_unseen(posttrain: Posttrain, rows: Path) ->
     assert "model.dtype=bfloat16 trains all weights in it, where small updates round to nothing" in done.out
     assert "rows to train on repeat another one exactly" in done.out
     assert "no rows are held out" in done.out
+    assert "in 1 of 81 rows to train on the answer begins with its whole prompt" in done.out
     assert "lose the EOS" in done.out or "are cut" not in done.out
 
 
