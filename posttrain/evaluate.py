@@ -25,6 +25,7 @@ from posttrain.data import read_instructions, read_prompts
 from posttrain.encoding import ChatEncoder, encode_conversations
 from posttrain.errors import ConfigError
 from posttrain.evaluation import completion_kl, completion_logps, generate, panel, scores
+from posttrain.lineage import input_hashes
 from posttrain.rlhf import rewards, roles
 from posttrain.schema import Config, DataConfig, PPOStage
 from posttrain.stages.base import check_length
@@ -57,6 +58,7 @@ class Judge:
         found = roles.find_reward(config, tokenizer)
         if found is not None:
             with model.named("reward_model"):
+                input_hashes(Path(found.path))
                 loaded = model.load_reward_model(
                     found.settings, found.tokenizer, found.path, config.seed, quantised=False, new_head=False
                 )
@@ -85,8 +87,11 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
     `responses` names instruction rows whose held-out responses are scored by perplexity.
 
     Raises:
-        ConfigError: a policy cannot be loaded, or nothing is held out.
+        ConfigError: a policy cannot be loaded or has changed since its run wrote it, or nothing is held out.
     """
+    for path in policies:
+        with model.named("policies"):
+            input_hashes(Path(model.source(_config_for(config, path).model)))
     first = _config_for(config, policies[0])
     tokenizer, _ = model.load_tokenizer(first.model)
     judge = Judge(first, tokenizer)

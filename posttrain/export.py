@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from posttrain import run
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.lineage import MANIFEST, parent_of
+from posttrain.lineage import MANIFEST, PARTS, input_hashes, parent_of
 from posttrain.paths import PACKAGE
 
 TOLERANCE = 1e-3
@@ -104,6 +104,8 @@ def _main() -> None:
     folder, options = read_export(sys.argv[1:])
     manifest = parent_of(folder / "model")
     assert manifest is not None  # read_export has looked
+    for part in PARTS:
+        input_hashes(folder / part)
     difference = check_merge(folder, manifest)
     if difference is not None:
         say(f"merged model and base with adapter agree within {difference:.1e}")

@@ -39,6 +39,7 @@ OWN_FILES = (
     *(MANIFEST, IDENTITY, "config.yaml", "run.log", *LOGS),
     *("samples.json", "report_card.json", "curves.svg", "report.html", ".lock"),
 )
+PARTS = {"model": "weights", "adapter": "adapter_weights"}  # what a run makes -> its hashes in the manifest
 OWN_FOLDERS = ("model", "adapter", "base", "runs")
 # Keys that change what is shown or kept, never what is learned.
 FREE_KEYS = (
@@ -66,8 +67,8 @@ def versions() -> dict[str, str]:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """File name -> sha256 of the weights and the tokenizer in a model folder."""
-    names = ("*.safetensors", "tokenizer.json", "chat_template.jinja", "config.json")
+    """File name -> sha256 of the weights and the tokenizer in a model's or an adapter's folder."""
+    names = ("*.safetensors", "tokenizer.json", "chat_template.jinja", "config.json", "adapter_config.json")
     files = [path for name in names for path in sorted(folder.glob(name))]
     found = {}
     for path in files:
@@ -106,23 +107,24 @@ def parent_of(model_folder: Path) -> dict[str, Any] | None:
         ConfigError: the manifest is broken.
     """
     run = model_folder.parent
-    return read_object(run / MANIFEST, ("stage", "weights", "inputs"), f"train {run} again with overwrite=true")
+    needed = ("stage", *PARTS.values(), "inputs")
+    return read_object(run / MANIFEST, needed, f"train {run} again with overwrite=true")
 
 
 def input_hashes(model_folder: Path) -> dict[str, str]:
-    """The `weight_hashes` of a model that a stage starts from.
+    """The `weight_hashes` of a model or adapter that something starts from; none of a model on the Hub.
 
     Raises:
         ConfigError: a run of ours made it, and it is no longer what that run wrote.
     """
     found = weight_hashes(model_folder)
-    parent = parent_of(model_folder) if model_folder.name == "model" else None
-    written = parent["weights"] if parent is not None else found
+    parent = parent_of(model_folder) if model_folder.name in PARTS else None
+    written = parent[PARTS[model_folder.name]] if parent is not None else found
     for name, digest in found.items():
         if written.get(name) != digest:
             raise ConfigError(
                 f"{model_folder / name} has changed since its run wrote it; train {model_folder.parent} again with "
-                "overwrite=true, or copy the model folder elsewhere to take it as it is"
+                f"overwrite=true, or copy {model_folder.name}/ elsewhere to take it as it is"
             )
     return found
 
@@ -307,7 +309,10 @@ class RunFolder:
         """Write the manifest, after which the run is complete."""
         manifest |= {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "weights": {name: entry["sha256"] for name, entry in file_hashes(self.model).items()},
+            **{
+                part: {name: entry["sha256"] for name, entry in file_hashes(self.path / folder).items()}
+                for folder, part in PARTS.items()
+            },
         }
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 

@@ -176,7 +176,7 @@ def hub_config(model: ModelConfig) -> Any:
 
     folder = source(model)
     if (Path(folder) / "adapter_config.json").is_file():
-        folder = _adapter_base(folder)
+        folder = _adapter_base(model, folder)
     with _named_failure(model, "its config.json cannot be read"):
         return AutoConfig.from_pretrained(
             folder, revision=model.model_revision, trust_remote_code=model.trust_remote_code
@@ -190,12 +190,37 @@ def positions(model: ModelConfig) -> int | None:
     return min(limits) if limits else None
 
 
-def _adapter_base(folder: str) -> str:
+def _adapter_base(model: ModelConfig, folder: str) -> str:
+    """The folder or Hub id of the model that the adapter in `folder` was trained on."""
     try:
-        base = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = str(json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"])
     except (ValueError, KeyError) as error:
         raise ConfigError(f"model.model_name_or_path={folder}: adapter_config.json is broken ({error})") from error
-    return str(base)
+    with named(f"{folder}/adapter_config.json: base_model_name_or_path"):
+        return source(beside(model, base))
+
+
+def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: str) -> Any:
+    """An adapter merged with its base model, every weight of both there.
+
+    Raises:
+        ConfigError: as `load_causal_lm` of either; peft alone would take a missing weight for an untrained one.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    where = f"model.model_name_or_path={folder}"
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{where}: no adapter_model.safetensors; other files of weights are not read")
+    path = _adapter_base(model, folder)
+    with named(f"{folder}/adapter_config.json: base_model_name_or_path"):
+        base = load_causal_lm(beside(model, path), tokenizer, path)
+    with _named_failure(model, "its adapter cannot be loaded"):
+        adapted = get_peft_model(base, PeftConfig.from_pretrained(folder))
+        report = adapted.load_adapter(folder, "default")
+    for kind, names in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
+        if names:
+            raise ConfigError(f"{where}: {len(names)} {kind} keys in the adapter's weights ({', '.join(names[:3])})")
+    return adapted.merge_and_unload()
 
 
 def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> str:
@@ -214,10 +239,7 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
     if state.is_main_process:
         with _named_failure(model, "it cannot be built"):
             if adapter:
-                from peft import PeftModel
-
-                base = AutoModelForCausalLM.from_pretrained(_adapter_base(name), dtype=model.dtype)
-                built = PeftModel.from_pretrained(base, name).merge_and_unload()
+                built = _merge_adapter(model, tokenizer, name)
             else:
                 set_seed(0)  # one and the same base model, whatever the seed of the run
                 config = AutoConfig.from_pretrained(

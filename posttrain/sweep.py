@@ -43,7 +43,7 @@ def is_complete(folder: Path, composed: DictConfig) -> bool:
             hashlib.sha256(file.read_bytes()).hexdigest() == manifest["data"]["sources"][name]
             for name, file in files.items()
         )
-        and (lineage.weight_hashes(start) if start.is_dir() else {}) == manifest["inputs"]["model"]["weights"]
+        and lineage.weight_hashes(start) == manifest["inputs"]["model"]["weights"]
         and (folder / "model").is_dir()
     )
 

@@ -132,7 +132,7 @@ def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
     return {
         "config": to_dict(config),
         "data": {"fingerprint": prepared.splits.fingerprint()},
-        "model": lineage.input_hashes(model_folder) if model_folder.is_dir() else {},
+        "model": lineage.input_hashes(model_folder),
         **({"reward_model": lineage.input_hashes(reward)} if reward is not None else {}),
         "processes": _processes(),
         "versions": lineage.versions(),

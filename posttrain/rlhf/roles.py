@@ -43,6 +43,8 @@ def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
         and start.is_dir()
         and parent["inputs"]["model"]["weights"] == lineage.weight_hashes(start)
     )
+    if shared:
+        lineage.input_hashes(adapter)  # refuses one that has changed
     return RewardModel(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
 
 

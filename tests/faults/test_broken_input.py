@@ -134,36 +134,96 @@ def pickled(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
 
 
-def without_a_weight(folder: Path) -> None:
+def trained_adapter(folder: Path) -> Path:
+    """A whole adapter in `folder`, whose base model is in `base` beside it; returns that."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = Path(shutil.copytree(folder, folder.with_name("base")))
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    settings = LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
+    return base
+
+
+def without(file: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("transformer.h.0.mlp.c_fc.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
 
 
-def an_adapter(folder: Path, base: str) -> None:
-    for file in folder.iterdir():
-        file.unlink()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
+def adapter_of_a_deeper_model(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trained_adapter(folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    deeper = {name.replace(".h.0.", ".h.1."): weight.clone() for name, weight in weights.items()}
+    save_file({**weights, **deeper}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-MODELS: dict[str, Callable[[Path], object]] = {
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "config cut": lambda folder: cut(folder / "config.json"),
-    "config of nothing known": lambda folder: (folder / "config.json").write_text('{"model_type": "nothing"}'),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "weights cut": lambda folder: cut(folder / "model.safetensors"),
-    "weights empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    "weights that are no weights": lambda folder: (folder / "model.safetensors").write_bytes(b"a" * 1000),
-    "a weight missing": without_a_weight,
-    "pickled weights": pickled,
-    "no tokenizer": lambda folder: [file.unlink() for file in folder.glob("token*")],
-    "tokenizer cut": lambda folder: cut(folder / "tokenizer.json"),
-    "template that is none": lambda folder: (folder / "chat_template.jinja").write_text("{% for message in"),
-    "adapter without weights": lambda folder: an_adapter(folder, "posttrain/tiny"),
-    "adapter whose base is gone": lambda folder: an_adapter(folder, "/nowhere/model"),
-    "adapter config cut": lambda folder: (an_adapter(folder, "a"), cut(folder / "adapter_config.json")),
+def pickled_adapter(folder: Path) -> None:
+    import torch
+
+    trained_adapter(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+WEIGHT = "transformer.h.0.mlp.c_fc.weight"
+LORA_WEIGHT = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
+# what is broken -> (how, what must be told)
+MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "neither config.json nor adapter_config.json"),
+    "config cut": (lambda folder: cut(folder / "config.json"), "config.json"),
+    "config of nothing known": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "nothing"}'),
+        "model type `nothing`",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights cut": (lambda folder: cut(folder / "model.safetensors"), "its weights cannot be loaded"),
+    "weights empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "its weights cannot be loaded"),
+    "weights that are no weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"a" * 1000),
+        "its weights cannot be loaded",
+    ),
+    "a weight missing": (lambda folder: without(folder / "model.safetensors", WEIGHT), f"({WEIGHT})"),
+    "pickled weights": (pickled, "no file named model.safetensors"),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("token*")], "tokenizer"),
+    "tokenizer cut": (lambda folder: cut(folder / "tokenizer.json"), "its tokenizer cannot be loaded"),
+    "template that is none": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{% for message in"),
+        "the chat template refuses it",
+    ),
+    "adapter without weights": (
+        lambda folder: [trained_adapter(folder), (folder / "adapter_model.safetensors").unlink()],
+        "no adapter_model.safetensors",
+    ),
+    "adapter whose base is gone": (
+        lambda folder: shutil.rmtree(trained_adapter(folder)),
+        "adapter_config.json: base_model_name_or_path=",
+    ),
+    "adapter config cut": (
+        lambda folder: [trained_adapter(folder), cut(folder / "adapter_config.json")],
+        "adapter_config.json is broken",
+    ),
+    "adapter cut": (
+        lambda folder: [trained_adapter(folder), cut(folder / "adapter_model.safetensors")],
+        "its adapter cannot be loaded",
+    ),
+    "adapter without one of its weights": (
+        lambda folder: [trained_adapter(folder), without(folder / "adapter_model.safetensors", LORA_WEIGHT)],
+        "1 missing keys in the adapter's weights",
+    ),
+    "adapter of a deeper model": (adapter_of_a_deeper_model, "6 unexpected keys in the adapter's weights"),
+    "pickled adapter": (pickled_adapter, "no adapter_model.safetensors"),
+    "adapter on a pickled base": (lambda folder: pickled(trained_adapter(folder)), "no file named model.safetensors"),
+    "adapter on a base without one of its weights": (
+        lambda folder: without(trained_adapter(folder) / "model.safetensors", WEIGHT),
+        f"({WEIGHT})",
+    ),
 }
 
 
@@ -171,11 +231,13 @@ MODELS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_broken_model_folder(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
     folder = model_folder(tmp_path / "model")
-    MODELS[kind](folder)
+    make, told = MODELS[kind]
+    make(folder)
     (tmp_path / "rows.jsonl").write_bytes(rows(stage))
     source = ("data.dataset_name=rows.jsonl", "stage.max_length=64", "data.test_size=0")
-    told = refused(posttrain, tmp_path, f"stage={stage}", f"model.model_name_or_path={folder}", *source)
-    assert str(folder) in told, told
+    named = refused(posttrain, tmp_path, f"stage={stage}", f"model.model_name_or_path={folder}", *source)
+    assert str(folder) in named, named
+    assert told in named, named
 
 
 YAML: dict[str, tuple[str, str]] = {

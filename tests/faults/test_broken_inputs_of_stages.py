@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Outcome
 from test_broken_input import contents, cut
 
-from posttrain import export, report
+from posttrain import evaluate, export, report
 
 Posttrain = Callable[..., Outcome]
 SHORT = ("+trainer.max_steps=1", "data.max_rows=60")
@@ -27,7 +26,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     for stage in ("sft", "reward"):
-        run_stage(configure(f"recipes=quickstart/{stage}", *SHORT, f"output_dir={folder}"))
+        lora = ("model.use_peft=true",) if stage == "reward" else ()
+        run_stage(configure(f"recipes=quickstart/{stage}", *SHORT, *lora, f"output_dir={folder}"))
     return folder / "demo"
 
 
@@ -66,6 +66,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda demo: flip(demo / "reward/model/model.safetensors"),
         "reward/model/model.safetensors has changed since its run wrote it",
     ),
+    "one bit of the reward model's adapter": (
+        "ppo",
+        lambda demo: flip(demo / "reward/adapter/adapter_model.safetensors"),
+        "reward/adapter/adapter_model.safetensors has changed since its run wrote it",
+    ),
     "report card empty": (
         "ppo",
         lambda demo: (demo / "reward/report_card.json").write_text("{}"),
@@ -87,7 +92,7 @@ def test_a_damaged_hand_over(posttrain: Posttrain, tmp_path: Path, finished: Pat
         shutil.rmtree(demo / "reward")
     make(demo)
     before = contents(tmp_path)
-    gate = ("stage.gate=warn",) if stage == "ppo" else ()
+    gate = ("stage.gate=warn", "model.use_peft=true") if stage == "ppo" else ()
     done = posttrain(f"recipes=quickstart/{stage}", *SHORT, *gate)
     assert done.code == 2, done
     assert told in done.err, done
@@ -98,11 +103,28 @@ def test_a_damaged_hand_over(posttrain: Posttrain, tmp_path: Path, finished: Pat
 def test_pages_and_exports_name_a_broken_file(entry: Callable[..., Outcome], tmp_path: Path, finished: Path) -> None:
     demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
     cut(demo / "reward/report_card.json")
-    done = partial(entry, report.main)("outputs/demo")
+    done = entry(report.main, "outputs/demo")
     assert done.code == 2, done
     assert "reward/report_card.json is broken" in done.err
     (demo / "sft/posttrain.json").write_text(json.dumps({"stage": "sft"}))
-    done = partial(entry, export.main)("outputs/demo/sft", "to=exported")
+    done = entry(export.main, "outputs/demo/sft", "to=exported")
     assert done.code == 2, done
-    assert "sft/posttrain.json is broken (no weights and no inputs)" in done.err
+    assert "sft/posttrain.json is broken (no weights and no adapter_weights and no inputs)" in done.err
+    assert not (tmp_path / "exported").exists()
+
+
+def test_what_has_changed_is_neither_evaluated_nor_exported(
+    entry: Callable[..., Outcome], tmp_path: Path, finished: Path
+) -> None:
+    demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
+    flip(demo / "reward/model/model.safetensors")
+    told = "reward/model/model.safetensors has changed since its run wrote it"
+    judged = ("policies=[outputs/demo/sft]", "recipes=quickstart/ppo", "reward_model=outputs/demo/reward")
+    for done in (entry(evaluate.main, *judged), entry(export.main, "outputs/demo/reward", "to=exported")):
+        assert done.code == 2, done
+        assert told in done.err
+    flip(demo / "sft/model/model.safetensors")
+    done = entry(evaluate.main, *judged)
+    assert done.code == 2, done
+    assert "sft/model/model.safetensors has changed" in done.err
     assert not (tmp_path / "exported").exists()
