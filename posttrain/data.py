@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.schema import DataConfig
-from posttrain.sources import HELD_OUT_NAMES, SHOWN_PROBLEMS, Problems, records
+from posttrain.sources import HELD_OUT_NAMES, Problems, records
 
 ECHO = 20  # characters of a prompt from which on an answer that begins with them is hardly a chance
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -379,6 +379,11 @@ def _split_of(record: Any, default: str) -> str:
     return split if isinstance(split, str) and split else default
 
 
+def left_out(dropped: Problems) -> list[str]:
+    """Notes on rows that data.bad_rows=drop has left out."""
+    return [f"left out (data.bad_rows=drop): {line}" for line in dropped.told()]
+
+
 def _read(data: DataConfig, make: Make[Row], others: str = "ignored") -> Splits[Row]:
     sources: dict[str, str] = {}
     reader: _Reader[Row] = _Reader(data, make)
@@ -398,9 +403,7 @@ def _read(data: DataConfig, make: Make[Row], others: str = "ignored") -> Splits[
                 bad[split] = bad.get(split, 0) + 1
     reader.problems.raise_if_any()
     notes = [f"column {name!r} is {others} ({count} rows)" for name, count in sorted(reader.others.items())]
-    notes += [f"left out (data.bad_rows=drop): {line}" for line in reader.dropped.lines]
-    if reader.dropped.count > SHOWN_PROBLEMS:
-        notes.append(f"left out (data.bad_rows=drop): {reader.dropped.count - SHOWN_PROBLEMS} more rows")
+    notes += left_out(reader.dropped)
     if cut_short:
         notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
     train = by_split.pop(data.dataset_train_split, [])

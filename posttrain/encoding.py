@@ -197,11 +197,14 @@ def _encode(
     rows: Sequence[Any],
     segments_of: Callable[[Any], list[list[Segment]]],
     columns_of: Callable[[Any, list[tuple[list[int], list[int]]]], dict[str, Any] | None],
+    counts: Counts,
+    dropped: Problems | None,
 ) -> tuple["Dataset", list[Any]]:
     """Encode rows a thousand at a time; `columns_of` makes a row of the Dataset, or None to leave it out.
 
     Raises:
-        DataError: names the first rows that `segments_of` or `columns_of` refuses, and counts the others.
+        DataError: names the first rows that `segments_of` or `columns_of` refuses, and counts the others; those of
+            `segments_of` are only counted where there is a list of what is `dropped`.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -213,7 +216,8 @@ def _encode(
                 parts.append(segments_of(row))
                 chunk.append(row)
             except ValueError as error:
-                problems.add(row.where, str(error))
+                (problems if dropped is None else dropped).add(row.where, str(error))
+                counts.bad += dropped is not None
         encoded = iter(encoder.encode([conversation for part in parts for conversation in part]))
         table = []
         for row, part in zip(chunk, parts, strict=True):
@@ -264,12 +268,18 @@ class LengthRule:
 
 
 def encode_conversations(
-    encoder: ChatEncoder, rows: Sequence[Conversation], counts: Counts, max_length: int, overlength: str
+    encoder: ChatEncoder,
+    rows: Sequence[Conversation],
+    counts: Counts,
+    max_length: int,
+    overlength: str,
+    dropped: Problems | None = None,
 ) -> Encoded:
     """Encode instruction rows into `input_ids` and `labels`; every response carries loss, nothing else does.
 
     Raises:
-        DataError: names the rows that contain control tokens, do not fit the template, or are too long.
+        DataError: names the rows that contain control tokens, do not fit the template, or are too long. With a list of
+            what is `dropped`, the first two go there and are counted.
     """
     rule = LengthRule(max_length, overlength, counts)
 
@@ -278,7 +288,7 @@ def encode_conversations(
         room = rule.room(len(ids), _response_start(labels, 0))
         return None if room is None else {"input_ids": ids[:room], "labels": labels[:room]}
 
-    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.messages)], columns)
+    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.messages)], columns, counts, dropped)
     counts.kept = len(kept)
     lengths = [len(ids) for ids in dataset["input_ids"]] if kept else []
     labels = list(dataset["labels"]) if kept else []
@@ -293,7 +303,12 @@ def encode_conversations(
 
 
 def encode_pairs(
-    encoder: ChatEncoder, rows: Sequence[Pair], counts: Counts, max_length: int, overlength: str
+    encoder: ChatEncoder,
+    rows: Sequence[Pair],
+    counts: Counts,
+    max_length: int,
+    overlength: str,
+    dropped: Problems | None = None,
 ) -> Encoded:
     """Encode preference rows into `prompt_ids`, `chosen_ids`, `rejected_ids` and, where rows have one, `margin`.
 
@@ -325,7 +340,7 @@ def encode_pairs(
     if 0 < margins < len(rows):
         without = next(row for row in rows if row.margin is None)
         raise DataError(f"{without.where}: no 'margin', but {margins} of {len(rows)} rows have one")
-    dataset, kept = _encode(encoder, rows, segments, columns)
+    dataset, kept = _encode(encoder, rows, segments, columns, counts, dropped)
     counts.kept = len(kept)
     if rows and counts.ties == len(rows):
         raise DataError(f"in all {len(rows)} pairs chosen and rejected are the same: there is nothing to learn")
@@ -343,7 +358,12 @@ def encode_pairs(
 
 
 def encode_prompts(
-    encoder: ChatEncoder, rows: Sequence[Prompt], counts: Counts, max_length: int, overlength: str
+    encoder: ChatEncoder,
+    rows: Sequence[Prompt],
+    counts: Counts,
+    max_length: int,
+    overlength: str,
+    dropped: Problems | None = None,
 ) -> Encoded:
     """Encode prompt rows into `prompt_ids`.
 
@@ -363,7 +383,7 @@ def encode_prompts(
             return None
         return {"prompt_ids": ids}
 
-    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.prompt)], columns)
+    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.prompt)], columns, counts, dropped)
     counts.kept = len(kept)
     lengths = [len(ids) for ids in dataset["prompt_ids"]] if kept else []
     return Encoded(dataset, kept, lengths, tokens=sum(lengths), loss_tokens=0, without_end=0)
@@ -382,7 +402,7 @@ def encode_splits(
     if not train.rows:
         raise DataError(
             f"no rows left to train on with stage.max_length={max_length}: {counts.prompt_too_long} prompts fill it "
-            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties"
+            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, {counts.bad} rows do not fit"
         )
     if train.loss_tokens and train.without_end == len(train.rows):
         raise DataError(

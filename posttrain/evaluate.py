@@ -28,6 +28,7 @@ from posttrain.evaluation import completion_kl, completion_logps, generate, pane
 from posttrain.lineage import input_hashes
 from posttrain.rlhf import rewards, roles
 from posttrain.schema import Config, DataConfig, PPOStage
+from posttrain.sources import Problems
 from posttrain.stages.base import check_length
 
 PROMPTS = 128  # held-out prompts that are answered
@@ -110,7 +111,7 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
         reference = policy if reference is None else reference
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
         room = check_length(mine) - config.stage.max_new_tokens
-        rows = panel(splits.test, encoder, PROMPTS, room)
+        rows = panel(splits.test, encoder, PROMPTS, room, config.data.bad_rows == "drop")
         answers = _answers(policy, reference, encoder, rows, config, judge)
         texts, reward = [each.text for each in answers], [each.reward for each in answers if each.reward is not None]
         golds = [each.gold for each in answers if each.gold is not None]
@@ -128,7 +129,9 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
         if all(each.kl is not None for each in answers):
             metrics["kl"] = fmean(each.kl for each in answers if each.kl is not None)
         if said is not None and said.test:
-            encoded = encode_conversations(encoder, said.test, said.counts["test"], check_length(mine), "drop")
+            encoded = encode_conversations(
+                encoder, said.test, said.counts["test"], check_length(mine), "drop", Problems()
+            )
             metrics["perplexity"] = perplexity(policy, encoded.dataset, tokenizer.pad_token_id)
         asked_for = [row.prompt[-1]["content"] for row in rows]
         done.append(Evaluated(path, metrics, asked_for, texts, reward))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from posttrain.errors import DataError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -31,13 +33,23 @@ class Generated(NamedTuple):
     ended: list[bool]
 
 
-def panel(rows: Sequence[Any], encoder: "ChatEncoder", size: int, room: int) -> list[Any]:
-    """The first `size` rows whose prompts leave the model room to answer: the same ones before and after."""
+def panel(rows: Sequence[Any], encoder: "ChatEncoder", size: int, room: int, drop_bad: bool = False) -> list[Any]:
+    """The first `size` rows whose prompts leave the model room to answer: the same ones before and after.
+
+    Raises:
+        DataError: names a row that the encoder refuses, unless `drop_bad` leaves it out.
+    """
     chosen: list[Any] = []
     for row in rows:
         if len(chosen) == size:
             break
-        if len(encoder.prompt_ids(row.prompt)) <= room:
+        try:
+            length = len(encoder.prompt_ids(row.prompt))
+        except ValueError as error:
+            if not drop_bad:
+                raise DataError(f"{row.where}: {error}") from error
+            continue
+        if length <= room:
             chosen.append(row)
     return chosen
 

@@ -29,11 +29,14 @@ class Problems:
         if len(self.lines) < SHOWN_PROBLEMS:
             self.lines.append(f"{where}: {what}")
 
+    def told(self) -> list[str]:
+        """The first ones, and how many more there are."""
+        more = self.count - len(self.lines)
+        return [*self.lines, *([f"... and {more} more rows"] if more else [])]
+
     def raise_if_any(self) -> None:
-        if self.count > len(self.lines):
-            self.lines.append(f"... and {self.count - len(self.lines)} more rows")
         if self.lines:
-            raise DataError(*self.lines)
+            raise DataError(*self.told())
 
 
 Record = tuple[str, Any]  # where it stands, and what stands there

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from posttrain.data import Counts, Splits
+from posttrain.data import Counts, Splits, left_out
 from posttrain.encoding import ChatEncoder, Encoded, encode_splits
 from posttrain.errors import ConfigError
 from posttrain.lineage import RunFolder
 from posttrain.model import load_causal_lm, positions
 from posttrain.schema import Config, DataConfig
+from posttrain.sources import Problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def prepare_rows(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
     read: Callable[[DataConfig], Splits[Any]],
-    encode: Callable[[ChatEncoder, Sequence[Any], Counts, int, str], Encoded],
+    encode: Callable[[ChatEncoder, Sequence[Any], Counts, int, str, Problems | None], Encoded],
     new_tokens: int | None = None,
 ) -> Prepared:
     """Read the rows of a format and encode them within stage.max_length, less what is kept free for an answer."""
@@ -98,9 +99,11 @@ def prepare_rows(
     limit = room - (new_tokens or 0)
     encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
     splits = read(config.data)
+    dropped = Problems() if config.data.bad_rows == "drop" else None
     train, test = encode_splits(
-        lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength), splits, room
+        lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength, dropped), splits, room
     )
+    splits.notes += left_out(dropped) if dropped else []
     return Prepared(encoder, splits, train, test, room, new_tokens or min(ANSWER_TOKENS, max(room // 2, 1)))
 
 

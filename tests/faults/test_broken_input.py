@@ -112,6 +112,21 @@ def test_a_broken_data_file(posttrain: Posttrain, tmp_path: Path, stage: str, ki
     assert told in named, named
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["empty text", "control token"])
+def test_a_row_that_does_not_fit_can_be_left_out(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
+    make, name, told = FILES[kind]
+    (tmp_path / name).write_bytes(make(stage))
+    (tmp_path / "my_rewards.py").write_text("def constant(prompts, **rest):\n    return [1.0 for _ in prompts]\n")
+    done = posttrain(
+        *(f"stage={stage}", f"data.dataset_name={name}", "data.bad_rows=drop", "dry_run=true", "data.test_size=2"),
+        *("model.model_name_or_path=posttrain/tiny", *(PPO if stage == "ppo" else ())),
+    )
+    assert done.code == 0, done
+    assert f"left out (data.bad_rows=drop): {name} {told}: " in done.out.replace("\n", " ")
+    assert "1 (bad)" in done.out
+
+
 def model_folder(folder: Path) -> Path:
     """A small model with its tokenizer."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
