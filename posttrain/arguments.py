@@ -2,8 +2,9 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import ConfigError
 from posttrain.schema import Config, renamed
@@ -11,6 +12,7 @@ from posttrain.schema import Config, renamed
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+T = TypeVar("T")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
@@ -93,6 +95,18 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
     }
+
+
+def trl_config(kind: Callable[..., T], arguments: dict[str, Any]) -> T:
+    """TRL's config of these arguments.
+
+    Raises:
+        ConfigError: they contradict each other, in the words of TRL or transformers.
+    """
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def trackers(report_to: Any) -> list[str]:

@@ -123,6 +123,7 @@ class SafeTrainer(_TrainerBase):
 
     stop_signals: StopSignals | None = None
     control: Any
+    state: Any
     data_collator: Any
     eval_dataset: Any
     _saved_step: int | None = None
@@ -263,6 +264,21 @@ class SafeTrainer(_TrainerBase):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint that load_best_model_at_end ends with.
+
+        Raises:
+            PosttrainError: it is not whole; transformers would keep the last weights and warn.
+        """
+        best = Path(self.state.best_model_checkpoint)
+        if problem := fault(best):
+            raise PosttrainError(f"{best} was the best checkpoint and cannot be loaded: {problem}")
+        return best
+
+    def _load_best_model(self) -> None:
+        self.best_checkpoint()
+        super()._load_best_model()
 
     def _report_failed_save(self, folder: Path, error: Exception) -> None:
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0

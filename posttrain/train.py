@@ -223,6 +223,9 @@ def _train(trainer: Any, checkpoint: Path | None) -> float:
             # nothing is left to train, and transformers would take one more step
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = reached
+            if trainer.args.load_best_model_at_end:
+                trainer._load_best_model()
+            _tell_best(trainer)
             return 0.0
     started = time.monotonic()
     with StopSignals() as signals:
@@ -232,8 +235,15 @@ def _train(trainer: Any, checkpoint: Path | None) -> float:
         f"at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is written, "
         "and the same command goes on from it"
     )
+    _tell_best(trainer)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
     return float(tokens / (time.monotonic() - started))
+
+
+def _tell_best(trainer: Any) -> None:
+    if trainer.args.load_best_model_at_end:
+        best, name = Path(trainer.state.best_model_checkpoint).name, trainer.args.metric_for_best_model
+        say(f"the result is the best checkpoint: {best}, {name} {trainer.state.best_metric:.4g}")
 
 
 def _samples(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, Any]:

@@ -301,3 +301,44 @@ def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     ]
     rollouts = [Path(folder, "demo/ppo/rollouts.jsonl").read_text() for folder in ("straight", "outputs")]
     assert rollouts[0] == rollouts[1]
+
+
+BEST = (
+    *("trainer.load_best_model_at_end=true", "trainer.eval_strategy=steps", "trainer.eval_steps=4"),
+    *("trainer.save_steps=4", "trainer.lr_scheduler_type=constant", "trainer.greater_is_better=false"),
+)
+# stage -> (its command, a metric that is lowest in the beginning, and its name in the manifest)
+BEST_OF = {
+    "sft": (("data.dataset_name=data.jsonl", *RUN, "stage.learning_rate=0.3"), "eval_loss", "eval_loss"),
+    "ppo": ((*PPO, *LORA, "stage.num_epochs=2"), "eval_kl", "kl"),
+}
+
+
+@pytest.mark.parametrize("stage", BEST_OF)
+def test_the_best_checkpoint_is_the_result_after_a_kill_too(
+    posttrain: Posttrain, rows: Path, prompts: None, stage: str
+) -> None:
+    command, metric, name = BEST_OF[stage]
+    command = (*command, *BEST, f"trainer.metric_for_best_model={metric}")
+    done = posttrain(*command)
+    assert done.code == 0, done
+    folder = Path("outputs/demo", stage)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {line["step"]: line[metric] for line in lines if metric in line and line["step"] > 0}
+    best = min(values, key=lambda step: values[step])
+    assert f"the result is the best checkpoint: checkpoint-{best}, {metric}" in done.out
+    assert best < max(values), "the last checkpoint is the best: this shows nothing"
+    manifest = json.loads((folder / "posttrain.json").read_text())
+    assert manifest["metrics"][name] == pytest.approx(values[best])
+
+    (folder / "posttrain.json").unlink()
+    shutil.move(folder / "model", "straight")
+    done = posttrain(*command)
+    assert done.code == 0, done
+    assert same_weights(Path("straight"), folder / "model")
+
+    (folder / "posttrain.json").unlink()
+    (folder / f"checkpoint-{best}" / "model.safetensors").write_bytes(b"")
+    done = posttrain(*command)
+    assert done.code == 1, done
+    assert f"checkpoint-{best} was the best checkpoint and cannot be loaded" in done.err

@@ -428,9 +428,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trained: dict[str, Tensor] = {
-            name: weight for name, weight in self.roles().named_parameters() if weight.requires_grad
-        }
+        trained = self.roles().trained_weights()
         if state_dict is not None:
             trained = {name: state_dict[name] for name in trained}
         save_file({name: weight.detach().cpu().contiguous() for name, weight in trained.items()}, folder / WEIGHTS)
@@ -454,16 +452,14 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
             self.processing_class.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from safetensors.torch import load_file
-
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        trained = {name: weight for name, weight in self.roles().named_parameters() if weight.requires_grad}
-        if saved.keys() != trained.keys():
-            raise PosttrainError(f"{resume_from_checkpoint}/{WEIGHTS} does not hold the weights that this run trains")
-        with torch.no_grad():
-            for name, weight in trained.items():
-                weight.copy_(saved[name])
+        self.roles().load_trained(Path(resume_from_checkpoint) / WEIGHTS)
         self._load_progress(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self.roles().load_trained(self.best_checkpoint() / WEIGHTS)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """With the generators' states, on every process: the rollout and how far its passes have come."""

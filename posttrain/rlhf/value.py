@@ -8,10 +8,13 @@ head, the reference the base alone, and a reward model that was trained with LoR
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +103,25 @@ class PolicyAndValue(nn.Module):
         finally:
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the weights of policy and critic that require gradients."""
+        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+
+    def load_trained(self, file: Path) -> None:
+        """Take over the weights that a checkpoint holds.
+
+        Raises:
+            PosttrainError: they are not those that are trained here.
+        """
+        from safetensors.torch import load_file
+
+        saved, trained = load_file(file), self.trained_weights()
+        if saved.keys() != trained.keys():
+            raise PosttrainError(f"{file} does not hold the weights that this run trains")
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(saved[name])
 
     def active_role(self) -> str | None:
         """The adapter that a forward would use now; None for the base alone."""

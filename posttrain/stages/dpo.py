@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from posttrain.arguments import trainer_arguments
+from posttrain.arguments import trainer_arguments, trl_config
 from posttrain.console import say, warn
 from posttrain.errors import PosttrainError
 from posttrain.evaluation import ANSWERED, answer, completion_kl, completion_logps, generate, share_ended
@@ -78,7 +78,7 @@ def build(
     return Trainer(
         model=model,
         ref_model=load_causal_lm(config.model, tokenizer, path) if own_reference else None,
-        args=DPOConfig(**arguments),
+        args=trl_config(DPOConfig, arguments),
         train_dataset=prepared.train.dataset,
         eval_dataset=prepared.test.dataset if prepared.test else None,
         processing_class=tokenizer,

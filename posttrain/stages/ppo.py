@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from posttrain import lineage, model
-from posttrain.arguments import process_state, trainer_arguments
+from posttrain.arguments import process_state, trainer_arguments, trl_config
 from posttrain.console import is_main_process, say, warn
 from posttrain.curves import draw_curves
 from posttrain.data import read_prompts
@@ -162,7 +162,7 @@ def build(
         plan=plan,
         reference=None if config.model.use_peft else model.load_causal_lm(config.model, tokenizer, path),
         value=lambda policy: roles.critic(config, policy, reward, tokenizer, path, scorer),
-        args=PPOConfig(**arguments),
+        args=trl_config(PPOConfig, arguments),
         model=loaded,
         reward_funcs=functions,
         train_dataset=prepared.train.dataset,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.arguments import trainer_arguments
+from posttrain.arguments import trainer_arguments, trl_config
 from posttrain.data import read_preferences
 from posttrain.encoding import Encoded, encode_pairs
 from posttrain.evaluation import scores
@@ -48,7 +48,7 @@ def build(
 
     trainer = Trainer(
         model=model,
-        args=RewardConfig(**trainer_arguments(config, folder, prepared.test is not None)),
+        args=trl_config(RewardConfig, trainer_arguments(config, folder, prepared.test is not None)),
         train_dataset=conversations(prepared.train),
         eval_dataset=conversations(prepared.test) if prepared.test else None,
         processing_class=tokenizer,

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.arguments import trainer_arguments
+from posttrain.arguments import trainer_arguments, trl_config
 from posttrain.data import read_instructions
 from posttrain.encoding import IGNORED, encode_conversations
 from posttrain.evaluation import ANSWERED, answer, share_ended
@@ -81,7 +81,7 @@ def build(
     padded = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
-        args=SFTConfig(**arguments),
+        args=trl_config(SFTConfig, arguments),
         train_dataset=prepared.train.dataset,
         eval_dataset=test.dataset if test is not None else None,
         processing_class=tokenizer,
