@@ -62,7 +62,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     """The keyword arguments of the stage's TRL config.
 
     Raises:
-        ConfigError: an option asks for what is not there (a tracker, held-out rows, several GPUs in one process).
+        ConfigError: an option asks for what is not there (a tracker, a package, a GPU, several GPUs in one process).
     """
     import torch
 
@@ -74,6 +74,10 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     for tracker in trackers(given.get("report_to")):
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"trainer.report_to={tracker}: not installed; pip install 'posttrain[trackers]'")
+    if given.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("trainer.use_liger_kernel=true: not installed; pip install liger-kernel")
+    if given.get("activation_offloading") and not torch.accelerator.is_available():
+        raise ConfigError("trainer.activation_offloading=true needs a GPU: activations are moved away from it")
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs are visible to one process: start with `accelerate launch -m "
@@ -83,11 +87,11 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     return {
         "per_device_eval_batch_size": config.stage.batch_size,
         "include_num_input_tokens_seen": "non_padding",
+        "project": "posttrain",
         **given,
         **ours,
         "output_dir": str(folder),
         "run_name": "/".join(folder.parts[-3:]),
-        "project": "posttrain",
         "seed": config.seed,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",

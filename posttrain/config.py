@@ -18,73 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.errors import ConfigError
+from posttrain.reserved import LOSS_OPTIONS, reserved_arguments
 from posttrain.schema import COLUMN_SCHEMAS, STAGE_SCHEMAS, Config, StageConfig, renamed
 from posttrain.trl_sources import Argument, dpo_losses, trainer_arguments
 
 OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
 
-
-# Trainer arguments that posttrain sets itself or that have a key of ours: setting them twice would hide one.
-_RESERVED = {
-    "output_dir": "set output_dir and run_name",
-    "run_name": "set run_name",
-    "seed": "set seed",
-    "bf16": "set precision=bf16",
-    "fp16": "set precision=fp16",
-    "use_cpu": "posttrain uses the accelerator that it finds; hide it with CUDA_VISIBLE_DEVICES=",
-    "resume_from_checkpoint": "start the same command again and it resumes",
-    "restore_callback_states_from_checkpoint": "start the same command again and it resumes",
-    "ignore_data_skip": "it would train some rows twice after a resume",
-    "enable_jit_checkpoint": "posttrain writes a checkpoint on SIGTERM by itself",
-    "save_only_model": "a checkpoint without optimizer and generator states cannot be resumed exactly",
-    "logging_nan_inf_filter": "it hides a loss that is not finite",
-    "dataset_kwargs": "the data is prepared by posttrain; see data.*",
-    "dataset_text_field": "name the columns with data.columns.*",
-    "skip_prepare_dataset": "the data is prepared by posttrain; see data.*",
-    "truncation_mode": "set data.overlength",
-    "completion_only_loss": "loss is on the response alone",
-    "assistant_only_loss": "loss is on every assistant turn, and on nothing else",
-    "chat_template_path": "set model.chat_template_path",
-    "model_init_kwargs": "set model.*",
-    "trust_remote_code": "set model.trust_remote_code",
-    "eos_token": "it is the tokenizer's, and the one that ends an assistant turn in its chat template",
-    "pad_token": "it is the tokenizer's, or one that posttrain adds",
-    "disable_dropout": "dropout is off: with it the first step would not start from the reference",
-    "do_train": "leave it out",
-    "do_eval": "leave it out; set trainer.eval_strategy",
-    "do_predict": "leave it out",
-    "deepspeed": "start it with accelerate launch --config_file accelerate_configs/zero2.yaml",
-    "fsdp": "start it with accelerate launch --config_file accelerate_configs/fsdp2.yaml",
-    "fsdp_config": "start it with accelerate launch --config_file accelerate_configs/fsdp2.yaml",
-    **dict.fromkeys(
-        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-        "push a finished model: python -m posttrain.export <its folder> push_to_hub=<owner/name>",
-    ),
-}
-
-_RESERVED_FOR_PPO = {
-    "gradient_accumulation_steps": "it follows from stage.rollout_batch_size, num_mini_batches and batch_size",
-    "beta": "set stage.kl_coef",
-    "epsilon_high": "set stage.clip_ratio",
-    "num_generations": "PPO takes one answer per prompt",
-    "num_generations_eval": "PPO takes one answer per prompt",
-    "steps_per_generation": "it follows from stage.rollout_batch_size and stage.batch_size",
-    "reward_weights": "set stage.reward_weights",
-    "reward_clip_range": "set stage.reward_clip",
-    "normalize_advantages": "set stage.whiten_advantages",
-    "mask_truncated_completions": "set stage.missing_eos_penalty",
-    "shuffle_dataset": "prompts are shuffled anew in each pass, in an order that a resumed run finds again",
-    "remove_unused_columns": "reward functions see all columns",
-    "sync_ref_model": "the reference stays what the stage starts from",
-    "use_transformers_paged": "set stage.use_transformers_continuous_batching",
-    # what is sampled otherwise than it is scored makes every probability ratio wrong from the first step on
-    "top_p": "answers are sampled by temperature alone",
-    "top_k": "answers are sampled by temperature alone",
-    "min_p": "answers are sampled by temperature alone",
-    "repetition_penalty": "answers are sampled by temperature alone",
-    "generation_kwargs": "answers are sampled by temperature alone",
-    "auto_find_batch_size": "it would change the run behind your back; lower stage.batch_size",
-}
 
 _SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$", re.IGNORECASE)
 _NOT_SECRET = {"eos_token", "pad_token"}
@@ -180,7 +119,7 @@ def _type_problem(path: str, value: Any, argument: Argument) -> str | None:
 def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterator[str]:
     fields = trainer_arguments(stage.name)
     ours = renamed(stage)
-    reserved = _RESERVED | (_RESERVED_FOR_PPO if stage.name == "ppo" else {})
+    reserved = reserved_arguments(stage.name)
     for name, value in trainer.items():
         path = f"trainer.{name}"
         if name in ours:
@@ -196,16 +135,23 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
         elif problem := _type_problem(path, value, fields[name]):
             yield problem
     if stage.name == "dpo":
-        losses = trainer.get("loss_type") or []
-        for name in losses if isinstance(losses, list) else [losses]:
+        given = trainer.get("loss_type") or "sigmoid"
+        losses = given if isinstance(given, list) else [given]
+        for name in losses:
             if name not in dpo_losses():
                 yield _one_of("trainer.loss_type", name, dpo_losses())
+        for name, readers in LOSS_OPTIONS.items():
+            if name in trainer and not set(readers) & set(losses):
+                told = ", ".join(readers)
+                yield f"trainer.{name} is read by trainer.loss_type={told} only, not by {', '.join(losses)}"
+        if "f_alpha_divergence_coef" in trainer and trainer.get("f_divergence_type") != "alpha_divergence":
+            yield "trainer.f_alpha_divergence_coef is read by trainer.f_divergence_type=alpha_divergence only"
     if trainer.get("packing_strategy", "bfd") != "bfd":
         yield (
             f"trainer.packing_strategy={trainer['packing_strategy']} lets rows see each other or cuts them; "
             "only bfd keeps them apart"
         )
-    if trainer.get("padding_free") and not trainer.get("packing"):
+    if stage.name == "sft" and trainer.get("padding_free") and not trainer.get("packing"):
         yield "trainer.padding_free=true needs trainer.packing=true"
     for name in ("gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "eval_steps"):
         value = trainer.get(name)

@@ -13,6 +13,7 @@ FLOORS = {
     "posttrain.errors": 0,
     "posttrain.schema": 0,
     "posttrain.trl_sources": 1,
+    "posttrain.reserved": 0,
     "posttrain.config": 2,
     "posttrain.console": 1,
     "posttrain.launching": 3,

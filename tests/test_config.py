@@ -68,6 +68,8 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("trainer.loss_type=nl", "trainer.loss_type=nl is not one of nll, dft, chunked_nll"),
         ("trainer.max_grad_norm=-1", "trainer.max_grad_norm=-1 must be at least 0"),
         ("trainer.push_to_hub=true", "python -m posttrain.export <its folder> push_to_hub=<owner/name>"),
+        ("trainer.disable_tqdm=true", "set TQDM_DISABLE=1 in the environment"),
+        ("trainer.bf16_full_eval=true", "judged by posttrain's own loop, in the precision of training"),
         ("trainer.deepspeed=ds.json", "accelerate_configs/zero2.yaml"),
         ("model.load_in_4bit=true", "model.load_in_4bit=true needs model.use_peft=true"),
         ("model.model_name_or_path=./nope", "no such folder"),
@@ -150,6 +152,12 @@ def test_choices_are_read_from_the_sources() -> None:
     [problem] = problems("stage=dpo", "trainer.loss_type=[sigmoid,ipoo]")
     assert problem.startswith("trainer.loss_type=ipoo is not one of sigmoid, hinge, ipo, ")
     assert problem.endswith("did you mean ipo?")
+    [problem] = problems("stage=dpo", "trainer.label_smoothing=0.1")
+    assert problem == (
+        "trainer.label_smoothing is read by trainer.loss_type=robust, exo_pair, aot, aot_unpaired only, not by sigmoid"
+    )
+    [problem] = problems("stage=dpo", "trainer.sync_ref_model=true")
+    assert "the reference stays what the stage starts from" in problem
 
 
 def test_a_user_recipe_is_checked_too(tmp_path: Path) -> None:

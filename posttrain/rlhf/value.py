@@ -195,7 +195,11 @@ def _adapter_layers(policy: Any) -> list[Any]:
 
 def _positions(model: Any, position_ids: Tensor) -> dict[str, Tensor]:
     """Positions for models that take them; those without (ALiBi) read the attention mask."""
-    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    from accelerate.utils import extract_model_from_parallel
+
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)  # a wrapper's forward takes anything
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    takes = "position_ids" in inspect.signature(type(inner).forward).parameters
     return {"position_ids": position_ids} if takes else {}
 
 
@@ -225,8 +229,7 @@ def log_probs(
     `fused` (None: on every device but a CPU) takes TRL's head, which never holds the logits as a whole and computes
     them a second time in the backward pass; on a CPU that takes twice as long as holding those of the answer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_positions(base, position_ids)}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_positions(model, position_ids)}
     if fused is None:
         fused = input_ids.device.type != "cpu"
     if fused:
