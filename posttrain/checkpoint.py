@@ -133,6 +133,17 @@ class SafeTrainer(_TrainerBase):
         """The model that the stage leaves behind, without what accelerate has wrapped around it."""
         return self.accelerator.unwrap_model(self.model, **options)
 
+    @property
+    def rounds_as(self) -> str:
+        """`no` (float32), `bf16` or `fp16`: the coarsest precision that this run computes in."""
+        import torch
+
+        mixed = str(self.accelerator.mixed_precision)
+        if mixed != "no":
+            return mixed
+        kinds = {weight.dtype for weight in self.trained().parameters()}
+        return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "no"
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss, over the rows of all processes.
 

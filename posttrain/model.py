@@ -409,6 +409,10 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = 
                 f"model.lora_target_modules: {', '.join(unmatched)} match no linear layer (matched: {matched}; "
                 f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
             )
+    for name in model.lora_modules_to_save or []:
+        if not any(found == name or found.endswith(f".{name}") for found, _ in loaded.named_modules()):
+            known = sorted({found.rsplit(".", 1)[-1] for found, _ in loaded.named_modules() if found})
+            raise ConfigError(f"model.lora_modules_to_save: {name} matches no module{nearest(name, known)}")
     everything = targets == "all-linear"
     chosen = [module for name, module in linear.items() if everything or name.rsplit(".", 1)[-1] in targets]
     return LoraConfig(

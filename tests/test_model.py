@@ -113,6 +113,8 @@ def test_lora_targets_are_checked_one_by_one(tmp_path: Path) -> None:
     model, _ = load_model_and_tokenizer(model_config(path), tmp_path / "built")
     with pytest.raises(ConfigError, match=r"q_proj match no linear layer \(matched: c_attn \(2\)"):
         lora_config(model_config(path, "model.use_peft=true", "model.lora_target_modules=[c_attn,q_proj]"), model)
+    with pytest.raises(ConfigError, match=r"lora_modules_to_save: lm_haed matches no module; did you mean lm_head\?"):
+        lora_config(model_config(path, "model.use_peft=true", "model.lora_modules_to_save=[wte,lm_haed]"), model)
     found = lora_config(model_config(path, "model.use_peft=true", "model.lora_target_modules=[c_attn]"), model)
     assert found is not None
     assert found.fan_in_fan_out

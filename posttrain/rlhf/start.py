@@ -41,7 +41,7 @@ def check_start(trainer: PPOTrainer) -> None:
     Raises:
         PosttrainError: one of them is not; names which of the known causes it is.
     """
-    tolerance = TOLERANCE[trainer.accelerator.mixed_precision]
+    tolerance = TOLERANCE[trainer.rounds_as]
     buffer, generated = _answer_some(trainer)
     mask = buffer.completion_mask
     now = trainer.estimates(buffer)

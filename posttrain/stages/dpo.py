@@ -121,7 +121,7 @@ def preflight(work: Work) -> None:
     rows = [trainer.train_dataset[index] for index in range(min(STEP_0_ROWS, len(trainer.train_dataset)))]
     prompts, chosen = ([row[name] for row in rows] for name in ("prompt_ids", "chosen_ids"))
     pad = work.prepared.encoder.tokenizer.pad_token_id
-    tolerance = STEP_0_TOLERANCE[trainer.accelerator.mixed_precision]
+    tolerance = STEP_0_TOLERANCE[trainer.rounds_as]
     policy.eval()
     ours = completion_logps(policy, prompts, chosen, pad)
     with reference(work)() as model:

@@ -55,10 +55,12 @@ def build(
         peft_config=lora_config(config.model, model, "SEQ_CLS"),
     )
     if config.model.load_in_4bit or config.model.load_in_8bit:
-        # TRL puts all that is trained beside quantised weights into bf16, the head among it, which reads float32
+        # TRL puts all that is trained beside quantised weights into bf16, the head among it, which reads what the model
+        # computes in
+        dtype = trainer.model.get_input_embeddings().weight.dtype
         for name, weight in trainer.model.named_parameters():
             if "score" in name and weight.requires_grad:
-                weight.data = weight.data.float()
+                weight.data = weight.data.to(dtype)
     return trainer
 
 

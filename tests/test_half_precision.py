@@ -1,0 +1,27 @@
+"""Weights in bfloat16, quantised or not, with float32 or bfloat16 around them: every stage starts, learns and saves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+Posttrain = Callable[..., Outcome]
+QLORA = ("model.use_peft=true", "model.load_in_4bit=true")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+def test_qlora_in_bfloat16(posttrain: Posttrain, tmp_path: Path, stage: str, precision: str) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    more = ("stage.reward_functions=[my_rewards.length]", "stage.max_new_tokens=8") if stage == "ppo" else ()
+    more = (*more, "stage.rollout_batch_size=8", "stage.batch_size=2") if stage == "ppo" else more
+    done = posttrain(
+        *(f"recipes=quickstart/{stage}", "+trainer.max_steps=2", "data.max_rows=40", f"precision={precision}"),
+        *("model.dtype=bfloat16", *QLORA, *more),
+    )
+    assert done.code == 0, done
+    assert json.loads(Path("outputs/demo", stage, "posttrain.json").read_text())["metrics"]["steps"] == 2
