@@ -114,7 +114,9 @@ def test_with_lora_too(posttrain: Callable[..., Outcome], sources: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "more"), [("sft", LORA), ("reward", ()), ("dpo", LORA)], ids=["sft lora", "reward full", "dpo lora"]
+    ("stage", "more"),
+    [("sft", LORA), ("reward", ()), ("dpo", LORA), ("dpo", ("trainer.precompute_ref_log_probs=true",))],
+    ids=["sft lora", "reward full", "dpo lora", "dpo precomputed"],
 )
 def test_every_way_of_training(
     posttrain: Callable[..., Outcome], sources: Path, stage: str, more: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from transformers import Trainer
-from trl import RLOOConfig, RLOOTrainer
+from trl import DPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import utils
 
 SIGNATURES: dict[Any, list[str]] = {
@@ -32,6 +32,9 @@ SIGNATURES: dict[Any, list[str]] = {
     RLOOTrainer._calculate_rewards: ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     RLOOTrainer.log: ["self", "logs", "start_time"],
     utils.add_fused_lm_head: ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
+    # overridden for DPO, and called there
+    DPOTrainer._precompute_ref_logps: ["self", "dataset", "name", "batch_size"],
+    DPOTrainer.compute_ref_log_probs: ["self", "model", "inputs"],
     # overridden by SafeTrainer
     Trainer._maybe_log_save_evaluate: [
         *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),

@@ -50,7 +50,10 @@ def build(
     config: Config, prepared: Prepared, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> Any:
     """The trainer: TRL's, with our checkpoints, our rows, and the reference read from where the policy was."""
+    import torch
+    from torch.utils.data import DataLoader
     from trl import DPOConfig, DPOTrainer
+    from trl.models import prepare_deepspeed
 
     from posttrain.checkpoint import SafeTrainer
 
@@ -59,6 +62,20 @@ def build(
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset  # encoded already
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            """On every process, in memory: TRL's file is where the first process alone finds it (TRL 1.16)."""
+            loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+            whole = self.ref_model or self.model
+            if self.ref_model is None and self.is_deepspeed_enabled:
+                whole = prepare_deepspeed(self.model, self.accelerator)
+            found = [
+                self.accelerator.gather_for_metrics(self.compute_ref_log_probs(whole, batch))
+                for batch in self.accelerator.prepare_data_loader(loader)
+            ]
+            for side, logps in zip(("chosen", "rejected"), zip(*found, strict=True), strict=True):
+                dataset = dataset.add_column(f"ref_{side}_logps", torch.cat(logps).float().tolist())
+            return dataset
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
