@@ -141,7 +141,7 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
             if name not in dpo_losses():
                 yield _one_of("trainer.loss_type", name, dpo_losses())
         for name, readers in LOSS_OPTIONS.items():
-            if name in trainer and not set(readers) & set(losses):
+            if trainer.get(name) and not set(readers) & set(losses):
                 told = ", ".join(readers)
                 yield f"trainer.{name} is read by trainer.loss_type={told} only, not by {', '.join(losses)}"
         if "f_alpha_divergence_coef" in trainer and trainer.get("f_divergence_type") != "alpha_divergence":

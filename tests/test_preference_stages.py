@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from posttrain import compute_dpo_loss
 from posttrain.checkpoint import MANIFEST
+from posttrain.reserved import LOSS_OPTIONS
 
 Posttrain = Callable[..., Outcome]
 SHORT = (
@@ -182,7 +183,8 @@ LOSSES += ["apo_zero", "apo_down", "discopop", "sigmoid,sft", "sigmoid_norm"]
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_every_loss_of_trl_is_passed_through(posttrain: Posttrain, pairs: str, kind: str) -> None:
-    done = posttrain("stage=dpo", pairs, *SHORT, f"+trainer.loss_type=[{kind}]", "+trainer.label_smoothing=0.1")
+    smoothing = 0.1 if kind in LOSS_OPTIONS["label_smoothing"] else 0
+    done = posttrain("stage=dpo", pairs, *SHORT, f"+trainer.loss_type=[{kind}]", f"trainer.label_smoothing={smoothing}")
     assert done.code == 0, done
     assert math.isfinite(manifest("dpo")["metrics"]["eval_loss"])
 
