@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain import lineage, model, sources
 from posttrain.arguments import process_state
+from posttrain.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.checkpoint import StopSignals
 from posttrain.config import to_dict
 from posttrain.console import is_main_process, logging_to, number, say, show_table, warn
@@ -120,6 +121,8 @@ def _prepare(config: Config, why: str, expects_sft: bool = True) -> tuple[Any, P
             f"stage={config.stage.name} expects an SFT model, and {config.output_dir}/{config.run_name}/sft is not "
             f"there: run stage=sft run_name={config.run_name} first, or name one with model.model_name_or_path=…"
         )
+    if (Path(chosen) / CHECKPOINT).is_file():
+        warn(f"{chosen} is a checkpoint from inside a run, not the result of one; that is {Path(chosen).parent}")
     tokenizer, notes = load_tokenizer(config.model)
     for note in notes:
         say(note)

@@ -156,6 +156,14 @@ def test_an_adapter_folder_can_be_the_model(posttrain: Posttrain, rows: Path, pa
     torch.testing.assert_close(merged(ids).logits, started(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_checkpoint_as_the_model_is_told(posttrain: Posttrain, rows: Path, pairs: str) -> None:
+    assert posttrain(f"data.dataset_name={rows}", *SFT).code == 0
+    newest = max(Path("outputs/demo/sft").glob("checkpoint-*"))
+    done = posttrain("stage=dpo", f"model.model_name_or_path={newest}", pairs, "dry_run=true")
+    assert done.code == 0, done
+    assert "is a checkpoint from inside a run, not the result of one; that is outputs/demo/sft" in done.out + done.err
+
+
 def test_a_wrong_reference_stops_the_run_and_is_named(
     posttrain: Posttrain, pairs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
