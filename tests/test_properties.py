@@ -67,6 +67,59 @@ def test_responses_and_their_ends_carry_loss_and_nothing_else(kind: str, turns: 
     assert ids[: len(asked)] == asked
 
 
+# pieces of a template: text around a question, before an answer, between an answer and the token that ends it
+PIECE = st.text("ab <>#:|[]\n\t", max_size=5)
+ENDS = ("<|im_end|>", "<|endoftext|>", "")
+
+
+def template(before: str, after: str, opening: str, gap: str, end: str, tail: str) -> str:
+    question, answer = (
+        f"{{{{ {json.dumps(left)} + message['content'] + {json.dumps(right)} }}}}"
+        for left, right in ((before, after), (opening, gap + end + tail))
+    )
+    return (
+        f"{{% for message in messages %}}{{% if message['role'] == 'user' %}}{question}{{% else %}}{answer}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {json.dumps(opening)} }}}}{{% endif %}}"
+    )
+
+
+@ANY
+@given(
+    st.tuples(PIECE, PIECE, PIECE, PIECE, st.sampled_from(ENDS), PIECE),
+    st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
+)
+def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: list[tuple[str, str]]) -> None:
+    """What is learned is worked out here from the template's pieces, not from what it renders."""
+    before, after, opening, gap, end, tail = pieces
+    tokenizer = made.chatml()
+    tokenizer.chat_template = template(*pieces)
+    encoder = ChatEncoder(tokenizer)
+    marked = end == "<|endoftext|>" or (end != "" and not gap.strip())
+    assert encoder.end_of_turn == (end if marked else "<|endoftext|>")
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    if not marked and len(turns) > 1:
+        with pytest.raises(ValueError, match="does not mark its end"):
+            encoder.segments(messages)
+        return
+    [(ids, labels)] = encoder.encode([encoder.segments(messages)])
+    expected = [
+        (piece, learned)
+        for number, (question, answer) in enumerate(turns)
+        for piece, learned in (
+            (("" if number == 0 else tail) + before + question + after + opening, False),
+            (answer + gap + end if marked else answer.rstrip() + "<|endoftext|>", True),
+        )
+    ]
+    for wanted in (False, True):
+        kept = [token for token, label in zip(ids, labels, strict=True) if (label != IGNORED) == wanted]
+        assert tokenizer.decode(kept) == "".join(piece for piece, learned in expected if learned == wanted)
+    assert tokenizer.decode(ids) == "".join(piece for piece, _ in expected)
+
+
 @ANY
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=8))
 def test_rows_are_read_as_they_were_written(rows: list[tuple[str, str]]) -> None:
