@@ -75,7 +75,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"trainer.report_to={tracker}: not installed; pip install 'posttrain[trackers]'")
     if given.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError("trainer.use_liger_kernel=true: not installed; pip install liger-kernel")
+        raise ConfigError("trainer.use_liger_kernel=true: not installed; pip install 'posttrain[liger]'")
     if given.get("activation_offloading") and not torch.accelerator.is_available():
         raise ConfigError("trainer.activation_offloading=true needs a GPU: activations are moved away from it")
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:

@@ -84,6 +84,8 @@ def test_a_wrong_start_stops_the_run_and_names_its_cause(
 CALM = {
     "reward": 1.0,
     "reward_std": 1.0,
+    "shaped_reward": 1.0,
+    "ended_by_eos": 0.9,
     "kl": 1.0,
     "kl_error": 0.1,
     "entropy": 2.0,
@@ -97,12 +99,21 @@ ALARMS = {
     "longer": ({"response_length": 45.0}, "answers have become longer: 20 to 45 tokens", "stage.length_penalty=0.011"),
     "shorter": ({"response_length": 8.0}, "answers have become shorter: 20 to 8 tokens", "stage.kl_coef=0.2"),
     "constant": ({"reward_std": 0.0}, "all answers of a rollout got the same reward", "rollouts.jsonl"),
+    "endless": ({"ended_by_eos": 0.0}, "no answer of a rollout ended by itself", "stage.missing_eos_penalty=1"),
+    "large": ({"shaped_reward": -1e6}, "rewards are large (-1e+06 on average)", "stage.reward_scale=1e+06"),
     "saturated": ({"reward_std": 0.01}, "rewards hardly differ any more", "stage.num_epochs"),
 }
 
 
 def alarms(**changes: Any) -> Alarms:
-    settings = {"kl_coef": 0.1, "kl_ceiling": None, "learning_rate": 1e-6, "value_learning_rate": None}
+    settings = {
+        "max_new_tokens": 64,
+        "reward_scale": 1.0,
+        "kl_coef": 0.1,
+        "kl_ceiling": None,
+        "learning_rate": 1e-6,
+        "value_learning_rate": None,
+    }
     return Alarms(PPOStage(**(settings | changes)))
 
 

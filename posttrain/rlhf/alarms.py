@@ -9,6 +9,7 @@ KL_HIGH = 10.0  # nats per answer
 ENTROPY_LEFT = 0.2  # of the first rollout's
 LENGTH_FACTOR = 2.0
 SPREAD_LEFT = 0.05  # of the first rollout's reward spread
+LARGE = 100.0  # of a mean reward, as it is learned from
 CRITIC_ROLLOUTS = 5  # how long the critic may take to be better than a constant
 
 
@@ -86,6 +87,19 @@ class Alarms:
                 f"for {CRITIC_ROLLOUTS} rollouts the critic has been worse than a constant (explained variance "
                 f"{now['explained_variance']:.2f}). stage.value_learning_rate={rate * 10:g} lets it learn faster, "
                 "stage.critic_warmup_steps=20 lets it begin alone, stage.cliprange_value=null takes off its clip",
+            )
+        if now["ended_by_eos"] == 0:
+            yield (
+                "endless",
+                f"no answer of a rollout ended by itself: rewards judge answers that stage.max_new_tokens="
+                f"{stage.max_new_tokens} has cut. Twice as many leave room; a policy that never learned its EOS needs "
+                "SFT first, or stage.missing_eos_penalty=1",
+            )
+        if abs(now["shaped_reward"]) > LARGE:
+            yield (
+                "large",
+                f"rewards are large ({now['shaped_reward']:.3g} on average): the critic's loss dwarfs all else. "
+                f"stage.reward_scale={abs(now['shaped_reward']) * stage.reward_scale:.2g} brings them to about 1",
             )
         if now["reward_std"] < 1e-6:
             yield (
