@@ -66,9 +66,7 @@ _ALWAYS = {
     ),
 }
 
-_SAMPLED_AS_SCORED = (
-    "what is sampled otherwise than it is scored makes every probability ratio wrong from the first step on"
-)
+_BY_TEMPERATURE = "answers are sampled by temperature alone, as they are scored; else every probability ratio is wrong"
 _OWN_ORDER = "prompts are in memory and shuffled anew in each pass by seed, in an order that a resumed run finds again"
 
 _OF_STAGE = {
@@ -107,11 +105,12 @@ _OF_STAGE = {
         ),
         **dict.fromkeys(
             (
-                *("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "neftune_noise_alpha"),
+                *("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
                 "vllm_structured_outputs_regex",
             ),
-            _SAMPLED_AS_SCORED,
+            _BY_TEMPERATURE,
         ),
+        "neftune_noise_alpha": "with noise, log-probabilities in training are not those of generation",
     },
 }
 
