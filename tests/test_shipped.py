@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Outcome, write_rows
 
 Posttrain = Callable[..., Outcome]
-SHORT = ["+trainer.max_steps=2"]
+SHORT = ["+trainer.max_steps=2", "data.max_rows=120"]
 # Put in place of what has to come from the Hub, or from the reader.
 LOCAL = ["model=tiny", "data.dataset_name=local.jsonl", "data.test_size=0.2", "stage.max_length=128"]
 LOCAL += ["data.dataset_train_split=train", "data.dataset_test_split=null", "model.base_model=posttrain/tiny"]
@@ -140,7 +140,7 @@ def test_every_documented_pipeline_runs(
     pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "Not."} for n in range(30)]
     write_rows(tmp_path / "pairs.jsonl", pairs)
     kept = [argument for argument in arguments if argument != "model=gpt2"]
-    monkeypatch.setattr(sys, "argv", ["pipeline", *kept, *local, "trainer.max_steps=2", "ppo.gate=warn"])
+    monkeypatch.setattr(sys, "argv", ["pipeline", *kept, *local, *SHORT, "ppo.gate=warn"])
     with pytest.raises(SystemExit) as ended:
         pipeline.main()
     assert not ended.value.code
