@@ -216,8 +216,11 @@ def _encode(
                 parts.append(segments_of(row))
                 chunk.append(row)
             except ValueError as error:
-                (problems if dropped is None else dropped).add(row.where, str(error))
-                counts.bad += dropped is not None
+                if dropped is None:
+                    problems.add(row.where, str(error))
+                else:
+                    dropped.add(row.where, str(error))
+                    counts.bad += 1
         encoded = iter(encoder.encode([conversation for part in parts for conversation in part]))
         table = []
         for row, part in zip(chunk, parts, strict=True):

@@ -382,6 +382,11 @@ def _agree_on_special_tokens(model: Any, tokenizer: Any) -> None:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
 
 
+def _is_called(module: str, name: str) -> bool:
+    """Whether peft takes a module of that path for one that is named so."""
+    return module == name or module.endswith(f".{name}")
+
+
 def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = "CAUSAL_LM") -> "LoraConfig | None":
     """The adapter to train, each of whose target names is known to match something.
 
@@ -401,7 +406,7 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = 
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]
     if not isinstance(targets, str):
-        counts = {target: sum(name == target or name.endswith(f".{target}") for name in linear) for target in targets}
+        counts = {target: sum(_is_called(name, target) for name in linear) for target in targets}
         unmatched = [target for target, count in counts.items() if not count]
         if unmatched:
             matched = ", ".join(f"{target} ({count})" for target, count in counts.items() if count) or "none"
@@ -410,7 +415,7 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = 
                 f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
             )
     for name in model.lora_modules_to_save or []:
-        if not any(found == name or found.endswith(f".{name}") for found, _ in loaded.named_modules()):
+        if not any(_is_called(found, name) for found, _ in loaded.named_modules()):
             known = sorted({found.rsplit(".", 1)[-1] for found, _ in loaded.named_modules() if found})
             raise ConfigError(f"model.lora_modules_to_save: {name} matches no module{nearest(name, known)}")
     everything = targets == "all-linear"

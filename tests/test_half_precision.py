@@ -9,6 +9,10 @@ from conftest import Outcome
 
 Posttrain = Callable[..., Outcome]
 QLORA = ("model.use_peft=true", "model.load_in_4bit=true")
+PPO = (
+    *("stage.reward_functions=[my_rewards.length]", "stage.max_new_tokens=8"),
+    *("stage.rollout_batch_size=8", "stage.batch_size=2"),
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -17,11 +21,9 @@ def test_qlora_in_bfloat16(posttrain: Posttrain, tmp_path: Path, stage: str, pre
     (tmp_path / "my_rewards.py").write_text(
         "def length(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n"
     )
-    more = ("stage.reward_functions=[my_rewards.length]", "stage.max_new_tokens=8") if stage == "ppo" else ()
-    more = (*more, "stage.rollout_batch_size=8", "stage.batch_size=2") if stage == "ppo" else more
     done = posttrain(
         *(f"recipes=quickstart/{stage}", "+trainer.max_steps=2", "data.max_rows=40", f"precision={precision}"),
-        *("model.dtype=bfloat16", *QLORA, *more),
+        *("model.dtype=bfloat16", *QLORA, *(PPO if stage == "ppo" else ())),
     )
     assert done.code == 0, done
     assert json.loads(Path("outputs/demo", stage, "posttrain.json").read_text())["metrics"]["steps"] == 2

@@ -86,9 +86,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def write_reward(folder: Path) -> None:
+    (folder / "my_rewards.py").write_text("def constant(prompts, **rest):\n    return [1.0 for _ in prompts]\n")
+
+
 def refused(posttrain: Posttrain, folder: Path, *arguments: str) -> str:
     """What is told by a command that must be refused and leave everything as it was."""
-    (folder / "my_rewards.py").write_text("def constant(prompts, **rest):\n    return [1.0 for _ in prompts]\n")
+    write_reward(folder)
     before = contents(folder)
     done = posttrain(*arguments)
     assert done.code == 2, done
@@ -117,7 +121,7 @@ def test_a_broken_data_file(posttrain: Posttrain, tmp_path: Path, stage: str, ki
 def test_a_row_that_does_not_fit_can_be_left_out(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
     make, name, told = FILES[kind]
     (tmp_path / name).write_bytes(make(stage))
-    (tmp_path / "my_rewards.py").write_text("def constant(prompts, **rest):\n    return [1.0 for _ in prompts]\n")
+    write_reward(tmp_path)
     done = posttrain(
         *(f"stage={stage}", f"data.dataset_name={name}", "data.bad_rows=drop", "dry_run=true", "data.test_size=2"),
         *("model.model_name_or_path=posttrain/tiny", *(PPO if stage == "ppo" else ())),

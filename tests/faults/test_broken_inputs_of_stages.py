@@ -31,6 +31,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "demo"
 
 
+def changed(stage: str, change: Callable[[Path], None], file: str) -> tuple[str, Callable[[Path], object], str]:
+    return stage, lambda demo: change(demo / file), f"{file} has changed since its run wrote it"
+
+
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
@@ -50,27 +54,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "sft/posttrain.json is broken (no stage",
     ),
     "SFT weights gone": ("dpo", lambda demo: (demo / "sft/model/model.safetensors").unlink(), "model.safetensors"),
-    "one bit of the SFT weights": (
-        "reward",
-        lambda demo: flip(demo / "sft/model/model.safetensors"),
-        "sft/model/model.safetensors has changed since its run wrote it",
-    ),
-    "another chat template": (
-        "dpo",
-        lambda demo: reword(demo / "sft/model/chat_template.jinja"),
-        "sft/model/chat_template.jinja has changed since its run wrote it",
-    ),
+    "one bit of the SFT weights": changed("reward", flip, "sft/model/model.safetensors"),
+    "another chat template": changed("dpo", reword, "sft/model/chat_template.jinja"),
+    "one bit of the reward model": changed("ppo", flip, "reward/model/model.safetensors"),
+    "one bit of the reward model's adapter": changed("ppo", flip, "reward/adapter/adapter_model.safetensors"),
     "reward manifest cut": ("ppo", lambda demo: cut(demo / "reward/posttrain.json"), "reward/posttrain.json is broken"),
-    "one bit of the reward model": (
-        "ppo",
-        lambda demo: flip(demo / "reward/model/model.safetensors"),
-        "reward/model/model.safetensors has changed since its run wrote it",
-    ),
-    "one bit of the reward model's adapter": (
-        "ppo",
-        lambda demo: flip(demo / "reward/adapter/adapter_model.safetensors"),
-        "reward/adapter/adapter_model.safetensors has changed since its run wrote it",
-    ),
     "report card empty": (
         "ppo",
         lambda demo: (demo / "reward/report_card.json").write_text("{}"),
