@@ -98,9 +98,10 @@ def check_agreement(posttrain: Callable[..., Outcome], folder: Path, stage: str,
     assert apart < 1e-6
     assert moved > 20 * apart
     for a, b in zip(logged(left), logged(right), strict=True):
-        for name in ("loss", "eval_loss", "grad_norm"):
-            assert (name in a) == (name in b)
-            assert name not in a or a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+        assert a.keys() == b.keys()
+        for name in a:  # seven held-out rows: the last of them are read by both processes
+            if name in ("loss", "grad_norm") or name.startswith("eval_"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

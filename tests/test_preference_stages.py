@@ -67,6 +67,30 @@ def test_reward_ends_in_a_model_that_scores_when_loaded(
     assert not Path("outputs/demo/reward/model/adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_held_out_numbers_are_means_over_all_pairs_whatever_the_batch_size(
+    posttrain: Posttrain, tmp_path: Path, stage: str
+) -> None:
+    """Seven pairs of different lengths in batches of 2, 2, 2 and 1, and all at once."""
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n} it is. " * (n % 5 + 1), "rejected": "No."} for n in range(40)]
+    data = f"data.dataset_name={write_rows(tmp_path / 'uneven.jsonl', rows)}"
+    found = []
+    for size in (2, 7):
+        more = (f"+trainer.per_device_eval_batch_size={size}", f"output_dir=by_{size}", "data.test_size=7")
+        assert posttrain(f"stage={stage}", data, *SHORT[:-1], *more).code == 0
+        lines = [json.loads(line) for line in Path(f"by_{size}/demo/{stage}/metrics.jsonl").read_text().splitlines()]
+        found.append([{name: line[name] for name in line if name.startswith("eval_")} for line in lines])
+    small, whole = ([line for line in lines if "eval_loss" in line] for lines in found)
+    assert len(small) == len(whole) > 1
+    counted = {"reward": {"eval_accuracy", "eval_margin", "eval_min_reward", "eval_mean_reward", "eval_max_reward"}}
+    counted["dpo"] = {f"eval_{name}" for name in ("rewards/accuracies", "rewards/margins", "logps/chosen", "entropy")}
+    assert counted[stage] <= small[-1].keys() == whole[-1].keys()
+    assert small == [pytest.approx(line, rel=1e-4, abs=1e-5) for line in whole]
+    if stage == "reward":
+        card = json.loads(Path("by_2/demo/reward/report_card.json").read_text())
+        assert small[-1]["eval_accuracy"] == pytest.approx(card["accuracy"])
+
+
 def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
     posttrain: Posttrain, pairs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

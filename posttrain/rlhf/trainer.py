@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
 
-from posttrain.checkpoint import SafeTrainer
 from posttrain.errors import PosttrainError
 from posttrain.rlhf import losses
 from posttrain.rlhf.rollout import RolloutBuffer, join
 from posttrain.rlhf.schedule import Schedule, episode_order, prompts_of_rollout
 from posttrain.rlhf.value import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, log_probs
+from posttrain.safe_trainer import SafeTrainer
 
 WEIGHTS = "model.safetensors"
 PROGRESS = "ppo.json"

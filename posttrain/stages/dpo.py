@@ -55,7 +55,7 @@ def build(
     from trl import DPOConfig, DPOTrainer
     from trl.models import prepare_deepspeed
 
-    from posttrain.checkpoint import SafeTrainer
+    from posttrain.safe_trainer import SafeTrainer
 
     class Trainer(SafeTrainer, DPOTrainer):
         live: Any = None  # (metrics of TRL) -> ours, set when the run's panel is known
@@ -76,6 +76,12 @@ def build(
             for side, logps in zip(("chosen", "rejected"), zip(*found, strict=True), strict=True):
                 dataset = dataset.add_column(f"ref_{side}_logps", torch.cat(logps).float().tolist())
             return dataset
+
+        def held_out_weight(self, name: str, inputs: dict[str, Any]) -> float:
+            # what TRL takes over the tokens of answers; all else over pairs
+            chosen, rejected = (float(half.sum()) for half in inputs["completion_mask"][:, 1:].chunk(2))
+            tokens = {"logits/chosen": chosen, "mean_token_accuracy": chosen, "logits/rejected": rejected}
+            return (tokens | {"entropy": chosen + rejected}).get(name, super().held_out_weight(name, inputs))
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)

@@ -41,7 +41,7 @@ def build(
     """The trainer: TRL's, with our checkpoints."""
     from trl import RewardConfig, RewardTrainer
 
-    from posttrain.checkpoint import SafeTrainer
+    from posttrain.safe_trainer import SafeTrainer
 
     class Trainer(SafeTrainer, RewardTrainer):
         pass

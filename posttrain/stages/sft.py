@@ -57,10 +57,11 @@ def build(
     config: Config, prepared: Prepared, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> Any:
     """The trainer: TRL's, with our checkpoints, and a held-out loss that is a mean over tokens."""
+    import torch
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from posttrain.checkpoint import SafeTrainer
+    from posttrain.safe_trainer import SafeTrainer
 
     test = prepared.test
 
@@ -68,11 +69,13 @@ def build(
         def held_out_collator(self) -> Any:
             return padded  # held-out rows are never packed: each is judged as it would be read
 
-        def held_out_loss(self, inputs: dict[str, Any]) -> tuple[Any, float]:
-            # a mean over tokens, whatever the batch size and number of processes
-            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-            loss = self.compute_loss(self.model, inputs, num_items_in_batch=tokens)
-            return loss / self.accelerator.num_processes, float(tokens)
+        def held_out_weight(self, name: str, inputs: dict[str, Any]) -> float:
+            # means over tokens, whatever the batch size and number of processes
+            return float((inputs["labels"][:, 1:] != IGNORED).sum())
+
+        def held_out_loss(self, inputs: dict[str, Any]) -> Any:
+            tokens = torch.tensor(self.held_out_weight("loss", inputs), device=self.args.device)
+            return self.compute_loss(self.model, inputs, num_items_in_batch=tokens) / self.accelerator.num_processes
 
     arguments = trainer_arguments(config, folder, test is not None)
     packing = bool(arguments.get("packing"))

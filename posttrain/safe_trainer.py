@@ -1,0 +1,250 @@
+"""What every trainer of ours has besides TRL's: whole checkpoints, exact resume, and no step on a broken loss."""
+
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.checkpoint import MANIFEST, PREFIX, StopSignals, fault, file_hashes, newest_whole, write_atomically
+from posttrain.errors import PosttrainError
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object
+
+
+# what TRL counts of each batch that is no mean
+EXTREMES: dict[str, Callable[[float, float], float]] = {"min_reward": min, "max_reward": max, "num_tokens": max}
+
+
+class WeightedMeans:
+    """Means over batches of different weights; values of `EXTREMES` are the same on all processes already."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.extremes: dict[str, float] = {}
+
+    def add(self, name: str, value: float, weight: float) -> None:
+        """Take in a batch of this process; a value that all processes share is given once by each of them."""
+        if name in EXTREMES:
+            self.extremes[name] = EXTREMES[name](value, self.extremes.get(name, value))
+        else:
+            total, weights = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (total + value * weight, weights + weight)
+
+    def over_processes(self, accelerator: Any) -> dict[str, float]:
+        """Each mean, over the batches of all processes."""
+        import torch
+
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device)
+        means = [total / weights for total, weights in accelerator.reduce(sums).tolist()]
+        return dict(zip(self.sums, means, strict=True)) | self.extremes
+
+
+class SafeTrainer(_TrainerBase):
+    """Mixin for every trainer of ours: whole checkpoints, finite losses, and an orderly end on a signal.
+
+    Put it before the TRL trainer among the bases. `stop_signals` is set by whoever calls `train`.
+    """
+
+    stop_signals: StopSignals | None = None
+    control: Any
+    state: Any
+    data_collator: Any
+    eval_dataset: Any
+    _saved_step: int | None = None
+    trained_tokens: int = 0  # counted by trainers that make their own data
+
+    def trained(self, **options: Any) -> Any:
+        """The model that the stage leaves behind, without what accelerate has wrapped around it."""
+        return self.accelerator.unwrap_model(self.model, **options)
+
+    @property
+    def rounds_as(self) -> str:
+        """`no` (float32), `bf16` or `fp16`: the coarsest precision that this run computes in."""
+        import torch
+
+        mixed = str(self.accelerator.mixed_precision)
+        if mixed != "no":
+            return mixed
+        kinds = {weight.dtype for weight in self.trained().parameters()}
+        return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "no"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss and what TRL counts beside it, over the rows of all processes.
+
+        Not the Trainer's own loop: called before training, as here, that lets accelerate take the model for prepared,
+        DDP then never wraps it, and each process trains alone, silently (transformers 5.23, accelerate 1.15).
+        """
+        import torch
+        from accelerate.data_loader import DataLoaderShard
+
+        training = self.model.training
+        self.model.eval()
+        batches, processes = self._held_out_batches(), self.accelerator.num_processes
+        loader = DataLoaderShard(self.eval_dataset, batch_sampler=batches, collate_fn=self.held_out_collator())
+        means = WeightedMeans()
+        whole = len(self.eval_dataset) // (self.args.eval_batch_size * processes)
+        for number, batch in enumerate(loader):
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                loss = float(self.held_out_loss(inputs))
+            counted = {name: values.pop() for name, values in self._metrics["eval"].items()}
+            for name, value in {"loss": loss, **counted}.items():
+                weight = self.held_out_weight(name, inputs)
+                means.add(name, value, weight if number < whole else weight / processes)
+        found = means.over_processes(self.accelerator)
+        metrics = {"eval_loss": found.pop("loss")}
+        self._metrics["eval"] |= {name: [value] for name, value in found.items()}
+        self.log(metrics)  # TRL adds what it has counted
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(training)
+        return metrics
+
+    def _held_out_batches(self) -> list[range]:
+        """The rows of each batch of this process; those left over at the end are read by every process.
+
+        All processes then have equally many batches of equal sizes, and no row stands in for another.
+        """
+        rows, size, processes = len(self.eval_dataset), self.args.eval_batch_size, self.accelerator.num_processes
+        whole = rows // (size * processes) * size * processes
+        mine = range(self.accelerator.process_index * size, whole, size * processes)
+        return [
+            *(range(start, start + size) for start in mine),
+            *(range(start, min(start + size, rows)) for start in range(whole, rows, size)),
+        ]
+
+    def held_out_collator(self) -> Any:
+        """What makes a batch of held-out rows."""
+        return self.data_collator
+
+    def held_out_loss(self, inputs: dict[str, Any]) -> Any:
+        """The mean loss of a batch."""
+        return self.compute_loss(self.model, inputs)
+
+    def held_out_weight(self, name: str, inputs: dict[str, Any]) -> float:
+        """What a batch weighs in the mean of the loss, or of what TRL counts as `name`: its rows."""
+        return len(next(iter(inputs.values())))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            self._refuse_step("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # with fp16 an overflow is expected now and then: the scaler leaves that step out by itself
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            self._refuse_step("gradient norm", float(norm))
+        return norm
+
+    def _refuse_step(self, what: str, value: float) -> None:
+        checkpoint, _ = newest_whole(Path(self.args.output_dir))
+        last = f"last checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        raise PosttrainError(
+            f"{what} is {value} at step {self.state.global_step + 1}; the weights were not touched by it "
+            f"({last}). Usual causes: stage.learning_rate={self.args.learning_rate} is too high (try a tenth), "
+            "precision=fp16 overflows (try bf16 or fp32), or a row of the data is broken"
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stop_signals is not None and self._any_process_stops():
+            self.control.should_training_stop = True
+            self.control.should_save = True
+            self.control.should_evaluate = False
+        if self.state.global_step == 1 or self.control.should_save:
+            self._check_processes_agree()
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _check_processes_agree(self) -> None:
+        """Processes that each hold all weights hold the same: gradients that are not averaged would go unseen."""
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        import torch
+
+        trained = [weight.detach() for weight in self.model.parameters() if weight.requires_grad]
+        mine = torch.stack([weight.double().abs().sum() for weight in trained]).sum()
+        found = self.accelerator.gather(mine).tolist()
+        if len(set(found)) > 1:
+            raise PosttrainError(
+                f"after step {self.state.global_step} the processes no longer hold the same weights (sums of their "
+                f"absolute values: {', '.join(f'{value:.9g}' for value in found)}): gradients are not averaged between "
+                "them. Nothing that they have learned is right; a callback or a library has taken the model out of DDP"
+            )
+
+    def _any_process_stops(self) -> bool:
+        assert self.stop_signals is not None
+        if self.accelerator.num_processes == 1:
+            return self.stop_signals.received is not None
+        import torch
+
+        mine = torch.tensor(self.stop_signals.received or 0, device=self.accelerator.device)
+        anyone = int(self.accelerator.gather(mine).max())
+        self.stop_signals.received = anyone or None
+        return anyone > 0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        from transformers.trainer_utils import rotate_checkpoints
+
+        folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        if self._saved_step == self.state.global_step:  # asked for twice: at the end of the step and of the epoch
+            return
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_atomically(folder / MANIFEST, json.dumps({"files": file_hashes(folder)}, indent=1))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self._report_failed_save(folder, error)
+        finally:
+            self.args.save_total_limit = limit
+        self._saved_step = self.state.global_step
+        if self.args.should_save:  # older checkpoints go only now that the new one is whole
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint that load_best_model_at_end ends with.
+
+        Raises:
+            PosttrainError: it is not whole; transformers would keep the last weights and warn.
+        """
+        best = Path(self.state.best_model_checkpoint)
+        if problem := fault(best):
+            raise PosttrainError(f"{best} was the best checkpoint and cannot be loaded: {problem}")
+        return best
+
+    def _load_best_model(self) -> None:
+        self.best_checkpoint()
+        super()._load_best_model()
+
+    def _report_failed_save(self, folder: Path, error: Exception) -> None:
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+        free = shutil.disk_usage(folder.parent).free
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < 2**20
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint only takes room
+        last, _ = newest_whole(folder.parent)
+        raise PosttrainError(
+            f"{'no space left' if full else 'failed'} while writing {folder} ({written / 1e6:.1f} MB written, "
+            f"{free / 1e6:.1f} MB free; {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            f"{f'Last whole checkpoint: {last.name}' if last else 'There is no whole checkpoint'}; "
+            "the same command goes on from there"
+        ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        # a pickle of all arguments, secrets among them, that nothing ever reads again
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none beside the checkpoints: TRL's would name the folder, and a base model of None."""
