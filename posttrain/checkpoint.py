@@ -7,6 +7,8 @@ and sha256, and they agree. One that a kill or a full disk cut short is never re
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -64,15 +66,29 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder is named after; -1 where it is named otherwise."""
-    number = checkpoint.name.removeprefix(PREFIX)
-    return int(number) if number.isdigit() else -1
+    """The step that a checkpoint's folder is named after; -1 of any other folder, such as a user's checkpoint-best."""
+    named = re.fullmatch(rf"{PREFIX}(0|[1-9][0-9]*)", checkpoint.name)
+    return int(named[1]) if named else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the oldest step first; the clock plays no part."""
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if step_of(path) >= 0), key=step_of)
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; the newest and the best one stay."""
+    written = [path for path in checkpoints(folder) if (path / MANIFEST).is_file()]
+    excess = len(written) - limit if limit and limit > 0 else 0
+    kept = {written[-1].name, Path(best or "").name}
+    for checkpoint in [path for path in written if path.name not in kept][: max(excess, 0)]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     faults: list[str] = []
-    for checkpoint in sorted(folder.glob(f"{PREFIX}*"), key=step_of, reverse=True):
+    for checkpoint in reversed(checkpoints(folder)):
         problem = fault(checkpoint)
         if problem is None:
             return checkpoint, faults

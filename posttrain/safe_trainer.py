@@ -8,7 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.checkpoint import MANIFEST, PREFIX, StopSignals, fault, file_hashes, newest_whole, write_atomically
+from posttrain.checkpoint import (
+    MANIFEST,
+    PREFIX,
+    StopSignals,
+    fault,
+    file_hashes,
+    newest_whole,
+    rotate,
+    write_atomically,
+)
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -58,6 +67,11 @@ class SafeTrainer(_TrainerBase):
     eval_dataset: Any
     _saved_step: int | None = None
     trained_tokens: int = 0  # counted by trainers that make their own data
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # transformers deletes by modification time, and folders whose names merely begin like a checkpoint's
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     def trained(self, **options: Any) -> Any:
         """The model that the stage leaves behind, without what accelerate has wrapped around it."""
@@ -189,12 +203,9 @@ class SafeTrainer(_TrainerBase):
         return anyone > 0
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        from transformers.trainer_utils import rotate_checkpoints
-
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         if self._saved_step == self.state.global_step:  # asked for twice: at the end of the step and of the epoch
             return
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -202,16 +213,9 @@ class SafeTrainer(_TrainerBase):
                 write_atomically(folder / MANIFEST, json.dumps({"files": file_hashes(folder)}, indent=1))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self._report_failed_save(folder, error)
-        finally:
-            self.args.save_total_limit = limit
         self._saved_step = self.state.global_step
         if self.args.should_save:  # older checkpoints go only now that the new one is whole
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(folder.parent, self._limit, self.state.best_model_checkpoint)
 
     def best_checkpoint(self) -> Path:
         """The checkpoint that load_best_model_at_end ends with.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Outcome, same_weights, start, write_rows
 
-from posttrain.checkpoint import MANIFEST, fault, newest_whole
+from posttrain.checkpoint import MANIFEST, fault, newest_whole, rotate
 
 Posttrain = Callable[..., Outcome]
 # three epochs, a checkpoint in the middle of each
@@ -159,6 +159,29 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_is_used(
     assert "resuming from checkpoint-4" in done.out
     assert posttrain(*arguments(rows, "output_dir=straight")).code == 0
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+
+
+def test_checkpoints_are_rotated_by_step_never_by_the_clock(posttrain: Posttrain, rows: Path, interrupted: Path) -> None:
+    """Those of the first start seem to come from tomorrow: the clock was set back, or the folder copied."""
+    tomorrow = time.time() + 86400
+    for checkpoint in interrupted.glob("checkpoint-*"):
+        os.utime(checkpoint, (tomorrow, tomorrow))
+    done = posttrain(*arguments(rows, "trainer.save_total_limit=2"))
+    assert done.code == 0, done
+    assert {path.name for path in interrupted.glob("checkpoint-*")} == {"checkpoint-24", "checkpoint-26"}
+    assert "mtime" not in done.out + done.err
+
+
+def test_folders_that_only_begin_like_a_checkpoint_are_not_looked_at(interrupted: Path) -> None:
+    theirs = {"checkpoint-mybackup", "checkpoint-8-copy", "checkpoint-best", "checkpoint-08", "checkpoint-²"}
+    for name in theirs:
+        shutil.copytree(interrupted / "checkpoint-8", interrupted / name)
+    assert newest_whole(interrupted) == (interrupted / "checkpoint-8", [])
+    rotate(interrupted, 1, None)
+    assert {path.name for path in interrupted.glob("checkpoint-*")} == {*theirs, "checkpoint-8"}
+    shutil.copytree(interrupted / "checkpoint-8", interrupted / "checkpoint-4")
+    rotate(interrupted, 1, str(interrupted / "checkpoint-4"))  # the best and the newest stay
+    assert (interrupted / "checkpoint-4").is_dir()
 
 
 def test_other_hyperparameters_data_or_weights_are_refused_by_name(
