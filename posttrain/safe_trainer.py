@@ -26,6 +26,7 @@ else:
     _TrainerBase = object
 
 
+PROBE_TOKENS = 64
 # what TRL counts of each batch that is no mean
 EXTREMES: dict[str, Callable[[float, float], float]] = {"min_reward": min, "max_reward": max, "num_tokens": max}
 
@@ -112,6 +113,8 @@ class SafeTrainer(_TrainerBase):
                 weight = self.held_out_weight(name, inputs)
                 means.add(name, value, weight if number < whole else weight / processes)
         found = means.over_processes(self.accelerator)
+        if not math.isfinite(found["loss"]):
+            self._refuse_weights(f"weights whose held-out loss is {found['loss']}")
         metrics = {"eval_loss": found.pop("loss")}
         self._metrics["eval"] |= {name: [value] for name, value in found.items()}
         self.log(metrics)  # TRL adds what it has counted
@@ -144,6 +147,11 @@ class SafeTrainer(_TrainerBase):
         """What a batch weighs in the mean of the loss, or of what TRL counts as `name`: its rows."""
         return len(next(iter(inputs.values())))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().train(*args, **kwargs)
+        self.check_weights()
+        return found
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
@@ -158,19 +166,70 @@ class SafeTrainer(_TrainerBase):
         return norm
 
     def _refuse_step(self, what: str, value: float) -> None:
-        checkpoint, _ = newest_whole(Path(self.args.output_dir))
-        last = f"last checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        if fault := self._weights_fault():
+            self._refuse_weights(fault)
         raise PosttrainError(
-            f"{what} is {value} at step {self.state.global_step + 1}; the weights were not touched by it "
-            f"({last}). Usual causes: stage.learning_rate={self.args.learning_rate} is too high (try a tenth), "
-            "precision=fp16 overflows (try bf16 or fp32), or a row of the data is broken"
+            f"{what} is {value} at step {self.state.global_step + 1}; stopped before the optimizer step "
+            f"({self._last_checkpoint()}). Usual causes: {self._too_far()}, precision=fp16 overflows (try bf16 or "
+            "fp32), or a row of the data is broken"
         )
+
+    def _refuse_weights(self, fault: str) -> None:
+        overflow = ", or float16 overflows (try bfloat16 or float32)" if self.rounds_as == "fp16" else ""
+        raise PosttrainError(
+            f"step {self.state.global_step} left {fault}; nothing was saved of it ({self._last_checkpoint()}). "
+            f"Usual cause: {self._too_far()}{overflow}"
+        )
+
+    def _too_far(self) -> str:
+        rate = self.args.learning_rate
+        return f"stage.learning_rate={rate:g} is too high (try {rate / 10:g})"
+
+    def _last_checkpoint(self) -> str:
+        checkpoint, _ = newest_whole(Path(self.args.output_dir))
+        return f"last checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+    def check_weights(self) -> None:
+        """Look at the trained weights, on all processes, before anything relies on them.
+
+        Raises:
+            PosttrainError: the last step has broken them.
+        """
+        import torch
+
+        fault = self._weights_fault()
+        broken = torch.tensor(float(fault is not None), device=self.accelerator.device)
+        if float(self.accelerator.reduce(broken)) > 0:
+            self._refuse_weights(fault or "weights that are not finite on another process")
+
+    def _weights_fault(self) -> str | None:
+        """What is wrong with this process's weights: with their values, or with what they make of a training row."""
+        import torch
+
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        held = [getattr(weight, "_local_tensor", getattr(weight, "ds_tensor", weight)).detach() for weight in trained]
+        # the largest absolute values, because a sum of squares overflows in half precision
+        largest = torch._foreach_norm([weight for weight in held if weight.numel()], ord=math.inf)
+        if not all(math.isfinite(value) for value in torch.stack([each.float() for each in largest]).tolist()):
+            return "weights that are NaN or infinite"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        row, model = self.train_dataset[0], self.trained()
+        ids = next(row[name] for name in ("input_ids", "chosen_ids", "prompt_ids") if name in row)[:PROBE_TOKENS]
+        training = model.training
+        model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = model(input_ids=torch.tensor([ids], device=self.args.device)).logits
+        model.train(training)
+        return "weights whose outputs are NaN" if bool(outputs.isnan().any()) else None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.stop_signals is not None and self._any_process_stops():
             self.control.should_training_stop = True
             self.control.should_save = True
             self.control.should_evaluate = False
+        if self.control.should_save or self.control.should_evaluate:
+            self.check_weights()
         if self.state.global_step == 1 or self.control.should_save:
             self._check_processes_agree()
         return super()._maybe_log_save_evaluate(*args, **kwargs)

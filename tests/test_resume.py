@@ -161,7 +161,9 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_is_used(
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
 
 
-def test_checkpoints_are_rotated_by_step_never_by_the_clock(posttrain: Posttrain, rows: Path, interrupted: Path) -> None:
+def test_checkpoints_are_rotated_by_step_never_by_the_clock(
+    posttrain: Posttrain, rows: Path, interrupted: Path
+) -> None:
     """Those of the first start seem to come from tomorrow: the clock was set back, or the folder copied."""
     tomorrow = time.time() + 86400
     for checkpoint in interrupted.glob("checkpoint-*"):

@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
         "stage.learning_rate=900", "stage.warmup_steps=0", "+trainer.max_grad_norm=0", "+trainer.max_steps=60"
     )
     assert done.code == 1, done
-    assert "the weights were not touched by it" in done.err
+    assert "stopped before the optimizer step" in done.err or "left weights" in done.err
     assert "stage.learning_rate=900" in done.err
     assert not Path("outputs/demo/sft/posttrain.json").exists()
 

@@ -161,6 +161,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
 
     def _roll_out(self, number: int) -> None:
         """Answer the rollout's prompts, score the answers and estimate their advantages."""
+        self.check_weights()  # generation would fail on NaN without saying why
         plan, rank = self.plan, self.accelerator.process_index
         chosen = prompts_of_rollout(plan, self.args.seed, number)[rank * plan.per_process :][: plan.per_process]
         with self.seeded(f"{self.args.seed} {number} {rank}"):
