@@ -54,6 +54,14 @@ def narrow(prompts, completions):
 def wanted(prompts, completions, wish, **columns):
     return [float(each == "much") for each in wish]
 
+def leaves(prompts, completions, **columns):
+    raise SystemExit(0)
+
+def leaves_later(prompts, completions, **columns):
+    for prompt in prompts:
+        raise SystemExit(0)
+        yield 1.0
+
 async def slow(prompts, completions, **columns):
     return [0.5] * len(prompts)
 """
@@ -63,6 +71,7 @@ async def slow(prompts, completions, **columns):
 def prompts(tmp_path: Path) -> str:
     """Sixteen prompts of different lengths, and my_rewards.py beside them."""
     (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
     rows = [{"prompt": f"Say {'very ' * (n % 4)}{n}.", "wish": "much" if n % 2 else "little"} for n in range(16)]
     return f"data.dataset_name={write_rows(tmp_path / 'prompts.jsonl', rows)}"
 
@@ -200,6 +209,13 @@ WRONG = {
     "inf": ("my_rewards.infinite", 1, "reward function infinite gave inf"),
     "too few": ("my_rewards.few", 1, "reward function few gave 1 rewards for 4 answers"),
     "no **columns": ("my_rewards.narrow", 1, "so it needs **columns"),
+    "sys.exit": ("my_rewards.leaves", 1, "reward function leaves failed: SystemExit: 0 (my_rewards.py:"),
+    "sys.exit in a generator": ("my_rewards.leaves_later", 1, "reward function leaves_later failed: SystemExit: 0"),
+    "sys.exit at import": (
+        "exits.py:even",
+        2,
+        "exits.py:even cannot be imported: SystemExit: 0",
+    ),
     "nothing applies": ("my_rewards.sometimes", 1, "the reward is not a finite number for"),
     "no function": ("my_rewards.evn", 2, "no function evn in"),
     "no module": ("my_reward.even", 2, "no module named my_reward"),

@@ -1,5 +1,6 @@
 """Rewards behind TRL's signature f(prompts, completions, completion_ids, **columns): models and Python functions."""
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -63,15 +64,15 @@ def _run(found: Any, key: str, spec: str) -> ModuleType:
     sys.modules[found.name] = module
     try:
         found.loader.exec_module(module)
-    except BaseException as error:
+    except BaseException as error:  # SystemExit among them: it would end the run as if all were well
         del sys.modules[found.name]
-        if isinstance(error, Exception):
-            raise ConfigError(f"{key}={spec} cannot be imported: {_told(error)}") from error
-        raise
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ConfigError(f"{key}={spec} cannot be imported: {_told(error)}") from error
     return module
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     at = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
 
@@ -82,8 +83,7 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
     A coroutine function stays one, so that TRL awaits several at a time.
     """
 
-    def check(found: Any, completions: Sequence[Any]) -> list[float | None]:
-        values = list(found)
+    def check(values: list[Any], completions: Sequence[Any]) -> list[float | None]:
         if len(values) != len(completions):
             raise PosttrainError(f"reward function {name} gave {len(values)} rewards for {len(completions)} answers")
         for value, completion in zip(values, completions, strict=True):
@@ -94,7 +94,7 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
                 )
         return [None if value is None else float(value) for value in values]
 
-    def failed(error: Exception) -> PosttrainError:
+    def failed(error: BaseException) -> PosttrainError:
         more = "; it is called with prompts=, completions= and more, so it needs **columns"
         return PosttrainError(
             f"reward function {name} failed: {_told(error)}{more if isinstance(error, TypeError) else ''}"
@@ -102,15 +102,19 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
 
     def call(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         try:
-            found = function(completions=completions, **columns)
-        except Exception as error:
+            found = list(function(completions=completions, **columns))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise failed(error) from error
         return check(found, completions)
 
     async def call_and_wait(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         try:
-            found = await function(completions=completions, **columns)
-        except Exception as error:
+            found = list(await function(completions=completions, **columns))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise
+        except BaseException as error:
             raise failed(error) from error
         return check(found, completions)
 
