@@ -31,6 +31,17 @@ def write_atomically(path: Path, content: str) -> None:
     staged.replace(path)
 
 
+def modes_by_umask(folder: Path) -> None:
+    """Give the files below a folder that a run has just written the mode that any new file has.
+
+    safetensors makes its own readable by their owner alone (0.8), which locks a colleague or a server out.
+    """
+    os.umask(mask := os.umask(0o077))  # it can only be read by setting it
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 def sha256(path: Path) -> str:
     """The digest of a file, which is on the disk when this returns."""
     with path.open("rb") as file:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import paths
 from posttrain.arguments import process_state
+from posttrain.checkpoint import modes_by_umask
 from posttrain.config import nearest
 from posttrain.encoding import ChatEncoder, plain_template
 from posttrain.errors import ConfigError, PosttrainError
@@ -248,6 +249,7 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
                 built = AutoModelForCausalLM.from_config(config)
             built.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            modes_by_umask(folder)
     state.wait_for_everyone()
     return str(folder)
 

@@ -14,6 +14,7 @@ from posttrain.checkpoint import (
     StopSignals,
     fault,
     file_hashes,
+    modes_by_umask,
     newest_whole,
     rotate,
     write_atomically,
@@ -269,6 +270,7 @@ class SafeTrainer(_TrainerBase):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                modes_by_umask(folder)
                 write_atomically(folder / MANIFEST, json.dumps({"files": file_hashes(folder)}, indent=1))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self._report_failed_save(folder, error)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.checkpoint import modes_by_umask
 from posttrain.console import is_main_process, say
 from posttrain.errors import PosttrainError
 from posttrain.evaluation import scores
@@ -59,6 +60,8 @@ def save_model(
     trainer.accelerator.wait_for_everyone()
     if not is_main_process():
         return
+    for written in (folder.model, folder.adapter):
+        modes_by_umask(written)
     actual = _scores_in_a_new_process(folder.model, rows) if is_classifier else _logits_of(folder.model, rows, config)
     scale = max(float(expected.abs().max()), 1.0)
     difference = float((actual - expected).abs().max()) / scale

@@ -292,6 +292,23 @@ def prompts(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_every_file_has_the_mode_that_the_umask_gives(
+    posttrain: Posttrain, rows: Path, prompts: None, stage: str
+) -> None:
+    command = arguments(rows) if stage == "sft" else [*PPO, "trainer.save_steps=6"]
+    mask = os.umask(0o027)
+    try:
+        assert posttrain(*command, *LORA).code == 0
+    finally:
+        os.umask(mask)
+    files = [path for path in Path("outputs").rglob("*") if path.is_file()]
+    assert {f"{path.parent.name}/{path.name}" for path in files} >= {
+        f"{folder}/{name}.safetensors" for folder, name in (("model", "model"), ("adapter", "adapter_model"))
+    }
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): "0o640" for path in files}
+
+
 # 10 prompts and rollouts of 8: 2 rollouts of 6 steps in each of 3 passes; 13 lies inside the third rollout
 KILLS = {
     "full, between rollouts": ((), 6),
