@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from posttrain.errors import Stopped
+from posttrain.errors import PosttrainError, Stopped
 
 PREFIX = "checkpoint-"
 MANIFEST = "checkpoint.json"
+RUNNING = "running_{}.json"  # of each process
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -74,6 +75,32 @@ def fault(checkpoint: Path) -> str | None:
         if path.stat().st_size != size or sha256(path) != digest:
             return f"{name} has changed since it was written"
     return None
+
+
+def log_sizes(folder: Path) -> dict[str, int]:
+    """How many bytes the logs of a run have by now, all of them on the disk."""
+    found = {}
+    for path in folder.glob("*.jsonl"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            found[path.name] = os.fstat(file.fileno()).st_size
+    return found
+
+
+def read_running(checkpoint: Path, process: int = 0) -> dict[str, Any]:
+    """What the next log entries are made of, on a process, besides the weights.
+
+    Raises:
+        PosttrainError: the checkpoint is of a version that did not keep it.
+    """
+    file = checkpoint / RUNNING.format(process)
+    if not file.is_file():
+        raise PosttrainError(
+            f"{file} is missing: an older version of posttrain wrote this checkpoint. Finish the run with that "
+            "version, or start over with overwrite=true"
+        )
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def step_of(checkpoint: Path) -> int:

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
@@ -26,7 +27,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, step_of, write_atomically
+from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, read_running, write_atomically
 from posttrain.config import differences
 from posttrain.console import is_main_process, say
 from posttrain.errors import ConfigError, PosttrainError
@@ -288,12 +289,11 @@ class RunFolder:
             shutil.rmtree(checkpoint)
 
     def begin(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
-        """Write down what the run is, before its first step; forget what was logged after `checkpoint`."""
-        reached = step_of(checkpoint) if checkpoint else -1
+        """Write down what the run is, before its first step; cut the logs back to what `checkpoint` knows of them."""
+        sizes = read_running(checkpoint)["logs"] if checkpoint else {}
         for file in (self.path / name for name in LOGS):
-            kept = [line for line in read_lines(file) if line["step"] <= reached]
             if file.is_file():
-                write_atomically(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+                os.truncate(file, min(sizes.get(file.name, 0), file.stat().st_size))
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity["config"])))
         write_atomically(self.path / IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False))
 

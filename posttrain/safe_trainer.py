@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from posttrain.checkpoint import (
     MANIFEST,
     PREFIX,
+    RUNNING,
     StopSignals,
     fault,
     file_hashes,
+    log_sizes,
     modes_by_umask,
     newest_whole,
+    read_running,
     rotate,
     write_atomically,
 )
@@ -68,6 +72,10 @@ class SafeTrainer(_TrainerBase):
     data_collator: Any
     eval_dataset: Any
     _saved_step: int | None = None
+    _evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step, and what was found after it
+    _evaluation_due = False  # a signal came before it
+    _began = 0.0
+    _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +99,14 @@ class SafeTrainer(_TrainerBase):
         return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "no"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What `measure` finds and logs, once for the weights as they are."""
+        step, metrics = self._evaluated
+        if step != self.state.global_step:
+            metrics = self.measure()
+            self._evaluated = (self.state.global_step, metrics)
+        return dict(metrics)
+
+    def measure(self) -> dict[str, float]:
         """The held-out loss and what TRL counts beside it, over the rows of all processes.
 
         Not the Trainer's own loop: called before training, as here, that lets accelerate take the model for prepared,
@@ -148,7 +164,61 @@ class SafeTrainer(_TrainerBase):
         """What a batch weighs in the mean of the loss, or of what TRL counts as `name`: its rows."""
         return len(next(iter(inputs.values())))
 
+    # -- what the logs are made of is part of a checkpoint, so that a resumed run writes the same ones
+
+    def running(self) -> dict[str, Any]:
+        """What this process has added up, and trainer_state.json does not hold."""
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": self._metrics["train"],
+            "tokens": self._total_train_tokens,
+            "evaluated": self._evaluated,
+            "evaluation_due": self._evaluation_due,
+            "seconds": self._earlier_seconds + time.monotonic() - self._began,
+            "logs": log_sizes(Path(self.args.output_dir)),
+        }
+
+    def resume(self, running: dict[str, Any], checkpoint: Path) -> None:
+        """Go on from what `running` gave."""
+        self._tr_loss.fill_(running["loss"])
+        self._total_loss_scalar, self._globalstep_last_logged = running["total_loss"], running["last_logged"]
+        self._initial_global_step = 0  # train_loss is a mean over all steps, those before the resume too
+        self._metrics["train"] |= running["metrics"]
+        self._total_train_tokens = running["tokens"]
+        self._evaluated, self._earlier_seconds = running["evaluated"], running["seconds"]
+        self.state.compute_steps(self.args, self.state.max_steps)  # save_steps may be another one now
+        if running["evaluation_due"]:
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        file = Path(output_dir) / RUNNING.format(self.accelerator.process_index)
+        file.write_text(json.dumps(self.running()), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called on every process before the first step after a resume."""
+        if checkpoint is not None:
+            self.resume(read_running(Path(checkpoint), self.accelerator.process_index), Path(checkpoint))
+        super()._load_rng_state(checkpoint)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
+
+    def finish(self, checkpoint: Path) -> None:
+        """End a run whose last step is in the checkpoint: `train` would take one more."""
+        import torch
+
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+        self._tr_loss, self.neftune_noise_alpha = torch.zeros((), device=self.args.device), None
+        self.model.train()
+        self._load_rng_state(str(checkpoint))
+        self._finalize_training(None, self.state.max_steps * self.get_total_train_batch_size(self.args), time.time())
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._began = time.monotonic()
         found = super().train(*args, **kwargs)
         self.check_weights()
         return found
@@ -228,6 +298,7 @@ class SafeTrainer(_TrainerBase):
         if self.stop_signals is not None and self._any_process_stops():
             self.control.should_training_stop = True
             self.control.should_save = True
+            self._evaluation_due = self._evaluation_due or self.control.should_evaluate
             self.control.should_evaluate = False
         if self.control.should_save or self.control.should_evaluate:
             self.check_weights()
@@ -290,6 +361,7 @@ class SafeTrainer(_TrainerBase):
         return best
 
     def _load_best_model(self) -> None:
+        self._evaluated = (-1, {})
         self.best_checkpoint()
         super()._load_best_model()
 

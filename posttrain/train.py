@@ -21,10 +21,11 @@ from posttrain.checkpoint import StopSignals
 from posttrain.config import to_dict
 from posttrain.console import is_main_process, logging_to, number, say, show_table, warn
 from posttrain.evaluation import panel
-from posttrain.lineage import RunFolder, read_lines
+from posttrain.lineage import RunFolder
 from posttrain.memory import show_memory
 from posttrain.model import load_tokenizer, prepare_base
 from posttrain.preview import show_data, show_dry_run, show_plan
+from posttrain.progress import show_progress
 from posttrain.saving import save_model
 from posttrain.schema import Config, PPOStage
 from posttrain.stages import STAGES
@@ -170,8 +171,7 @@ def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
     base = prepare_base(config.model, tokenizer, folder.base)
     loaded = stage.load(config, tokenizer, base)
     trainer = stage.build(config, prepared, loaded, tokenizer, folder.path)
-    trainer.remove_callback(_printing_progress())
-    trainer.add_callback(_progress(folder))
+    show_progress(trainer, folder.metrics, checkpoint)
     if is_main_process():
         folder.begin(identity, checkpoint)
     parameters = list(trainer.model.parameters())
@@ -223,11 +223,7 @@ def _train(trainer: Any, checkpoint: Path | None) -> float:
         reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         say(f"resuming from {checkpoint.name}")
         if reached.global_step >= reached.max_steps:
-            # nothing is left to train, and transformers would take one more step
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = reached
-            if trainer.args.load_best_model_at_end:
-                trainer._load_best_model()
+            trainer.finish(checkpoint)
             _tell_best(trainer)
             return 0.0
     started = time.monotonic()
@@ -274,41 +270,6 @@ def _tables(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, 
 
 def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Result:
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
-
-
-def _printing_progress() -> Any:
-    from transformers.trainer_callback import ProgressCallback
-
-    return ProgressCallback
-
-
-def _progress(folder: RunFolder) -> Any:
-    """A progress bar that shows loss and learning rate, and metrics.jsonl with a line per log entry."""
-    from transformers.trainer_callback import ProgressCallback
-
-    class Progress(ProgressCallback):
-        logged: set[tuple[int, frozenset[str]]] | None = None  # of an earlier start of this run
-
-        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-            """No second bar for an evaluation."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if not state.is_world_process_zero or not logs:
-                return
-            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            entry = {"step": state.global_step, **numbers}
-            # what was logged between a checkpoint and the end of the process is the same again after a resume
-            if self.logged is None:
-                self.logged = {(line["step"], frozenset(line)) for line in read_lines(folder.metrics)}
-            if (state.global_step, frozenset(entry)) not in self.logged:
-                with folder.metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-            shown = {name: f"{numbers[name]:.3g}" for name in ("loss", "eval_loss", "learning_rate") if name in numbers}
-            if self.training_bar is not None and shown:
-                self.last_shown = {**getattr(self, "last_shown", {}), **shown}
-                self.training_bar.set_postfix(self.last_shown)
-
-    return Progress()
 
 
 def _entry_point() -> str:

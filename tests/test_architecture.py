@@ -19,6 +19,7 @@ FLOORS = {
     "posttrain.launching": 3,
     "posttrain.checkpoint": 1,
     "posttrain.safe_trainer": 2,
+    "posttrain.progress": 2,
     "posttrain.report_card": 1,
     "posttrain.sources": 2,
     "posttrain.data": 3,

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, WORDS, Outcome, weights, write_rows
 from test_pipeline import SHORT
+from test_resume import logged as without_times
 from test_resume import wait_for
 
 from posttrain import evaluate
@@ -126,8 +127,8 @@ def test_every_way_of_training(
 
 
 def interrupted(stage: str, folder: Path, *more: str) -> None:
-    """Killed with its second checkpoint written, started again: the weights of an undisturbed run, bit for bit."""
-    arguments = ("stage.batch_size=2", "trainer.save_steps=1", *more)
+    """Killed with its second checkpoint written, started again: weights and logs of an undisturbed run, bit for bit."""
+    arguments = ("stage.batch_size=2", "trainer.save_steps=1", "trainer.logging_steps=3", *more)
     whole = ended(launched(*command(stage, "whole", *arguments), cwd=folder))
     assert whole.code == 0, whole
     longer = launched(*command(stage, "cut", *arguments), cwd=folder)
@@ -139,6 +140,8 @@ def interrupted(stage: str, folder: Path, *more: str) -> None:
     assert "resuming from checkpoint-" in again.out or "already complete" in again.out, again
     first, second = (weights(folder / f"outputs/{name}/{stage}/model") for name in ("whole", "cut"))
     assert all(bool((first[name] == second[name]).all()) for name in first)
+    straight, resumed = (without_times(folder / f"outputs/{name}/{stage}") for name in ("whole", "cut"))
+    assert straight == resumed
 
 
 def test_ppo_on_two_processes_resumes(sources: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,17 @@ def arguments(rows: Path, *more: str) -> list[str]:
     return [f"data.dataset_name={rows}", *RUN, *more]
 
 
+TIMES = {"time", "step_time", "tokens_per_second", "train_runtime"}
+TIMES |= {f"train_{what}_per_second" for what in ("samples", "steps", "tokens")}
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged, and its manifest's numbers last; times and speeds apart."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines.append(json.loads((folder / "posttrain.json").read_text())["metrics"])
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
 @pytest.mark.parametrize(
     "more", [(), LORA, ("trainer.gradient_accumulation_steps=2",)], ids=["full", "lora", "accumulate"]
 )
@@ -58,12 +70,40 @@ def test_killed_inside_a_save_and_started_again(
     assert done.code == 0, done
     assert "resuming from checkpoint-" in done.out
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
-    lines = [json.loads(line) for line in (SFT / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 27))
-    straight, resumed = (
-        json.loads((folder / "posttrain.json").read_text())["metrics"] for folder in (Path("straight/demo/sft"), SFT)
-    )
-    assert straight["eval_loss"] == resumed["eval_loss"]
+    assert [line["step"] for line in logged(SFT) if "loss" in line] == list(range(1, 27))
+    assert logged(SFT) == logged(Path("straight/demo/sft"))
+
+
+# a log entry is made of five steps, and checkpoints lie in between; an evaluation falls on some of the checkpoints
+LOGS = ("trainer.logging_steps=5", "trainer.save_steps=3", "trainer.eval_steps=6", "stage.batch_size=4")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_the_logs_of_a_killed_run_are_those_of_an_undisturbed_one(
+    posttrain: Posttrain, rows: Path, tmp_path: Path, stage: str
+) -> None:
+    pairs = [
+        {"prompt": f"Say {n}.", "chosen": f"{n} it is. " * (n % 3 + 1), "rejected": f"No {n}."} for n in range(1, 41)
+    ]
+    data = rows if stage == "sft" else write_rows(tmp_path / "pairs.jsonl", pairs)
+    command = [*arguments(data, *LOGS, f"stage={stage}", "data.test_size=7")]
+    assert posttrain(*command, "output_dir=straight").code == 0
+    straight, folder = Path("straight/demo", stage), Path("outputs/demo", stage)
+    assert len([line for line in logged(straight) if "loss" in line]) == 5
+    for written, number in (("metrics.jsonl", signal.SIGKILL), (f"checkpoint-3/{MANIFEST}", signal.SIGTERM)):
+        process = start(*command, cwd=tmp_path)
+        wait_for(tmp_path / folder / written, process)
+        process.send_signal(number)
+        process.communicate()
+    assert not (folder / "posttrain.json").exists()
+    assert posttrain(*command).code == 0
+    assert logged(folder) == logged(straight)
+    assert len({json.dumps(line) for line in logged(folder)}) == len(logged(folder))
+
+    (folder / "posttrain.json").unlink()  # killed at the very end: nothing is left to train
+    shutil.rmtree(folder / "model")
+    assert posttrain(*command).code == 0
+    assert logged(folder) == logged(straight)
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_143(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
@@ -279,7 +319,7 @@ PPO = (
     "stage.kl_horizon=50",
     "stage.reward_functions=[my_rewards.even]",
     "trainer.save_total_limit=3",
-    "trainer.logging_steps=1",
+    "trainer.logging_steps=4",
 )
 
 
@@ -333,16 +373,32 @@ def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     assert done.code == 0, done
     assert "resuming from checkpoint-" in done.out
     assert same_weights(Path("straight/demo/ppo/model"), Path("outputs/demo/ppo/model"))
-    straight, resumed = (
-        [json.loads(line) for line in Path(folder, "demo/ppo/metrics.jsonl").read_text().splitlines()]
-        for folder in ("straight", "outputs")
-    )
-    names = ("step", "reward", "kl", "kl_coef", "explained_variance", "loss", "policy_loss")
-    assert [{name: line.get(name) for name in names} for line in straight if "train_loss" not in line] == [
-        {name: line.get(name) for name in names} for line in resumed if "train_loss" not in line
-    ]
+    assert logged(Path("outputs/demo/ppo")) == logged(Path("straight/demo/ppo"))
     rollouts = [Path(folder, "demo/ppo/rollouts.jsonl").read_text() for folder in ("straight", "outputs")]
     assert rollouts[0] == rollouts[1]
+
+
+def test_an_evaluation_that_a_signal_has_put_off_is_made_after_the_resume(
+    posttrain: Posttrain, prompts: None, tmp_path: Path
+) -> None:
+    """SIGTERM comes in the rollout after step 6, and the evaluation is due after step 7."""
+    command = (*PPO, "trainer.save_steps=30", "trainer.eval_strategy=steps", "trainer.eval_steps=7")
+    assert posttrain(*command, "output_dir=straight").code == 0
+    (tmp_path / "my_rewards.py").write_text(
+        (tmp_path / "my_rewards.py").read_text()
+        + "import os, pathlib, signal\n"
+        + "def even_and_stop(trainer_state, **columns):\n"
+        + "    if trainer_state.global_step == 6 and not pathlib.Path('stopped').exists():\n"
+        + "        pathlib.Path('stopped').touch()\n"
+        + "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        + "    return even(**columns)\n"
+    )
+    sys.modules.pop("my_rewards")
+    stopping = [word.replace("my_rewards.even", "my_rewards.even_and_stop") for word in command]
+    assert posttrain(*stopping).code == 143
+    assert [path.name for path in Path("outputs/demo/ppo").glob("checkpoint-*")] == ["checkpoint-7"]
+    assert posttrain(*stopping).code == 0
+    assert logged(Path("outputs/demo/ppo")) == logged(Path("straight/demo/ppo"))
 
 
 BEST = (

@@ -7,7 +7,6 @@ how prompts are tokenised, what a rollout holds, the loss, and what a checkpoint
 tests/test_trl_internals.py pins what is relied upon.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from posttrain.rlhf.value import POLICY, VALUE, Estimates, PolicyAndValue, Value
 from posttrain.safe_trainer import SafeTrainer
 
 WEIGHTS = "model.safetensors"
-PROGRESS = "ppo.json"
+BUFFER = "rollout_{}.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -413,7 +412,7 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
             self._metrics["train"][name].append(mean)
         return loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """The held-out numbers of whoever set `judge_now`."""
         metrics = {f"eval_{name}": value for name, value in self.judge_now().items()} if self.judge_now else {}
         self.log(dict(metrics))
@@ -454,7 +453,6 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.roles().load_trained(Path(resume_from_checkpoint) / WEIGHTS)
-        self._load_progress(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -463,28 +461,28 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
             self.roles().load_trained(self.best_checkpoint() / WEIGHTS)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With the generators' states, on every process: the rollout and how far its passes have come."""
+        """With the generators' states, on every process: the rollout."""
         super()._save_rng_state(output_dir)
-        folder = Path(output_dir)
         if self._buffer is not None:
-            self._buffer.save(folder / f"rollout_{self.accelerator.process_index}.safetensors")
-        if self.args.should_save:
-            progress = {
-                "rollout": self._buffer_number,
-                "tokens": self._tokens,
-                "kl_coef": self.kl_controller.coef,
-                "trained_tokens": self.trained_tokens,
-                "forward_passes": self._step,
-            }
-            (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            self._buffer.save(Path(output_dir) / BUFFER.format(self.accelerator.process_index))
 
-    def _load_progress(self, folder: Path) -> None:
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        file = folder / f"rollout_{self.accelerator.process_index}.safetensors"
+    def running(self) -> dict[str, Any]:
+        """And how far the passes over the rollout have come."""
+        return super().running() | {
+            "rollout": self._buffer_number,
+            "rollout_tokens": self._tokens,
+            "kl_coef": self.kl_controller.coef,
+            "trained_tokens": self.trained_tokens,
+            "forward_passes": self._step,
+        }
+
+    def resume(self, running: dict[str, Any], checkpoint: Path) -> None:
+        file = checkpoint / BUFFER.format(self.accelerator.process_index)
         self._buffer = RolloutBuffer.load(file, self.accelerator.device) if file.is_file() else None
-        self._buffer_number, self._tokens = progress["rollout"], progress["tokens"]
-        self.kl_controller.coef = progress["kl_coef"]
-        self.trained_tokens, self._step = progress["trained_tokens"], progress["forward_passes"]
+        self._buffer_number, self._tokens = running["rollout"], running["rollout_tokens"]
+        self.kl_controller.coef = running["kl_coef"]
+        self.trained_tokens, self._step = running["trained_tokens"], running["forward_passes"]
+        super().resume(running, checkpoint)
 
 
 def is_critic(name: str) -> bool:

@@ -59,6 +59,7 @@ def build(
 
     class Trainer(SafeTrainer, DPOTrainer):
         live: Any = None  # (metrics of TRL) -> ours, set when the run's panel is known
+        start: Any = None  # held-out log-probabilities of chosen and rejected answers at the start
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset  # encoded already
@@ -83,11 +84,18 @@ def build(
             tokens = {"logits/chosen": chosen, "mean_token_accuracy": chosen, "logits/rejected": rejected}
             return (tokens | {"entropy": chosen + rejected}).get(name, super().held_out_weight(name, inputs))
 
-        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        def measure(self) -> dict[str, float]:
+            metrics: dict[str, float] = super().measure()
             if self.live is not None:
                 metrics |= self.live(metrics)
             return metrics
+
+        def running(self) -> dict[str, Any]:
+            return super().running() | {"start": self.start}
+
+        def resume(self, running: dict[str, Any], checkpoint: Path) -> None:
+            self.start = running["start"]
+            super().resume(running, checkpoint)
 
     arguments = trainer_arguments(config, folder, prepared.test is not None)
     own_reference = not config.model.use_peft and not arguments.get("precompute_ref_log_probs")
@@ -171,17 +179,16 @@ class _Live:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.start: tuple[float, float] | None = None
         self.told = False
 
     def __call__(self, metrics: dict[str, float]) -> dict[str, float]:
         chosen, rejected = metrics["eval_logps/chosen"], metrics["eval_logps/rejected"]
-        if self.start is None:
-            self.start = (chosen, rejected)
-        fall, others = chosen - self.start[0], rejected - self.start[1]
+        trainer = self.work.trainer
+        trainer.start = trainer.start or (chosen, rejected)
+        fall, others = chosen - trainer.start[0], rejected - trainer.start[1]
         found = {"eval_chosen_logp_change": fall, "eval_rejected_logp_change": others}
         found |= sample_kl(self.work, KL_ANSWERS // 4)
-        self.work.trainer.log(dict(found))
+        trainer.log(dict(found))
         if fall < -1 and not self.told:
             self.told = True
             warn(

@@ -195,10 +195,9 @@ def preflight(work: Work) -> None:
         if "kl_error" in entry:  # a rollout before a resume
             alarms(entry)
     file = work.folder.rollouts
-    kept = {line["rollout"] for line in lineage.read_lines(file)}
 
     def on_rollout(rollout: "Rollout") -> None:
-        if is_main_process() and rollout.number not in kept:
+        if is_main_process():
             step = work.trainer.state.global_step
             with file.open("a", encoding="utf-8") as lines:
                 for sample in rollout.samples[:SAMPLES]:
@@ -259,7 +258,7 @@ def judge(work: Work) -> Judgement:
     """Reward, gold reward, KL and length of sampled answers to held-out prompts, and the prompt panel answered."""
     trainer = work.trainer
     found, _ = held_out(work)
-    if trainer.state.global_step == 0 and not work.folder.metrics.is_file():  # where the curves begin
+    if trainer.state.global_step == 0:  # where the curves begin
         trainer.log({f"eval_{name}": value for name, value in found.items()})
     with trainer.accelerator.autocast():
         answers = answer(trainer.trained(), work.prepared.encoder, work.panel[:ANSWERED], work.new_tokens)

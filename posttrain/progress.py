@@ -1,0 +1,93 @@
+"""How far a run has come: a bar in a terminal, elsewhere a line for each log entry, and metrics.jsonl in any case."""
+
+import json
+import math
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from posttrain.checkpoint import step_of
+from posttrain.console import log, say
+
+SHOWN = {
+    "loss": "loss",
+    "eval_loss": "held-out loss",
+    "reward": "reward",
+    "kl": "KL",
+    "eval_reward": "held-out reward",
+    "eval_kl": "held-out KL",
+    "learning_rate": "lr",
+}
+# the newest numbers stand first: the bar between them and the counts takes what room a narrow terminal leaves
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+
+
+def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
+    """Let the trainer show its progress this way, and log to the file `metrics`."""
+    from transformers.trainer_callback import ProgressCallback, TrainerCallback, tqdm
+
+    reached = step_of(checkpoint) if checkpoint else 0
+
+    class Progress(TrainerCallback):
+        bar: Any = None
+        began, first_step, first_tokens = 0.0, 0, 0
+        newest: dict[str, str] = {}  # noqa: RUF012, replaced and never changed
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began, self.first_step = time.monotonic(), state.global_step
+            self.first_tokens = state.num_input_tokens_seen
+            if state.is_world_process_zero and sys.stderr.isatty():
+                self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=BAR, dynamic_ncols=True)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.bar is not None:
+                self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            # what is found before a resume is in the file already
+            if not state.is_world_process_zero or not logs or state.global_step < reached:
+                return
+            numbers = {name: value for name, value in logs.items() if _is_number(value)}
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            with metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "time": now, **numbers}) + "\n")
+            found = {label: f"{numbers[name]:.4g}" for name, label in SHOWN.items() if name in numbers}
+            if found:
+                self.show(found, state)
+
+        def show(self, found: dict[str, str], state: Any) -> None:
+            self.newest = {**self.newest, **found}
+            words = [f"{label} {value}" for label, value in found.items()]
+            line = "  ".join([*self.place(state), *words, *self.speed(state)])
+            if self.bar is None:
+                say(line)
+                return
+            log.info(line)
+            kept = [f"{label} {self.newest[label]}" for label in list(SHOWN.values())[:-1] if label in self.newest]
+            self.bar.set_description_str(", ".join(kept[:2]) + " ")
+
+        def place(self, state: Any) -> list[str]:
+            step, steps = state.global_step, state.max_steps
+            return [f"step {step}/{steps}", f"{step / steps:.0%}"] if steps else ["before training"]
+
+        def speed(self, state: Any) -> list[str]:
+            steps, seconds = state.global_step - self.first_step, time.monotonic() - self.began
+            if steps == 0:
+                return []
+            tokens = (state.num_input_tokens_seen - self.first_tokens) / seconds
+            left = timedelta(seconds=round(seconds / steps * (state.max_steps - state.global_step)))
+            return [f"{tokens:,.0f} tokens/s", f"{left} left"]
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
