@@ -12,10 +12,10 @@ from posttrain.checkpoint import step_of
 from posttrain.console import log, say
 
 SHOWN = {
-    "loss": "loss",
-    "eval_loss": "held-out loss",
     "reward": "reward",
     "kl": "KL",
+    "loss": "loss",
+    "eval_loss": "held-out loss",
     "eval_reward": "held-out reward",
     "eval_kl": "held-out KL",
     "learning_rate": "lr",
