@@ -137,7 +137,10 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 class StopSignals:
     """While active, SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second one ends at once."""
 
-    def __init__(self) -> None:
+    outside = "nothing was trained"  # what an interruption outside of training has done to this command's work
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -149,10 +152,13 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            written = [path.name for path in checkpoints(self.folder) if (path / MANIFEST).is_file()]
+            last = f"{written[-1]} stands" if written else "there is no checkpoint yet"
+            raise KeyboardInterrupt(f"by a second signal in the middle of a step; {last}")
         self.received = number
 
     def __exit__(self, *exception: object) -> None:
+        StopSignals.outside = "what was saved stands, and the same command goes on from it"
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -25,6 +25,8 @@ HARMLESS = (
     "Failed to load CPU gemm_4bit_forward from kernels-community",  # the built-in kernel serves
     "`gradient_checkpointing` is deprecated",  # TRL's own default still uses that name
     "`is_gradient_checkpointing` is deprecated",
+    # shares of the steps are compared with their number; what may not differ is refused by posttrain itself
+    "The following arguments do not match the ones in the `trainer_state.json`",
     "'pin_memory' argument is set as true but no accelerator is found",
 )
 

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from posttrain import console, paths
+from posttrain.checkpoint import StopSignals
 from posttrain.compose import read_command
 from posttrain.config import check
 from posttrain.console import TRACE, fail
@@ -32,7 +33,7 @@ def _report(error: BaseException) -> int:
         fail(type(error).__name__, str(error), everywhere=error.exit_code == 1)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        fail("Stopped", "by a second signal; the last whole checkpoint stands")
+        fail("Stopped", str(error) or f"by Ctrl-C outside of training; {StopSignals.outside}")
         return 130
     # a fault of the libraries or of ours: the paragraph here, the rest in the run's log
     where = traceback.extract_tb(error.__traceback__)[-1]

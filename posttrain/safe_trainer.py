@@ -78,8 +78,10 @@ class SafeTrainer(_TrainerBase):
     _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, model: Any, args: Any, **more: Any) -> None:
+        if args.ddp_find_unused_parameters is None and not _may_skip_weights(model):
+            args.ddp_find_unused_parameters = False  # DDP would look for them in each step, and warn that it found none
+        super().__init__(model=model, args=args, **more)
         # transformers deletes by modification time, and folders whose names merely begin like a checkpoint's
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -385,3 +387,9 @@ class SafeTrainer(_TrainerBase):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none beside the checkpoints: TRL's would name the folder, and a base model of None."""
+
+
+def _may_skip_weights(model: Any) -> bool:
+    """Whether a forward may leave out weights: those of experts, or of another modality than text."""
+    experts = any("expert" in name for name, _ in model.named_modules())
+    return experts or model.config.get_text_config() is not model.config

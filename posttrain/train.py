@@ -227,7 +227,7 @@ def _train(trainer: Any, checkpoint: Path | None) -> float:
             _tell_best(trainer)
             return 0.0
     started = time.monotonic()
-    with StopSignals() as signals:
+    with StopSignals(Path(trainer.args.output_dir)) as signals:
         trainer.stop_signals = signals
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     signals.raise_if_received(

@@ -87,6 +87,7 @@ def check_agreement(posttrain: Callable[..., Outcome], folder: Path, stage: str,
     assert one.code == 0, one
     two = ended(launched(*command(stage, "two", "stage.batch_size=2", *more), cwd=folder))
     assert two.code == 0, two
+    assert "find_unused_parameters" not in two.err
     assert two.out.count("device: cpu") == two.out.count("saved model: read again") == 1
     assert "× 2 devices = 4" in two.out
     left, right = (folder / "outputs" / name / stage for name in ("one", "two"))
@@ -137,6 +138,7 @@ def interrupted(stage: str, folder: Path, *more: str) -> None:
     longer.communicate()
     again = ended(launched(*command(stage, "cut", *arguments), cwd=folder))
     assert again.code == 0, again
+    assert "find_unused_parameters" not in again.err
     assert "resuming from checkpoint-" in again.out or "already complete" in again.out, again
     first, second = (weights(folder / f"outputs/{name}/{stage}/model") for name in ("whole", "cut"))
     assert all(bool((first[name] == second[name]).all()) for name in first)

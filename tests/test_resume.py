@@ -69,6 +69,7 @@ def test_killed_inside_a_save_and_started_again(
     done = posttrain(*arguments(rows, *more))
     assert done.code == 0, done
     assert "resuming from checkpoint-" in done.out
+    assert "do not match" not in done.out + done.err
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
     assert [line["step"] for line in logged(SFT) if "loss" in line] == list(range(1, 27))
     assert logged(SFT) == logged(Path("straight/demo/sft"))
@@ -122,6 +123,24 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(posttrain: Posttrain, rows: P
     assert f"step {newest.name.removeprefix('checkpoint-')} of 26" in err
     assert posttrain(*arguments(rows)).code == 0
     assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+
+
+def test_an_interruption_says_what_it_has_interrupted(rows: Path, tmp_path: Path) -> None:
+    process = start(*arguments(rows), cwd=tmp_path)
+    wait_for(tmp_path / SFT / "run.log", process)  # the model is loaded next
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "nothing was trained" in err
+    process = start(*arguments(rows), cwd=tmp_path)
+    wait_for(tmp_path / SFT / "checkpoint-8" / MANIFEST, process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    newest, _ = newest_whole(tmp_path / SFT)
+    assert newest is not None
+    assert f"by a second signal in the middle of a step; {newest.name} stands" in err
 
 
 def test_killed_after_the_last_step_and_before_the_end(posttrain: Posttrain, rows: Path) -> None:
