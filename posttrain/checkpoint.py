@@ -4,6 +4,7 @@ A checkpoint counts when its `checkpoint.json`, written last and atomically, nam
 and sha256, and they agree. One that a kill or a full disk cut short is never resumed from.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,9 +12,13 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from safetensors import SafetensorError
 
 from posttrain.errors import PosttrainError, Stopped
 
@@ -22,10 +27,39 @@ MANIFEST = "checkpoint.json"
 RUNNING = "running_{}.json"  # of each process
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While a run writes a file or a folder; half a folder is removed again, for it only takes room.
+
+    Raises:
+        PosttrainError: it could not be written; says why, and what to do.
+    """
+    try:
+        yield
+    except BaseException as error:
+        written = sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # torch's for a full disk is RuntimeError
+            raise
+        text, free = str(error), shutil.disk_usage(path.parent).free
+        full = any(os.strerror(number) in text for number in FULL) or free < 2**20
+        last, _ = newest_whole(path.parent)
+        raise PosttrainError(
+            f"{'no space left' if full else 'failed'} while writing {path} ({written / 1e6:.1f} MB written, "
+            f"{free / 1e6:.1f} MB free; {type(error).__name__}: {text.splitlines()[0] if text else ''}). "
+            f"{f'Last whole checkpoint: {last.name}' if last else 'There is no whole checkpoint'}; "
+            f"make room there{'' if full else ' or make it writable'}, and the same command goes on"
+        ) from error
+
+
 def write_atomically(path: Path, content: str) -> None:
     """Write a file so that a reader, whenever it looks, finds the old content, the new, or no file."""
     staged = path.with_name(path.name + ".part")
-    with staged.open("w", encoding="utf-8") as file:
+    with writing(path), staged.open("w", encoding="utf-8") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

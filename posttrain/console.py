@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -113,6 +113,17 @@ class _NotHarmless(logging.Filter):
         return not any(text in message for text in HARMLESS)
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk the log alone is cut short: the writes that matter say so, each in one paragraph."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's own name
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to(file: Path | None) -> Iterator[None]:
     """Log everything from INFO upwards to a file, and the libraries' warnings to the console as well."""
@@ -122,7 +133,7 @@ def logging_to(file: Path | None) -> Iterator[None]:
     root = logging.getLogger()
     handlers: list[logging.Handler] = []
     if file is not None and is_main_process():
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _LogFile(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(to_file)
     to_console = logging.StreamHandler()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import paths
 from posttrain.arguments import process_state
-from posttrain.checkpoint import modes_by_umask
+from posttrain.checkpoint import modes_by_umask, writing
 from posttrain.config import nearest
 from posttrain.encoding import ChatEncoder, plain_template
 from posttrain.errors import ConfigError, PosttrainError
@@ -247,6 +247,7 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
                     name, revision=model.model_revision, trust_remote_code=model.trust_remote_code
                 )
                 built = AutoModelForCausalLM.from_config(config)
+        with writing(folder):
             built.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             modes_by_umask(folder)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from posttrain.checkpoint import step_of
+from posttrain.checkpoint import step_of, writing
 from posttrain.console import log, say
 
 SHOWN = {
@@ -51,7 +51,7 @@ def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
                 return
             numbers = {name: value for name, value in logs.items() if _is_number(value)}
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            with metrics.open("a", encoding="utf-8") as file:
+            with writing(metrics), metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "time": now, **numbers}) + "\n")
             found = {label: f"{numbers[name]:.4g}" for name, label in SHOWN.items() if name in numbers}
             if found:

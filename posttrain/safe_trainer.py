@@ -1,9 +1,7 @@
 """What every trainer of ours has besides TRL's: whole checkpoints, exact resume, and no step on a broken loss."""
 
-import errno
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from posttrain.checkpoint import (
     read_running,
     rotate,
     write_atomically,
+    writing,
 )
 from posttrain.errors import PosttrainError
 
@@ -339,14 +338,12 @@ class SafeTrainer(_TrainerBase):
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         if self._saved_step == self.state.global_step:  # asked for twice: at the end of the step and of the epoch
             return
-        try:
+        with writing(folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 modes_by_umask(folder)
                 write_atomically(folder / MANIFEST, json.dumps({"files": file_hashes(folder)}, indent=1))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self._report_failed_save(folder, error)
         self._saved_step = self.state.global_step
         if self.args.should_save:  # older checkpoints go only now that the new one is whole
             rotate(folder.parent, self._limit, self.state.best_model_checkpoint)
@@ -366,19 +363,6 @@ class SafeTrainer(_TrainerBase):
         self._evaluated = (-1, {})
         self.best_checkpoint()
         super()._load_best_model()
-
-    def _report_failed_save(self, folder: Path, error: Exception) -> None:
-        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-        free = shutil.disk_usage(folder.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < 2**20
-        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint only takes room
-        last, _ = newest_whole(folder.parent)
-        raise PosttrainError(
-            f"{'no space left' if full else 'failed'} while writing {folder} ({written / 1e6:.1f} MB written, "
-            f"{free / 1e6:.1f} MB free; {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
-            f"{f'Last whole checkpoint: {last.name}' if last else 'There is no whole checkpoint'}; "
-            "the same command goes on from there"
-        ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)

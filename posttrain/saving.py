@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.checkpoint import modes_by_umask
+from posttrain.checkpoint import modes_by_umask, writing
 from posttrain.console import is_main_process, say
 from posttrain.errors import PosttrainError
 from posttrain.evaluation import scores
@@ -46,17 +46,20 @@ def save_model(
     is_classifier = config.stage.name == "reward"
     expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
     if is_peft_model(trained):
-        trainer.save_model(str(folder.adapter))
+        with writing(folder.adapter):
+            trainer.save_model(str(folder.adapter))
         if is_main_process():
             fresh = load(config, tokenizer, base, quantised=False)
             merged = PeftModel.from_pretrained(fresh, str(folder.adapter)).merge_and_unload()
             if hasattr(fresh, "generation_config"):
                 merged.generation_config = fresh.generation_config
-            merged.save_pretrained(folder.model)
-            tokenizer.save_pretrained(folder.model)
+            with writing(folder.model):
+                merged.save_pretrained(folder.model)
+                tokenizer.save_pretrained(folder.model)
             del fresh, merged
     else:
-        trainer.save_model(str(folder.model))
+        with writing(folder.model):
+            trainer.save_model(str(folder.model))
     trainer.accelerator.wait_for_everyone()
     if not is_main_process():
         return

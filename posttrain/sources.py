@@ -158,9 +158,12 @@ def check_source(data: DataConfig) -> None:
 
 def _read_files(paths: list[Path], problems: Problems, sources: dict[str, str]) -> Iterator[Record]:
     for path in paths:
-        with path.open("rb") as content:
-            sources[str(path.resolve())] = hashlib.file_digest(content, "sha256").hexdigest()
-        yield from _READERS[path.suffix](path, problems)
+        try:
+            with path.open("rb") as content:
+                sources[str(path.resolve())] = hashlib.file_digest(content, "sha256").hexdigest()
+            yield from _READERS[path.suffix](path, problems)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
 def _read_dataset(dataset: Any, name: str, sources: dict[str, str]) -> Iterator[Record]:

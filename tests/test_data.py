@@ -239,3 +239,10 @@ def test_the_gold_function_and_the_flipped_labels() -> None:
             for row in rows
         ]
         assert sum(chosen < rejected for chosen, rejected in score) == round(0.1 * len(rows))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Nobody can read the first page of a process, whatever the rights."""
+    (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Input/output error"):
+        read(tmp_path / "rows.jsonl")

@@ -304,21 +304,42 @@ def test_a_second_start_of_a_running_run_is_refused(posttrain: Posttrain, rows: 
     assert "is in use by another process" in done.err
 
 
-def test_a_full_disk_is_told_and_leaves_no_half_checkpoint(rows: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: the optimizer's state is the first file above it."""
+# what is the first thing above a limit on the size of files, which stands for the full disk
+FULL_DISKS = {
+    "base": (1_000_000, ()),
+    "checkpoint-4": (4_000_000, ()),
+    "adapter": (4_000_000, (*LORA, "model.lora_r=500", "trainer.save_strategy=no", "+trainer.optim=sgd")),
+}
+
+
+@pytest.mark.parametrize(("written", "limit", "more"), [(name, *rest) for name, rest in FULL_DISKS.items()])
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    rows: Path, tmp_path: Path, written: str, limit: int, more: tuple[str, ...]
+) -> None:
     import resource
 
-    def limit() -> None:
+    def small() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = start(*arguments(rows), cwd=tmp_path, preexec_fn=limit)
+    process = start(*arguments(rows, *more), cwd=tmp_path, preexec_fn=small)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
-    assert "while writing" in err
+    assert f" while writing {tmp_path / SFT / written} (" in err
     assert "There is no whole checkpoint" in err
     assert "Traceback" not in err
+    assert not (tmp_path / SFT / written).exists()
     assert not list((tmp_path / SFT).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.log"])
+def test_logs_on_a_full_disk_end_without_a_traceback(posttrain: Posttrain, rows: Path, name: str) -> None:
+    SFT.mkdir(parents=True)
+    (SFT / name).symlink_to("/dev/full")
+    done = posttrain(*arguments(rows))
+    assert done.code == (1 if name == "metrics.jsonl" else 0), done
+    assert "Traceback" not in done.err
+    assert done.code == 0 or f"{SFT / name}" in done.err
 
 
 PPO = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import lineage, model
 from posttrain.arguments import process_state, trainer_arguments, trl_config
+from posttrain.checkpoint import writing
 from posttrain.console import is_main_process, say, warn
 from posttrain.curves import draw_curves
 from posttrain.data import read_prompts
@@ -199,7 +200,7 @@ def preflight(work: Work) -> None:
     def on_rollout(rollout: "Rollout") -> None:
         if is_main_process():
             step = work.trainer.state.global_step
-            with file.open("a", encoding="utf-8") as lines:
+            with writing(file), file.open("a", encoding="utf-8") as lines:
                 for sample in rollout.samples[:SAMPLES]:
                     line = {"step": step, "rollout": rollout.number, **sample}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
