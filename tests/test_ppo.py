@@ -42,6 +42,9 @@ def broken(prompts, completions, **columns):
 def infinite(prompts, completions, **columns):
     return [math.inf] * len(prompts)
 
+def huge(prompts, completions, **columns):
+    return [(-1) ** number * 1e38 for number, _ in enumerate(prompts)]
+
 def constant(prompts, completions, **columns):
     return [3.0] * len(prompts)
 
@@ -207,6 +210,7 @@ def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts:
 WRONG = {
     "nan": ("my_rewards.broken", 1, "reward function broken gave nan, which is no finite number"),
     "inf": ("my_rewards.infinite", 1, "reward function infinite gave inf"),
+    "too large for sums": ("my_rewards.huge", 1, "huge gave a reward of 1e+38 at step 0"),
     "too few": ("my_rewards.few", 1, "reward function few gave 1 rewards for 4 answers"),
     "no **columns": ("my_rewards.narrow", 1, "so it needs **columns"),
     "sys.exit": ("my_rewards.leaves", 1, "reward function leaves failed: SystemExit: 0 (my_rewards.py:"),

@@ -88,6 +88,7 @@ CALM = {
     "ended_by_eos": 0.9,
     "kl": 1.0,
     "kl_error": 0.1,
+    "kl_k3": 1.0,
     "entropy": 2.0,
     "response_length": 20.0,
     "explained_variance": 0.5,
@@ -113,8 +114,12 @@ def alarms(**changes: Any) -> Alarms:
         "kl_ceiling": None,
         "learning_rate": 1e-6,
         "value_learning_rate": None,
+        "critic_warmup_steps": 0,
+        "num_mini_batches": 2,
+        "ppo_epochs": 2,
+        "rollout_batch_size": 16,
     }
-    return Alarms(PPOStage(**(settings | changes)))
+    return Alarms(PPOStage(**(settings | changes)), planned=20)
 
 
 @pytest.mark.parametrize(("change", "told", "remedy"), ALARMS.values(), ids=ALARMS)
@@ -135,6 +140,37 @@ def test_a_critic_may_be_bad_for_a_while() -> None:
     assert "worse than a constant (explained variance -0.20)" in text
     assert "stage.value_learning_rate=1e-05" in text
     assert [alarms()(numbers) for numbers in [bad, CALM] * 5] == [[]] * 10
+
+
+STILL = CALM | {"kl": 0.001, "kl_k3": 0.0, "kl_error": 0.002}
+
+
+def test_a_policy_that_does_not_move_is_told_half_way() -> None:
+    watch = alarms()
+    assert [watch(STILL) for _ in range(9)] == [[]] * 9
+    [text] = watch(STILL)
+    assert "after 10 rollouts the policy is where it began" in text
+    assert "stage.learning_rate=1e-05" in text
+    for moved in (STILL | {"kl_k3": 0.02}, STILL | {"kl": 0.2}, STILL | {"reward": 3.0}):
+        watch = alarms()
+        assert [watch(STILL) for _ in range(9)] == [[]] * 9
+        assert watch(moved) == []
+    watch = alarms(critic_warmup_steps=40)
+    assert [watch(STILL) for _ in range(10)] == [[]] * 10
+
+
+@pytest.mark.parametrize(("epochs", "told"), [("2", 1), ("0.5", 0)])
+def test_a_run_that_has_learned_nothing_says_so_at_its_end(
+    posttrain: Posttrain,
+    prompts: str,  # noqa: F811
+    epochs: str,
+    told: int,
+) -> None:
+    """Four rollouts, and one, after which nobody can tell."""
+    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.learning_rate=1e-9", f"stage.num_epochs={epochs}")
+    assert done.code == 0, done
+    assert done.out.count("the policy is where it began") == told
+    assert done.out.count("stage.learning_rate=1e-08") == told
 
 
 def test_a_ceiling_is_an_error() -> None:

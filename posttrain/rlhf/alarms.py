@@ -10,14 +10,16 @@ ENTROPY_LEFT = 0.2  # of the first rollout's
 LENGTH_FACTOR = 2.0
 SPREAD_LEFT = 0.05  # of the first rollout's reward spread
 LARGE = 100.0  # of a mean reward, as it is learned from
+STILL_ROLLOUTS = 5  # how long a policy may take to move, at least
+STILL_KL = 0.01  # nats per answer
 CRITIC_ROLLOUTS = 5  # how long the critic may take to be better than a constant
 
 
 class Alarms:
     """Watches the rollouts of one run."""
 
-    def __init__(self, stage: PPOStage) -> None:
-        self.stage = stage
+    def __init__(self, stage: PPOStage, planned: int) -> None:
+        self.stage, self.planned = stage, planned  # rollouts
         self.first: Mapping[str, float] | None = None
         self.rollouts = 0
         self.worse_than_constant = 0
@@ -52,6 +54,13 @@ class Alarms:
                 f"KL from the reference is {now['kl']:.3f} nats per answer, below 0 by more than chance: answers are "
                 "sampled from another distribution than the one they are scored under. Look at model.dtype and "
                 "precision (precision=fp32 tells), and leave generation to TRL's plain path: stage.use_vllm=false",
+            )
+        if self._is_still(now, first):
+            yield (
+                "still",
+                f"after {self.rollouts} rollouts the policy is where it began: KL from the reference "
+                f"{now['kl_k3']:.4f} nats per answer, reward {first['reward']:.4f} then and {now['reward']:.4f} now. "
+                f"Nothing is being learned; try stage.learning_rate={stage.learning_rate * 10:.0e}",
             )
         if now["kl"] > KL_HIGH and stage.kl_ceiling is None:
             yield (
@@ -113,3 +122,21 @@ class Alarms:
                 f"rewards hardly differ any more (spread {first['reward_std']:.3g} at first, {now['reward_std']:.3g} "
                 "now): what is left to gain may be noise of the reward. Fewer passes (stage.num_epochs=…) save time",
             )
+
+    def _is_still(self, now: Mapping[str, float], first: Mapping[str, float]) -> bool:
+        """Half of the run and the critic's warm-up are over, or the last rollout is here, and nothing has changed.
+
+        k3 is the estimate of KL that varies least; what is left of k1 and of the reward must be chance (two standard
+        errors).
+        """
+        stage = self.stage
+        learned = self.rollouts - 1 - stage.critic_warmup_steps / (stage.num_mini_batches * stage.ppo_epochs)
+        late = self.rollouts in (self.planned, max(STILL_ROLLOUTS, self.planned // 2))
+        chance = 2 * ((first["reward_std"] ** 2 + now["reward_std"] ** 2) / stage.rollout_batch_size) ** 0.5
+        return (
+            late
+            and learned >= 1
+            and now["kl_k3"] < STILL_KL
+            and abs(now["kl"]) <= 2 * now["kl_error"] + STILL_KL
+            and abs(now["reward"] - first["reward"]) <= chance
+        )

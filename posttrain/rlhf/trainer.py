@@ -28,6 +28,7 @@ from posttrain.rlhf.value import POLICY, VALUE, Estimates, PolicyAndValue, Value
 from posttrain.safe_trainer import SafeTrainer
 
 WEIGHTS = "model.safetensors"
+LARGEST = 1e15  # of a reward: sums of squares over a million tokens stay below float32's 3e38
 BUFFER = "rollout_{}.safetensors"
 
 
@@ -254,9 +255,17 @@ class PPOTrainer(SafeTrainer, RLOOTrainer):
         """TRL's reward plumbing: this process's (episodes, functions), NaN where a function does not apply.
 
         Raises:
-            PosttrainError: a reward is infinite, or no function applies to an answer.
+            PosttrainError: a reward is infinite or too large to compute with, or no function applies to an answer.
         """
         everything: Tensor = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        weights = self.reward_weights.to(everything.device).abs() / min(self.args.reward_scale, 1)
+        worst = int((everything.double() * weights).abs().nan_to_num(0).argmax())
+        row, column = divmod(worst, len(self.reward_func_names))
+        if LARGEST < abs(float(everything[row, column])) * float(weights[column]) < float("inf"):
+            raise PosttrainError(
+                f"{self.reward_func_names[column]} gave a reward of {float(everything[row, column]):.3g} at step "
+                f"{self.state.global_step}: its square overflows float32. Bring rewards to about 1 where they are made"
+            )
         without = torch.isnan(everything).all(1) | torch.isinf(everything).any(1)
         if without.any():
             names = ", ".join(self.reward_func_names)

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,13 @@ def preflight(work: Work) -> None:
     from posttrain.rlhf.start import check_start
 
     check_start(work.trainer)
-    alarms = Alarms(_stage(work.config))
+    args, plan = work.trainer.args, work.trainer.plan
+    steps = (
+        args.max_steps
+        if args.max_steps > 0
+        else args.num_train_epochs * plan.rollouts_per_epoch * plan.steps_per_rollout
+    )
+    alarms = Alarms(_stage(work.config), planned=math.ceil(steps / plan.steps_per_rollout))
     for entry in lineage.read_lines(work.folder.metrics):
         if "kl_error" in entry:  # a rollout before a resume
             alarms(entry)
