@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,32 +32,8 @@ else:
 
 
 PROBE_TOKENS = 64
-# what TRL counts of each batch that is no mean
-EXTREMES: dict[str, Callable[[float, float], float]] = {"min_reward": min, "max_reward": max, "num_tokens": max}
-
-
-class WeightedMeans:
-    """Means over batches of different weights; values of `EXTREMES` are the same on all processes already."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-        self.extremes: dict[str, float] = {}
-
-    def add(self, name: str, value: float, weight: float) -> None:
-        """Take in a batch of this process; a value that all processes share is given once by each of them."""
-        if name in EXTREMES:
-            self.extremes[name] = EXTREMES[name](value, self.extremes.get(name, value))
-        else:
-            total, weights = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (total + value * weight, weights + weight)
-
-    def over_processes(self, accelerator: Any) -> dict[str, float]:
-        """Each mean, over the batches of all processes."""
-        import torch
-
-        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device)
-        means = [total / weights for total, weights in accelerator.reduce(sums).tolist()]
-        return dict(zip(self.sums, means, strict=True)) | self.extremes
+# what TRL counts of each batch, over all processes, that is no mean
+EXTREMES: dict[str, Callable[[list[float]], float]] = {"min_reward": min, "max_reward": max, "num_tokens": max}
 
 
 class SafeTrainer(_TrainerBase):
@@ -72,6 +49,7 @@ class SafeTrainer(_TrainerBase):
     eval_dataset: Any
     _saved_step: int | None = None
     _evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step, and what was found after it
+    _asked_at, _save_due = -1, False
     _evaluation_due = False  # a signal came before it
     _began = 0.0
     _earlier_seconds = 0.0  # trained before a resume
@@ -120,17 +98,24 @@ class SafeTrainer(_TrainerBase):
         self.model.eval()
         batches, processes = self._held_out_batches(), self.accelerator.num_processes
         loader = DataLoaderShard(self.eval_dataset, batch_sampler=batches, collate_fn=self.held_out_collator())
-        means = WeightedMeans()
         whole = len(self.eval_dataset) // (self.args.eval_batch_size * processes)
+        values, sums = defaultdict(list), defaultdict(list)
         for number, batch in enumerate(loader):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 loss = float(self.held_out_loss(inputs))
-            counted = {name: values.pop() for name, values in self._metrics["eval"].items()}
+            counted = {name: noted.pop() for name, noted in self._metrics["eval"].items()}
             for name, value in {"loss": loss, **counted}.items():
-                weight = self.held_out_weight(name, inputs)
-                means.add(name, value, weight if number < whole else weight / processes)
-        found = means.over_processes(self.accelerator)
+                # a batch that all processes read is given by each of them
+                weight = self.held_out_weight(name, inputs) / (1 if number < whole else processes)
+                values[name].append(value)
+                sums[name].append((value * weight, weight))
+        mine = torch.tensor([*sums.values()], dtype=torch.float64, device=self.args.device).sum(1)
+        means = (total / weights for total, weights in self.accelerator.reduce(mine).tolist())
+        found = {
+            name: EXTREMES[name](values[name]) if name in EXTREMES else mean
+            for name, mean in zip(sums, means, strict=True)
+        }
         if not math.isfinite(found["loss"]):
             self._refuse_weights(f"weights whose held-out loss is {found['loss']}")
         metrics = {"eval_loss": found.pop("loss")}
@@ -301,11 +286,26 @@ class SafeTrainer(_TrainerBase):
             self.control.should_save = True
             self._evaluation_due = self._evaluation_due or self.control.should_evaluate
             self.control.should_evaluate = False
+        self._save_after_the_epochs_logs()
         if self.control.should_save or self.control.should_evaluate:
             self.check_weights()
         if self.state.global_step == 1 or self.control.should_save:
             self._check_processes_agree()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_after_the_epochs_logs(self) -> None:
+        """An epoch's last step is followed at once by what is due once an epoch: its checkpoint holds both.
+
+        transformers asks twice then; a run resumed from a checkpoint in between would never come back to it.
+        """
+        at_end = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
+        if not at_end or "epoch" not in (self.args.eval_strategy, self.args.logging_strategy):
+            return
+        if self._asked_at == self.state.global_step:
+            self.control.should_save |= self._save_due
+        else:
+            self._asked_at, self._save_due = self.state.global_step, self.control.should_save
+            self.control.should_save = False
 
     def _check_processes_agree(self) -> None:
         """Processes that each hold all weights hold the same: gradients that are not averaged would go unseen."""

@@ -418,6 +418,27 @@ def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     assert rollouts[0] == rollouts[1]
 
 
+def test_an_epochs_last_checkpoint_holds_what_is_logged_once_an_epoch(posttrain: Posttrain, rows: Path) -> None:
+    """Nine steps an epoch: killed right after the checkpoint at the end of one, and of the last one."""
+    by_epoch = ("trainer.eval_strategy=epoch", "+trainer.logging_strategy=epoch", "trainer.save_steps=9")
+    command = [word for word in arguments(rows, *by_epoch, "stage.num_epochs=3") if "max_steps" not in word]
+    assert posttrain(*command).code == 0
+    undisturbed = logged(SFT)
+    assert [(line["step"], "loss" in line) for line in undisturbed[1:7]] == [
+        (step, is_loss) for step in (9, 18, 27) for is_loss in (True, False)
+    ]
+    for step in (27, 18):
+        (SFT / "posttrain.json").unlink()
+        shutil.rmtree(SFT / "model")
+        for checkpoint in SFT.glob("checkpoint-*"):
+            if checkpoint.name > f"checkpoint-{step}":
+                shutil.rmtree(checkpoint)
+        done = posttrain(*command)
+        assert done.code == 0, done
+        assert f"resuming from checkpoint-{step}" in done.out
+        assert logged(SFT) == undisturbed
+
+
 def test_an_evaluation_that_a_signal_has_put_off_is_made_after_the_resume(
     posttrain: Posttrain, prompts: None, tmp_path: Path
 ) -> None:

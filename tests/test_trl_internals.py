@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from transformers import Trainer
-from trl import DPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 from trl.trainer import utils
 
 SIGNATURES: dict[Any, list[str]] = {
@@ -41,7 +41,15 @@ SIGNATURES: dict[Any, list[str]] = {
         "learning_rate",
     ],
     Trainer._save_checkpoint: ["self", "model", "trial"],
+    Trainer._load_rng_state: ["self", "checkpoint"],
+    Trainer._get_grad_norm: ["self", "model", "grad_norm"],
+    Trainer._finalize_training: ["self", "trial", "num_train_samples", "start_time"],
+    # called by it
+    Trainer._evaluate: ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
+    Trainer._determine_best_metric: ["self", "metrics", "trial"],
 }
+# set by the training loop, and part of our checkpoints
+SUMS = {"_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step"}
 # set by RLOOTrainer and read by PPOTrainer
 ATTRIBUTES = ["_step", "_metrics", "_logs", "_tokenizer", "eos_token_ids", "reward_weights", "reward_func_names"]
 ATTRIBUTES += ["generation_config", "temperature", "ref_model", "use_vllm"]
@@ -56,10 +64,23 @@ def test_signatures(method: Any) -> None:
     assert list(inspect.signature(method).parameters) == SIGNATURES[method], f"trl {version('trl')}"
 
 
+def written(kind: type) -> set[str]:
+    nodes = ast.walk(ast.parse(inspect.getsource(kind)))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+
+
 def test_attributes_are_set() -> None:
-    nodes = ast.walk(ast.parse(inspect.getsource(RLOOTrainer)))
-    written = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    assert set(ATTRIBUTES) <= written
+    assert set(ATTRIBUTES) <= written(RLOOTrainer)
+    assert written(Trainer) >= SUMS
+    for kind in (SFTTrainer, RewardTrainer, DPOTrainer, RLOOTrainer):
+        assert written(kind) >= {"_metrics", "_total_train_tokens"}
+
+
+def test_a_resumed_run_takes_its_sums_up_after_they_are_reset_and_before_the_first_step() -> None:
+    assert "self._tr_loss = torch.tensor(0.0" in inspect.getsource(Trainer._inner_training_loop)
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.count("self._load_rng_state(resume_from_checkpoint)") == 2
+    assert epoch.rindex("self._load_rng_state(") < epoch.index("self.training_step(")
 
 
 def test_fields_are_there() -> None:
