@@ -378,7 +378,7 @@ def test_every_hyperparameter_reaches_the_computation(
         settings = (*SHORT, REWARD, "stage.num_epochs=1", "data.test_size=0", *base, *more)
         done = posttrain("stage=ppo", prompts, *settings, f"run_name={name}")
         assert done.code == 0, done
-        return json.dumps([line | {"step_time": 0} for line in logged(name) if "train_loss" not in line])
+        return json.dumps([line | {"step_time": 0, "time": ""} for line in logged(name) if "train_loss" not in line])
 
     if base not in BASES:
         BASES[base] = numbers("base")
