@@ -247,9 +247,9 @@ def main() -> None:
 def _row(folder: Path, case: Case, sizes: dict[str, int]) -> float:
     """Tokens of one sequence; all rows have the same number, give or take one."""
     from posttrain import configure
-    from posttrain.model import load_tokenizer
+    from posttrain.model import beside, load_tokenizer
 
-    tokenizer, _ = load_tokenizer(configure(f"model.model_name_or_path={folder / case.model}").model)
+    tokenizer, _ = load_tokenizer(beside(configure().model, str(folder / case.model)))
     messages = [
         {"role": "user", "content": "Say 0001."},
         {"role": "assistant", "content": "0001" + " word" * (sizes["length"] // 2)},

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -86,6 +85,8 @@ class ProcessLauncher(Launcher):
         return [point.result for point in points]
 
     def _point(self, overrides: Sequence[str], number: int, accelerate: list[str] | None) -> _Point:
+        from posttrain.cli import command, entry
+
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
@@ -93,10 +94,10 @@ class ProcessLauncher(Launcher):
         name = str(OmegaConf.select(config, "hydra.sweep.subdir"))
         folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))) / name
         told: Any = OmegaConf.to_container(config.hydra.overrides.task)
-        given = get_args_parser().parse_args(sys.argv[1:]).config_dir
+        given = command.parse(entry.typed).config_dir
         quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-        command = [*(accelerate or [sys.executable]), "-m", "posttrain.run", *told, f"hydra.run.dir='{quoted}'"]
-        return _Point(name, folder, config, [*command, *(["--config-dir", given] if given else [])])
+        words = [*(accelerate or [sys.executable]), "-m", "posttrain.run", *told, f"hydra.run.dir='{quoted}'"]
+        return _Point(name, folder, config, [*words, *(["--config-dir", given] if given else [])])
 
     def _run(self, point: _Point, slots: "queue.Queue[list[str]]", prefixed: bool) -> None:
         from posttrain.console import fail, say

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.compose import configure
+    from posttrain.cli.command import configure
     from posttrain.data import format_instruction, format_preference
     from posttrain.model import load_model_and_tokenizer
     from posttrain.stages.dpo import compute_dpo_loss
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return load_model_and_tokenizer
     if name == "configure":
-        from posttrain.compose import configure
+        from posttrain.cli.command import configure
 
         return configure
     if name == "run_stage":

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.schema import Config, renamed
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
-TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def process_state() -> "PartialState":
@@ -22,6 +21,25 @@ def process_state() -> "PartialState":
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available() or _told_to_use_cpu())
+
+
+def on_main_process(decide: Callable[[], T]) -> T:
+    """What `decide` gives on process 0, on every process; where it fails, all of them raise its error."""
+    from accelerate.utils import broadcast_object_list
+
+    state = process_state()
+    found: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            found = [decide()]
+        except PosttrainError as error:
+            found = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], PosttrainError):
+        raise found[0]
+    decided: T = found[0]
+    return decided
 
 
 def _told_to_use_cpu() -> bool:
@@ -71,9 +89,6 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     if not has_test and given.get("eval_strategy", "no") != "no":
         given |= {"eval_strategy": "no"}
         given.pop("eval_steps", None)
-    for tracker in trackers(given.get("report_to")):
-        if importlib.util.find_spec(tracker) is None:
-            raise ConfigError(f"trainer.report_to={tracker}: not installed; pip install 'posttrain[trackers]'")
     if given.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError("trainer.use_liger_kernel=true: not installed; pip install 'posttrain[liger]'")
     if given.get("activation_offloading") and not torch.accelerator.is_available():
@@ -111,16 +126,3 @@ def trl_config(kind: Callable[..., T], arguments: dict[str, Any]) -> T:
         return kind(**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def trackers(report_to: Any) -> list[str]:
-    """The trackers that trainer.report_to names.
-
-    Raises:
-        ConfigError: one of them is not supported.
-    """
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    unknown = [name for name in names if name not in (*TRACKERS, "none")]
-    if unknown:
-        raise ConfigError(f"trainer.report_to={unknown[0]} is not one of none, {', '.join(TRACKERS)}")
-    return [name for name in names if name != "none"]

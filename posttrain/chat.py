@@ -1,19 +1,32 @@
-"""`python -m posttrain.chat outputs/demo/dpo`: talk to a model in the terminal, or to two at once.
+"""Talk to a model in the terminal, or to two at once.
 
-The model's own template and generation settings are used. /new begins another conversation, /quit or Ctrl-D ends.
-Options: temperature=0.7 (0: the most likely answer), max_new_tokens=256, system="...".
+usage: posttrain chat <folder or Hub id> [<another>] [key=value ...]
+
+  temperature=0.7      0: the most likely completion
+  max_new_tokens=256
+  system="..."         the system message
+
+The model's own template and generation settings are used. /new begins another
+conversation, /quit or Ctrl-D ends.
+
+examples:
+  posttrain chat outputs/demo/dpo
+  posttrain chat outputs/demo/sft outputs/demo/dpo temperature=0
 """
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from posttrain import model, run
+from posttrain import model
 from posttrain.arguments import process_state
-from posttrain.compose import configure
+from posttrain.cli.command import configure, read_words
+from posttrain.cli.entry import entry_point
 from posttrain.console import say, tame
 from posttrain.data import Message
 from posttrain.errors import ConfigError
+from posttrain.inputs import input_hashes
 
 NUMBERS = {"temperature": 0.7, "max_new_tokens": 256.0}
 
@@ -24,23 +37,16 @@ def read_chat(arguments: Sequence[str]) -> tuple[list[str], dict[str, float], st
     Raises:
         ConfigError: no model is named, or more than two, or an option is unknown.
     """
-    models, numbers, system = [], dict(NUMBERS), ""
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if not separator:
-            models.append(argument)
-        elif key == "system":
-            system = value
-        elif key in numbers:
-            try:
-                numbers[key] = float(value)
-            except ValueError as error:
-                raise ConfigError(f"{argument} must be a number") from error
-        else:
-            raise ConfigError(f"{key} is unknown; the options are {', '.join([*numbers, 'system'])}")
+    models, options = read_words(arguments, [*NUMBERS, "system"])
+    numbers = dict(NUMBERS)
+    for name in NUMBERS.keys() & options.keys():
+        try:
+            numbers[name] = float(options[name])
+        except ValueError as error:
+            raise ConfigError(f"{name}={options[name]} must be a number") from error
     if len(models) not in (1, 2):
-        raise ConfigError("name one model, or two: python -m posttrain.chat outputs/demo/sft outputs/demo/dpo")
-    return models, numbers, system
+        raise ConfigError("name one model, or two: posttrain chat outputs/demo/sft outputs/demo/dpo")
+    return models, numbers, options.get("system", "")
 
 
 class Talker:
@@ -49,6 +55,7 @@ class Talker:
     def __init__(self, path: str, system: str) -> None:
         settings = model.beside(configure().model, path)
         with model.named("model"):
+            input_hashes(Path(model.source(settings)))  # refuses a result that has changed since
             self.tokenizer, _ = model.load_tokenizer(settings)
             self.model = model.load_causal_lm(settings, self.tokenizer, model.source(settings))
         self.model = self.model.to(process_state().device).eval()
@@ -89,8 +96,8 @@ class Talker:
 
 
 def main() -> None:
-    """The entry point: exit codes as those of `posttrain.run`."""
-    sys.exit(run.guarded(_main))
+    """The entry point of `posttrain chat`."""
+    entry_point("chat", _main)
 
 
 def _main() -> None:

@@ -1,7 +1,8 @@
 """What makes a run safe to lose: checkpoints that prove themselves, and an orderly end on a signal.
 
-A checkpoint counts when its `checkpoint.json`, written last and atomically, names every file of it with size
-and sha256, and they agree. One that a kill or a full disk cut short is never resumed from.
+A checkpoint counts when its `checkpoint.json`, written last and atomically, names every file with size and sha256, and
+they agree. One that a kill or a full disk cut short is never resumed from: it has a `checkpoint.json.part` from the
+beginning, which marks it as ours. A folder with neither is never touched.
 """
 
 import errno
@@ -24,6 +25,7 @@ from posttrain.errors import PosttrainError, Stopped
 
 PREFIX = "checkpoint-"
 MANIFEST = "checkpoint.json"
+PART = f"{MANIFEST}.part"
 RUNNING = "running_{}.json"  # of each process
 
 
@@ -89,7 +91,7 @@ def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, PART)
     }
 
 
@@ -144,13 +146,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, the oldest step first; the clock plays no part."""
-    return sorted((path for path in folder.glob(f"{PREFIX}*") if step_of(path) >= 0), key=step_of)
+    """The checkpoints that a run has written or begun to, the oldest step first; the clock plays no part."""
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if step_of(path) >= 0 and is_ours(path)), key=step_of)
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether a run has written a folder or begun to, and not a user."""
+    return any((checkpoint / name).is_file() for name in (MANIFEST, PART))
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `limit`; the newest and the best one stay."""
-    written = [path for path in checkpoints(folder) if (path / MANIFEST).is_file()]
+    written = checkpoints(folder)
     excess = len(written) - limit if limit and limit > 0 else 0
     kept = {written[-1].name, Path(best or "").name}
     for checkpoint in [path for path in written if path.name not in kept][: max(excess, 0)]:
@@ -186,7 +193,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            written = [path.name for path in checkpoints(self.folder) if (path / MANIFEST).is_file()]
+            written = [path.name for path in checkpoints(self.folder)]
             last = f"{written[-1]} stands" if written else "there is no checkpoint yet"
             raise KeyboardInterrupt(f"by a second signal in the middle of a step; {last}")
         self.received = number

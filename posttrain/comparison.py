@@ -1,16 +1,16 @@
-"""What policies are compared by: the numbers' names, and those that need no model to compute."""
+"""What policies are compared by: numbers that need no model to compute, their names, and what they say in words."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from posttrain.console import number
 from posttrain.report_card import wilson
 
-FILE = "evaluation.json"  # in the folder of the run
+FILE = "evaluation.json"  # of a pipeline, in the folder of its run
+REWARD = "reward"  # the score that PPO optimises; all others are reward functions that it has not seen
 COMPARED = {
-    "reward": "reward",
-    "gold": "gold reward (eval_reward_functions)",
-    "win_rate": "wins against the first policy",
     "kl": "KL from the first policy (nats per answer)",
     "response_length": "response length (tokens)",
     "ended_by_eos": "answers ended by the model itself",
@@ -18,6 +18,8 @@ COMPARED = {
     "distinct_2": "distinct pairs of words",
     "perplexity": "perplexity of held-out responses",
 }
+GOLD = "gold/"  # before the name of each eval reward function of PPO, beside `gold`, their sum
+ALPHA = 0.05  # above it, a difference may be chance
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
@@ -27,23 +29,81 @@ def distinct(texts: Sequence[str], size: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def win_rate(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Share of prompts on which `mine` has the higher reward, a tie half, with its 95 % interval."""
-    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, theirs, strict=True))
-    low, high = wilson(wins, len(mine))
-    return {"win_rate": wins / len(mine), "win_rate_low": low, "win_rate_high": high}
+def sign_test(better: int, worse: int) -> float:
+    """The exact two-sided p-value that gains and losses are equally likely; of right and wrong it is McNemar's test.
+
+    McNemar 1947, in the exact form of Fagerland et al. 2013, https://doi.org/10.1186/1471-2288-13-91
+    """
+    count = better + worse
+    return float(min(1, 2 * sum(math.comb(count, k) for k in range(min(better, worse) + 1)) / 2**count))
 
 
-def rows(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str]]]:
-    """Each number that any policy has: its name, and a cell for each policy."""
-    return [
-        (label, [_cell(name, each) for each in metrics])
-        for name, label in COMPARED.items()
-        if any(name in each for each in metrics)
+def paired(mine: Sequence[float | None], first: Sequence[float | None]) -> dict[str, float]:
+    """One score of a policy against the first policy's, by prompt: means, wins (a tie is half a win), p-value."""
+    pairs = [(a, b) for a, b in zip(mine, first, strict=True) if a is not None and b is not None]
+    better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    wins = better + (len(pairs) - better - worse) / 2
+    low, high = wilson(wins, len(pairs))
+    means = (math.fsum(values) / len(pairs) if pairs else math.nan for values in zip(*pairs, strict=True))
+    mean, before = means if pairs else (math.nan, math.nan)
+    shares = {"win_rate": wins / len(pairs) if pairs else math.nan, "win_rate_low": low, "win_rate_high": high}
+    counts = {"better": better, "worse": worse, "prompts": len(pairs), "p": sign_test(better, worse)}
+    return {"first": before, "mean": mean, **counts, **shares}
+
+
+def rows(policies: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Each number that any policy has: its name, and a cell for each policy; scores first, then wins by each."""
+    scores = list(dict.fromkeys(name for each in policies for name in each["scores"]))
+    found = [(label(name), [_mean(each, name) for each in policies]) for name in scores]
+    found += [
+        (f"wins by {label(name)}", [_wins(each["against_first"].get(name)) for each in policies])
+        for name in scores
+        if any(name in each["against_first"] for each in policies)
+    ]
+    return found + [
+        (text, [number(name, each["metrics"].get(name)) for each in policies])
+        for name, text in COMPARED.items()
+        if any(name in each["metrics"] for each in policies)
     ]
 
 
-def _cell(name: str, metrics: Mapping[str, float]) -> str:
-    if name == "win_rate" and name in metrics:
-        return f"{metrics[name]:.0%} ({metrics['win_rate_low']:.0%}–{metrics['win_rate_high']:.0%})"
-    return number(name, metrics.get(name))
+def shown_apart(shown: Mapping[str, str], metrics: Collection[str]) -> dict[str, str]:
+    """The numbers that a stage shows by their names, each eval reward function in place of their sum."""
+    parts = {key: f"{key.removeprefix(GOLD)}, held out" for key in metrics if key.startswith(GOLD)}
+    parts = {key: text for key, text in parts.items() if not key.endswith("_before")}
+    found: dict[str, str] = {}
+    for name, text in shown.items():
+        found |= parts if name == "gold" and parts else {name: text}
+    return found
+
+
+def label(score: str) -> str:
+    """A score's name in tables."""
+    return f"{score} (which PPO optimises)" if score == REWARD else score
+
+
+def in_words(policies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """For each policy after the first: which scores fell, then which rose, then which did not change beyond chance."""
+    for each in policies[1:]:
+        found = {name: result for name, result in each["against_first"].items() if result["prompts"]}
+        if found:
+            fell = [name for name, by in found.items() if by["p"] < ALPHA and by["worse"] > by["better"]]
+            rose = [name for name, by in found.items() if by["p"] < ALPHA and by["worse"] < by["better"]]
+            same = [name for name in found if name not in (*fell, *rose)]
+            verbs = [("fell", fell), ("rose", rose), ("shows no difference beyond chance", same)]
+            phrases = [_phrase(name, verb, found[name]) for verb, names in verbs for name in names]
+            yield f"{each['policy']} against {policies[0]['policy']}", phrases
+
+
+def _phrase(score: str, verb: str, by: Mapping[str, float]) -> str:
+    counts = f"{by['better']} better, {by['worse']} worse of {by['prompts']} prompts, p = {by['p']:.2g}"
+    return f"{label(score)} {verb}: {by['first']:.3f} → {by['mean']:.3f} ({counts})"
+
+
+def _mean(policy: Mapping[str, Any], score: str) -> str:
+    values = [value for value in policy["scores"].get(score, []) if value is not None]
+    return number(score, math.fsum(values) / len(values)) if values else ""
+
+
+def _wins(by: Mapping[str, float] | None) -> str:
+    return f"{by['win_rate']:.0%} ({by['win_rate_low']:.0%}–{by['win_rate_high']:.0%})" if by else ""

@@ -6,6 +6,7 @@ dataclasses, whichever file, `+key` or `++key` a value came from, and reports al
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import operator
 import os
@@ -25,6 +26,9 @@ from posttrain.trl_sources import Argument, dpo_losses, trainer_arguments
 OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
 
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
+# what hyperparameters are called elsewhere, to suggest the right name
+_ELSEWHERE = {"lr": "learning_rate", "bs": "batch_size", "epochs": "num_epochs", "max_seq_length": "max_length"}
 _SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$", re.IGNORECASE)
 _NOT_SECRET = {"eos_token", "pad_token"}
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
@@ -62,6 +66,8 @@ def _schema_keys(schema: type, path: str = "") -> dict[str, dataclasses.Field[An
 def nearest(word: str, words: typing.Iterable[str]) -> str:
     """'; did you mean …?' with the closest known name, or nothing."""
     words = list(words)
+    section, _, name = word.rpartition(".")
+    word = f"{section or 'stage'}.{_ELSEWHERE[name]}" if name in _ELSEWHERE else word
     # the last part alone, too, so that a key put into the wrong section finds its own
     # of a short word one wrong letter is a third
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) > 5 else 0.6)
@@ -116,6 +122,12 @@ def _type_problem(path: str, value: Any, argument: Argument) -> str | None:
     return f"{path}={value!r} must be {argument.annotation.replace(' | ', ' or ')}"
 
 
+def trackers(report_to: Any) -> list[str]:
+    """The trackers that trainer.report_to names."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    return [name for name in names if name != "none"]
+
+
 def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterator[str]:
     fields = trainer_arguments(stage.name)
     ours = renamed(stage)
@@ -134,6 +146,11 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
             yield f"{path}={value} must be a finite number"
         elif problem := _type_problem(path, value, fields[name]):
             yield problem
+    for name in trackers(trainer.get("report_to")):
+        if name not in TRACKERS:
+            yield _one_of("trainer.report_to", name, ["none", *TRACKERS])
+        elif importlib.util.find_spec(name) is None:
+            yield f"trainer.report_to={name}: not installed; pip install 'posttrain[trackers]'"
     if stage.name == "dpo":
         given = trainer.get("loss_type") or "sigmoid"
         losses = given if isinstance(given, list) else [given]
@@ -172,7 +189,8 @@ def _check_together(config: Config) -> typing.Iterator[str]:
         which = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
         yield f"model.{which}=true needs model.use_peft=true: quantised weights cannot be trained themselves"
     names = config.data.dataset_name
-    if not isinstance(names, str) and not (names and all(isinstance(name, str) for name in names)):
+    listed = [names] if names is None or isinstance(names, str) else names
+    if not listed or not all(name is None or isinstance(name, str) for name in listed):
         yield f"data.dataset_name={names!r} must be a path, a Hub id or a list of paths"
     targets = model.lora_target_modules
     if not isinstance(targets, str) and not (targets and all(isinstance(name, str) for name in targets)):
@@ -190,7 +208,8 @@ def check(composed: DictConfig) -> Config:
     """
     problems: list[str] = []
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
@@ -212,6 +231,9 @@ def check(composed: DictConfig) -> Config:
         elif path == "trainer" or path.startswith("trainer."):
             continue
         elif path not in keys:
+            if path.split(".")[0] == "recipes":
+                problems.append("the first line of a recipe must be `# @package _global_`")
+                continue
             known = [*keys, *(f"trainer.{name}" for name in trainer_arguments(stage_name))]
             known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes"]
             problems.append(f"{path} is unknown for stage={stage_name}{nearest(path, known)}")

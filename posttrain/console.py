@@ -1,10 +1,11 @@
 """What a person sees: only the first process prints, and everything printed is in the run's log as well."""
 
 import logging
+import logging.handlers
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -125,17 +126,29 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(file: Path | None) -> Iterator[None]:
-    """Log everything from INFO upwards to a file, and the libraries' warnings to the console as well."""
+def logging_to_console(verbose: bool = True) -> Iterator[Callable[[Path], None]]:
+    """The libraries' warnings on the console; everything from INFO upwards waits for the run's log.
+
+    What is yielded opens that log, once it is known that the run begins; what came before then stands in it, too.
+    """
     import datasets
     import transformers
 
     root = logging.getLogger()
-    handlers: list[logging.Handler] = []
-    if file is not None and is_main_process():
-        to_file = _LogFile(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handlers.append(to_file)
+    # holds what is logged until there is a file for it
+    waiting = logging.handlers.MemoryHandler(1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    handlers: list[logging.Handler] = [waiting]
+
+    def open_log(file: Path) -> None:
+        if is_main_process():
+            to_file = _LogFile(file, encoding="utf-8")
+            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            waiting.setTarget(to_file)
+            waiting.flush()
+            root.removeHandler(waiting)
+            root.addHandler(to_file)
+            handlers.append(to_file)
+
     to_console = logging.StreamHandler()
     to_console.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
     to_console.addFilter(_NotHarmless())
@@ -148,13 +161,13 @@ def logging_to(file: Path | None) -> Iterator[None]:
         root.addHandler(handler)
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
-    transformers.utils.logging.set_verbosity_info() if file is not None else None
+    transformers.utils.logging.set_verbosity_info() if verbose else None
     datasets.utils.logging.disable_propagation()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     logging.captureWarnings(True)
     try:
-        yield
+        yield open_log
     finally:
         logging.captureWarnings(False)
         for handler in handlers:

@@ -336,6 +336,9 @@ class _Reader(Generic[Row]):
             if what.startswith("no '"):
                 what = re.sub(r"\(found: [^)]*\)", lambda _: f"(found: {', '.join(record) or 'nothing'})", what)
                 what += self._mapping_hint(record)
+                for ours, theirs in self.columns.items():
+                    if ours != theirs:
+                        what = what.replace(f"no {ours!r} ", f"no {theirs!r}, which data.columns.{ours} names ")
             self._refuse(where, what)
             return None
 

@@ -1,9 +1,22 @@
-"""`python -m posttrain.evaluate policies=[outputs/demo/sft,outputs/demo/dpo] ...`: the same numbers for every policy.
+"""Compare finished policies on the same prompts.
 
-Every policy answers the same held-out prompts, sampled with the same seed. Where the prompts come from and what scores
-the answers is said in the words of stage=ppo, `stage.` left out: `reward_model=`, `reward_functions=[...]`,
-`eval_reward_functions=[...]`, `temperature=`, `max_new_tokens=`, `data.dataset_name=`, `recipes=quickstart/ppo`.
-The first policy is the reference: win rates and KL are against it.
+usage: posttrain evaluate policies=[<folder or Hub id>,...] [key=value ...]
+
+  policies=[...]               run folders, model folders or Hub ids; wins and KL
+                               are against the first
+  data.dataset_name=f.jsonl    answer all rows of it; without it, the held-out
+                               prompts of the recipe
+  reward_model=...             scores the answers, and so do reward_functions=[...]
+                               and eval_reward_functions=[...]
+  out=<file>                   where the numbers go; default: a new file
+                               <output_dir>/<run_name>/evaluation-<data>.json
+
+All other keys are those of stage=ppo, without `stage.`: temperature=0.7,
+max_new_tokens=40, recipes=quickstart/ppo.
+
+examples:
+  posttrain evaluate policies=[outputs/demo/sft,outputs/demo/dpo] recipes=quickstart/ppo
+  posttrain evaluate policies=[outputs/demo/dpo] data.dataset_name=mine.jsonl
 """
 
 import json
@@ -12,20 +25,24 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from posttrain import comparison, model, run
+from posttrain import comparison, model
 from posttrain.arguments import process_state
-from posttrain.compose import read_command
-from posttrain.console import is_main_process, say, show_table
+from posttrain.checkpoint import write_atomically
+from posttrain.cli.command import parse, read_command
+from posttrain.cli.entry import entry_point
+from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.data import read_instructions, read_prompts
 from posttrain.encoding import ChatEncoder, encode_conversations
 from posttrain.errors import ConfigError
 from posttrain.evaluation import completion_kl, completion_logps, generate, panel, scores
-from posttrain.lineage import input_hashes
+from posttrain.inputs import input_hashes, with_data
+from posttrain.lineage import EARLIER, read_json
 from posttrain.rlhf import rewards, roles
 from posttrain.schema import Config, DataConfig, PPOStage
 from posttrain.sources import Problems
@@ -43,7 +60,8 @@ class Evaluated:
     metrics: dict[str, float]
     prompts: list[str]
     answers: list[str]
-    rewards: list[float]
+    scores: dict[str, list[float | None]]  # score -> of each answer; None where it does not apply
+    against_first: dict[str, dict[str, float]]  # score -> comparison.paired
 
 
 class Judge:
@@ -73,17 +91,23 @@ class Judge:
             self.functions.insert(0, rewards.model_reward(lambda rows: scores(loaded, rows, pad), encode))
         self.weights = stage.reward_weights or [1.0] * len(self.functions)
 
-    def __call__(self, functions: Sequence[Any], weights: Sequence[float], asked: dict[str, Any]) -> list[float]:
-        """The weighted sum of what the functions give each answer; one that does not apply counts nothing."""
-        found = [function(**asked) for function in functions]
-        return [
-            sum(weight * value for weight, value in zip(weights, row, strict=True) if value is not None)
-            for row in zip(*found, strict=True)
+    def __call__(self, asked: dict[str, Any]) -> dict[str, list[float | None]]:
+        """Score -> of each answer: the reward as it was optimised, its parts, and each eval function apart."""
+        parts = {function.__name__: function(**asked) for function in self.functions}
+        found = {function.__name__: function(**asked) for function in self.eval_functions}
+        if not parts:
+            return found
+        reward = [
+            sum(weight * value for weight, value in zip(self.weights, row, strict=True) if value is not None)
+            for row in zip(*parts.values(), strict=True)
         ]
+        return {comparison.REWARD: reward, **(parts if len(parts) > 1 else {}), **found}
 
 
-def compare(config: Config, policies: Sequence[str], responses: DataConfig | None = None) -> list[Evaluated]:
-    """Let every policy answer the held-out prompts of `config`, a PPO stage's, and score the answers.
+def compare(
+    config: Config, policies: Sequence[str], responses: DataConfig | None = None, all_rows: bool = False
+) -> list[Evaluated]:
+    """Let every policy answer the held-out prompts of `config`, a PPO stage's, or all of them, and score the answers.
 
     `responses` names instruction rows whose held-out responses are scored by perplexity.
 
@@ -96,8 +120,9 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
     first = _config_for(config, policies[0])
     tokenizer, _ = model.load_tokenizer(first.model)
     judge = Judge(first, tokenizer)
-    splits = read_prompts(config.data)
-    if not splits.test:
+    splits = read_prompts(replace(config.data, test_size=0.0) if all_rows else config.data)
+    asked = [*splits.train, *splits.test] if all_rows else splits.test[:]
+    if not asked:
         raise ConfigError("no prompts are held out to evaluate on; set data.test_size or data.dataset_test_split")
     said = read_instructions(responses) if responses is not None else None
     reference: Any = None
@@ -111,21 +136,20 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
         reference = policy if reference is None else reference
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
         room = check_length(mine) - config.stage.max_new_tokens
-        rows = panel(splits.test, encoder, PROMPTS, room, config.data.bad_rows == "drop")
+        rows = panel(asked, encoder, len(asked) if all_rows else PROMPTS, room, config.data.bad_rows == "drop")
+        if all_rows and len(rows) < len(asked):
+            warn(f"{path}: {len(asked) - len(rows)} of {len(asked)} prompts leave no room for an answer")
         answers = _answers(policy, reference, encoder, rows, config, judge)
-        texts, reward = [each.text for each in answers], [each.reward for each in answers if each.reward is not None]
-        golds = [each.gold for each in answers if each.gold is not None]
+        texts = [each.text for each in answers]
+        scores = {name: [each.scores[name] for each in answers] for name in answers[0].scores}
         metrics: dict[str, float] = {
             "response_length": fmean(each.length for each in answers),
             "ended_by_eos": fmean(each.ended for each in answers),
             **{f"distinct_{size}": comparison.distinct(texts, size) for size in (1, 2)},
         }
-        if reward:
-            metrics["reward"] = fmean(reward)
-        if golds:
-            metrics["gold"] = fmean(golds)
-        if done and reward and len(reward) == len(done[0].rewards):
-            metrics |= comparison.win_rate(reward, done[0].rewards)
+        prompts = [row.prompt[-1]["content"] for row in rows]
+        same = bool(done) and prompts == done[0].prompts
+        against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
         if all(each.kl is not None for each in answers):
             metrics["kl"] = fmean(each.kl for each in answers if each.kl is not None)
         if said is not None and said.test:
@@ -133,9 +157,8 @@ def compare(config: Config, policies: Sequence[str], responses: DataConfig | Non
                 encoder, said.test, said.counts["test"], check_length(mine), "drop", Problems()
             )
             metrics["perplexity"] = perplexity(policy, encoded.dataset, tokenizer.pad_token_id)
-        asked_for = [row.prompt[-1]["content"] for row in rows]
-        done.append(Evaluated(path, metrics, asked_for, texts, reward))
-        say(f"evaluated: {path}, {len(rows)} held-out prompts")
+        done.append(Evaluated(path, metrics, prompts, texts, scores, against))
+        say(f"evaluated: {path}, {len(rows)} prompts")
         del policy
     return done
 
@@ -151,15 +174,14 @@ class _Answer(NamedTuple):
     text: str
     length: int
     ended: bool
-    reward: float | None
-    gold: float | None
+    scores: dict[str, float | None]
     kl: float | None
 
 
 def _answers(
     policy: Any, reference: Any, encoder: ChatEncoder, rows: Sequence[Any], config: Config, judge: Judge
 ) -> list[_Answer]:
-    """Sampled answers with their scores: each process answers every so-manieth batch, each batch has its own seed."""
+    """Sampled answers with their scores: batches are distributed round-robin, each with a seed of its own."""
     import torch
     from accelerate.utils import gather_object
 
@@ -185,18 +207,17 @@ def _answers(
         if reference.config.vocab_size == policy.config.vocab_size:
             opened = partial(nullcontext, reference)
             kl = completion_kl(policy, opened, made.prompts, made.completions, tokenizer.pad_token_id).tolist()
-        ones = [1.0] * len(judge.eval_functions)
+        scores = judge(asked)
         columns = (
             range(start, start + len(part)),
             texts,
             map(len, made.completions),
             made.ended,
-            judge(judge.functions, judge.weights, asked) if judge.functions else nothing,
-            judge(judge.eval_functions, ones, asked) if judge.eval_functions else nothing,
+            [{name: values[index] for name, values in scores.items()} for index in range(len(part))],
             kl,
         )
         found += [tuple(each) for each in zip(*columns, strict=True)]
-    return sorted(_Answer(*each) for each in gather_object(found))
+    return sorted((_Answer(*each) for each in gather_object(found)), key=lambda each: each.place)
 
 
 def perplexity(policy: Any, dataset: Any, pad: int) -> float:
@@ -217,53 +238,84 @@ def perplexity(policy: Any, dataset: Any, pad: int) -> float:
 
 
 def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:
-    """Print the policies side by side and keep everything in `file`."""
-    table = [(label, *cells) for label, cells in comparison.rows([each.metrics for each in found])]
+    """Print the policies side by side and what has changed beyond chance, and keep everything in `file`."""
+    content = [{item.name: vars(each)[item.name] for item in fields(each)} for each in found]
+    table = [(label, *cells) for label, cells in comparison.rows(content)]
     show_table("evaluation", ("", *(each.policy for each in found)), table)
+    for title, lines in comparison.in_words(content):
+        say("\n  ".join([f"{title}:", *lines]))
     if is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = [{item.name: vars(each)[item.name] for item in fields(each)} for each in found]
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_atomically(file, json.dumps(content, indent=1, ensure_ascii=False))
         say(f"evaluation: {file}")
 
 
-def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The policies, and the command line of a PPO stage that says the rest.
+def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """The policies, the file for the numbers, and the command line of a PPO stage that says the rest.
 
     Raises:
         ConfigError: no policies are named.
     """
     own = {item.name for item in fields(PPOStage)}
     policies: list[str] = []
+    out: str | None = None
     rest = ["stage=ppo", "stage.gate=warn"]
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "policies":
             policies = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+        elif key == "out":
+            out = value
         else:
             rest.append(f"stage.{argument}" if key in own else argument)
+    parse(rest)  # an unknown flag is named first
     if not policies:
         raise ConfigError("policies=[…] is required: run folders, model folders or Hub ids; the first is the reference")
-    return policies, rest
+    return policies, out, rest
 
 
 def main() -> None:
-    """The entry point: exit codes as those of `posttrain.run`."""
-    sys.exit(run.guarded(_main))
+    """The entry point of `posttrain evaluate`."""
+    entry_point("evaluate", lambda: _main(sys.argv[1:]))
 
 
-def _main() -> None:
-    policies, rest = read_evaluation(sys.argv[1:])
-    command = read_command([*rest, f"model.model_name_or_path={policies[0]}"], inputs_exist=False)
-    assert command.config is not None
-    evaluate_into(command.config, policies, None)
+def _main(arguments: Sequence[str]) -> None:
+    policies, out, rest = read_evaluation(arguments)
+    start = f"model.model_name_or_path='{policies[0]}'"
+    config = with_data(read_command([*rest, start], to_come=None).config)
+    all_rows = any(argument.startswith("data.dataset_name=") for argument in arguments)
+    file = Path(out) if out is not None else _free_file(config)
+    if file.exists() and not config.overwrite:
+        raise ConfigError(f"out={file} is there already; choose another file, or pass overwrite=true")
+    show_evaluation(compare(config, policies, None, all_rows), file)
 
 
-def evaluate_into(config: Config, policies: Sequence[str], responses: DataConfig | None) -> list[Evaluated]:
-    """Compare the policies and leave the numbers in the run's folder."""
+def _answers_in(file: Path) -> list[Any]:
+    content = read_json(file, "delete it to evaluate again")
+    return [(each.get("answers"), each.get("scores")) for each in content]
+
+
+def _free_file(config: Config) -> Path:
+    """A file in the run's folder that is not there yet, named after the data."""
+    names = config.data.dataset_name
+    stem = Path(names if isinstance(names, str) else names[0]).stem
+    folder, number = Path(config.output_dir) / config.run_name, 1
+    while (file := folder / f"evaluation-{stem}{f'-{number}' if number > 1 else ''}.json").exists():
+        number += 1
+    return file
+
+
+def evaluate_into(config: Config, policies: Sequence[str], responses: DataConfig | None) -> None:
+    """Compare the policies of a pipeline; an earlier evaluation with other numbers is moved to earlier/."""
     found = compare(config, policies, responses)
-    show_evaluation(found, Path(config.output_dir) / config.run_name / comparison.FILE)
-    return found
+    file = Path(config.output_dir) / config.run_name / comparison.FILE
+    if is_main_process() and file.is_file() and _answers_in(file) != [(each.answers, each.scores) for each in found]:
+        when = datetime.fromtimestamp(file.stat().st_mtime, UTC).strftime("%Y%m%dT%H%M%S")
+        kept = file.parent / EARLIER / f"{file.stem}-{when}.json"
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            file.rename(kept)
+    show_evaluation(found, file)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
-"""`python -m posttrain.export outputs/demo/dpo to=exported`: a finished model with its card, for a folder or the Hub.
+"""Copy a finished model, with its card, to a folder or the Hub.
 
-Options: to=<folder>, push_to_hub=<owner/name>, private=true (false: for all to see). The model is the merged one that
-the run has proven to give the trained model's outputs; an adapter beside it is put on its base and compared once more.
+usage: posttrain export <folder of a finished run> to=<folder> | push_to_hub=<name>
+
+  to=<folder>                 a new folder
+  push_to_hub=<owner/name>    needs HF_TOKEN in the environment
+  private=true                false: visible to everybody
+
+The model is the merged one, which the run has found to give the trained model's
+outputs; an adapter beside it is put on its base and compared once more.
+
+examples:
+  posttrain export outputs/demo/dpo to=exported
+  posttrain export outputs/demo/dpo push_to_hub=me/my-model
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,10 +22,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from posttrain import run
+from posttrain.cli.command import read_words
+from posttrain.cli.entry import entry_point
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.lineage import MANIFEST, PARTS, input_hashes, parent_of
+from posttrain.inputs import adapter_base, input_hashes, parent_of
+from posttrain.lineage import MANIFEST, PARTS, RunFolder
 from posttrain.paths import PACKAGE
 
 TOLERANCE = 1e-3
@@ -30,25 +41,17 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
     Raises:
         ConfigError: the run has not finished, or an option is missing or unknown.
     """
-    options: dict[str, str] = {}
-    folders = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if not separator:
-            folders.append(Path(argument))
-        elif key in ("to", "push_to_hub", "private"):
-            options[key] = value
-        else:
-            raise ConfigError(f"{key} is unknown; the options are to, push_to_hub, private")
-    if len(folders) != 1:
-        raise ConfigError("name one finished stage: python -m posttrain.export outputs/demo/dpo to=exported")
-    if not (folders[0] / MANIFEST).is_file():
-        raise ConfigError(f"{folders[0]} is no finished stage: {MANIFEST} is not there")
+    words, options = read_words(arguments, ["to", "push_to_hub", "private"])
+    if len(words) != 1:
+        raise ConfigError("name one finished run: posttrain export outputs/demo/dpo to=exported")
+    folder = Path(words[0])
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{folder} is not a finished run (no {MANIFEST})")
     if not {"to", "push_to_hub"} & options.keys():
         raise ConfigError("say where: to=<folder>, or push_to_hub=<owner/name>")
     if "to" in options and Path(options["to"]).exists():
         raise ConfigError(f"to={options['to']} is there already")
-    return folders[0], options
+    return folder, options
 
 
 def model_card(manifest: dict[str, Any]) -> str:
@@ -79,7 +82,7 @@ def check_merge(folder: Path, manifest: dict[str, Any]) -> float | None:
     adapter = folder / "adapter"
     if not (adapter / "adapter_config.json").is_file() or manifest["stage"] == "reward":
         return None
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = adapter_base(adapter)
     merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if loaded.get_input_embeddings().num_embeddings != merged.get_input_embeddings().num_embeddings:
@@ -96,8 +99,8 @@ def check_merge(folder: Path, manifest: dict[str, Any]) -> float | None:
 
 
 def main() -> None:
-    """The entry point: exit codes as those of `posttrain.run`."""
-    sys.exit(run.guarded(_main))
+    """The entry point of `posttrain export`."""
+    entry_point("export", _main)
 
 
 def _main() -> None:
@@ -106,6 +109,8 @@ def _main() -> None:
     assert manifest is not None  # read_export has looked
     for part in PARTS:
         input_hashes(folder / part)
+    for name, what in RunFolder(folder).damage(manifest).items():
+        raise ConfigError(f"{folder}/{name} {what}; train {folder} again with overwrite=true, or put the file back")
     difference = check_merge(folder, manifest)
     if difference is not None:
         say(f"merged model and base with adapter agree within {difference:.1e}")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain import paths
@@ -33,7 +34,7 @@ def launch_command(name: str, gpus: int = 0) -> list[str]:
     return [*launch, "--main_process_port", "0", *processes]
 
 
-def refuse_sweep_under_accelerate(module: str, arguments: list[str]) -> None:
+def refuse_sweep_under_accelerate(module: str, arguments: Sequence[str]) -> None:
     """Hydra would run the points of a sweep in every process, which hangs at the second (huggingface/accelerate#582).
 
     Raises:

@@ -1,5 +1,8 @@
 """The run folder: what a run is, whether it is new, interrupted or complete, and the manifest that it ends with.
 
+A run is identified by what is in its folder and by the hashes of what it starts from, never by a path or a clock: it
+can be moved, renamed and copied whole.
+
 config.yaml      the resolved configuration
 run.json         what the run is: configuration, data, starting weights, number of processes
 run.log          everything that was printed, and more
@@ -11,42 +14,50 @@ model/           the result: a plain, self-contained model folder (adapter/ besi
 posttrain.json   the manifest, written last: a folder with it is complete
 """
 
+import contextlib
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from posttrain.checkpoint import PREFIX, fault, file_hashes, newest_whole, read_running, write_atomically
+from posttrain.checkpoint import checkpoints, fault, file_hashes, newest_whole, read_running, write_atomically
 from posttrain.config import differences
-from posttrain.console import is_main_process, say
+from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.schema import Config, PPOStage
+from posttrain.schema import Config
 
 MANIFEST = "posttrain.json"
 IDENTITY = "run.json"
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a line per log entry, each with its step
 OWN_FILES = (
     *(MANIFEST, IDENTITY, "config.yaml", "run.log", *LOGS),
-    *("samples.json", "report_card.json", "curves.svg", "report.html", ".lock"),
+    *("samples.json", "report_card.json", "curves.svg", "report.html"),
 )
 PARTS = {"model": "weights", "adapter": "adapter_weights"}  # what a run makes -> its hashes in the manifest
+BASE = "base_weights"  # the same of base/
 OWN_FOLDERS = ("model", "adapter", "base", "runs")
-# Keys that change what is shown or kept, never what is learned.
+BEFORE_THE_FIRST_STEP = (IDENTITY, "config.yaml", "run.log", "base", "runs", ".lock")
+OF_SWEEPS = ("multirun.yaml", "sweep.svg", "frontier.json", ".submitit")  # beside the points, in a stage's folder
+EARLIER = "earlier"  # in the folder of a run: results that a re-run has moved aside
+# Keys that change what is shown or kept, never what is learned; data are compared by their content.
 FREE_KEYS = (
     "dry_run",
     "overwrite",
+    "move_aside",
     "output_dir",
+    "run_name",
+    "data.dataset_name",
     "trainer.report_to",
     "trainer.save_total_limit",
     "trainer.save_steps",
@@ -67,15 +78,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """File name -> sha256 of the weights and the tokenizer in a model's or an adapter's folder."""
-    names = ("*.safetensors", "tokenizer.json", "chat_template.jinja", "config.json", "adapter_config.json")
-    files = [path for name in names for path in sorted(folder.glob(name))]
-    found = {}
-    for path in files:
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def sha256_of(file: Path) -> str:
+    """The digest of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def read_json(file: Path, remedy: str) -> Any:
@@ -101,82 +107,6 @@ def read_object(file: Path, needed: Collection[str], remedy: str) -> dict[str, A
     return found
 
 
-def parent_of(model_folder: Path) -> dict[str, Any] | None:
-    """The manifest of the run that made a model folder, if a run of ours did.
-
-    Raises:
-        ConfigError: the manifest is broken.
-    """
-    run = model_folder.parent
-    needed = ("stage", *PARTS.values(), "inputs")
-    return read_object(run / MANIFEST, needed, f"train {run} again with overwrite=true")
-
-
-def input_hashes(model_folder: Path) -> dict[str, str]:
-    """The `weight_hashes` of a model or adapter that something starts from; none of a model on the Hub.
-
-    Raises:
-        ConfigError: a run of ours made it, and it is no longer what that run wrote.
-    """
-    found = weight_hashes(model_folder)
-    parent = parent_of(model_folder) if model_folder.name in PARTS else None
-    written = parent[PARTS[model_folder.name]] if parent is not None else found
-    for name, digest in found.items():
-        if written.get(name) != digest:
-            raise ConfigError(
-                f"{model_folder / name} has changed since its run wrote it; train {model_folder.parent} again with "
-                f"overwrite=true, or copy {model_folder.name}/ elsewhere to take it as it is"
-            )
-    return found
-
-
-def with_inputs(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
-    """The configuration with `model.model_name_or_path` and, for PPO, `stage.reward_model` filled in.
-
-    Returned with it is why this starting model was taken. What stages that are still `to_come` will make is not asked
-    for: the base model stands for the SFT model.
-
-    Raises:
-        ConfigError: a run whose model this stage would take has not finished, or PPO has no reward.
-    """
-    config, why = _with_starting_model(config, "sft" in to_come)
-    return _with_reward_model(config, "reward" in to_come), why
-
-
-def _with_reward_model(config: Config, to_come: bool) -> Config:
-    stage = config.stage
-    if not isinstance(stage, PPOStage) or stage.reward_model is not None:
-        return config
-    reward = Path(config.output_dir) / config.run_name / "reward"
-    if (reward / MANIFEST).is_file():
-        return replace(config, stage=replace(stage, reward_model=str(reward)))
-    if stage.reward_functions or to_come:
-        return config
-    begun = f"{reward} has not finished" if (reward / IDENTITY).is_file() else f"{reward} is not there"
-    raise ConfigError(
-        f"stage=ppo needs a reward, and {begun}: run stage=reward run_name={config.run_name} first, or name one with "
-        "stage.reward_model=<folder or Hub id> or stage.reward_functions=[my_rewards.concise]"
-    )
-
-
-def _with_starting_model(config: Config, to_come: bool) -> tuple[Config, str]:
-    if config.model.model_name_or_path is not None:
-        return config, "named by model.model_name_or_path"
-    sft = Path(config.output_dir) / config.run_name / "sft"
-    if config.stage.name != "sft" and (sft / MANIFEST).is_file():
-        model = replace(config.model, model_name_or_path=str(sft), from_scratch=False)
-        return replace(config, model=model), "the SFT model of this run"
-    if to_come:
-        base = replace(config.model, model_name_or_path=config.model.base_model)
-        return replace(config, model=base), "in place of the SFT model that is still to come"
-    if config.stage.name != "sft" and (sft / IDENTITY).is_file():
-        raise ConfigError(
-            f"{sft} has not finished; run stage=sft run_name={config.run_name} again, "
-            "or name another model with model.model_name_or_path=…"
-        )
-    return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
-
-
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file of a run; none where it is not there. A kill may have cut the last one."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -186,6 +116,71 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def run_path(config: Config) -> Path:
     """The folder of the run that a configuration describes."""
     return Path(config.output_dir) / config.run_name / str(config.stage.name)
+
+
+def check_path(config: Config) -> None:
+    """Refuse a run folder that cannot be made.
+
+    Raises:
+        ConfigError: output_dir is an address, a name is too long, or a file stands where a folder would.
+    """
+    folder = run_path(config)
+    if not config.output_dir.strip():
+        raise ConfigError("output_dir is empty; name a folder, for example output_dir=outputs")
+    if "://" in config.output_dir:
+        raise ConfigError(f"output_dir={config.output_dir} must be a folder of this machine or of one mounted on it")
+    for name in folder.parts:
+        if len(os.fsencode(name)) > 255:
+            raise ConfigError(f"{name[:40]}… has {len(os.fsencode(name))} bytes; a file name may have 255")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"output_dir={config.output_dir}: {path} is a file, so {folder} cannot be a folder")
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"output_dir={config.output_dir}: {path} is a link to {path.readlink()}, which is not there"
+            )
+
+
+@contextlib.contextmanager
+def locked(*folders: Path) -> Iterator[None]:
+    """Keep other processes out of the folders of some runs; this process may lock one again.
+
+    The lock stands beside a folder, so that the folder can be moved.
+
+    Raises:
+        PosttrainError: another process holds one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_locked(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    file = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(file, timeout=0, is_singleton=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise PosttrainError(f"{folder} is in use by another process; wait for it or choose run_name=…") from error
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder.parent} is not writable ({error.strerror}); choose another") from error
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1 and not folder.exists():  # nothing began here
+            file.unlink(missing_ok=True)
+            remove_if_empty(folder)
+        lock.release()
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that did not begin, and those above it, as far as nothing else lives there."""
+    for path in (folder, *folder.parents[:2]):
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 class RunFolder:
@@ -200,96 +195,110 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts.jsonl"
         self.curves = path / "curves.svg"
+        self.trains = False  # whether this start has come so far that the folder is kept, whatever happens
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        return read_object(self.path / name, (), "overwrite=true starts this run anew")
+        return read_object(self.path / name, (), "overwrite=true starts this run over")
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a complete run, None before."""
         return self._read(MANIFEST)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep a second start of the same run out while this one is alive.
+    def claim(self, identity: dict[str, Any], overwrite: bool, move_aside: bool) -> State:
+        """Whether this run has begun here before, and make room where it has not; for the main process alone.
 
-        Raises:
-            PosttrainError: another process holds the folder.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                held = f"{self.path} is in use by another process; wait for it or choose run_name=…"
-                raise PosttrainError(held) from error
-            yield
-
-    def state(self, identity: dict[str, Any], overwrite: bool, rerun: bool = False) -> State:
-        """Whether this run has begun here before; `overwrite` deletes a run that has, whichever it is.
-
-        `rerun` deletes another run only, and says what differs.
+        `overwrite` deletes a run that is here, whichever it is; `move_aside` moves another run to `earlier/`.
 
         Raises:
             ConfigError: the folder holds another run, or files that no run wrote; names what differs.
         """
-        if overwrite and (self.path / IDENTITY).is_file():
-            if is_main_process():
-                self.clear()
-            return "new"
         earlier = self._read(IDENTITY)
         if earlier is None:
-            foreign = [entry.name for entry in self._foreign()]
+            foreign = sorted(entry.name for entry in self._entries() if entry.name not in BEFORE_THE_FIRST_STEP)
             if foreign:
                 raise ConfigError(
-                    f"{self.path} holds files that no run of posttrain wrote ({', '.join(sorted(foreign)[:3])}); "
+                    f"{self.path} holds files that no run of posttrain wrote ({', '.join(foreign[:3])}); "
                     "choose run_name=… or output_dir=…"
                 )
             return "new"
-        finished = self.manifest() is not None
-        changed = {
-            key: values
-            for key, values in differences(earlier, identity).items()
-            if not key.startswith("versions") and key.removeprefix("config.") not in FREE_KEYS
-        }
-        if finished:
-            changed.pop("processes", None)
-        if changed:
-            what = "a finished run" if finished else "an interrupted run"
-            told = "; ".join(_changed(key, *values) for key, values in list(changed.items())[:5])
-            if rerun:
-                say(f"{self.path} held {what} and is made anew: {told}")
-                if is_main_process():
-                    self.clear()
-                return "new"
-            raise ConfigError(
-                f"{self.path} holds {what} with another configuration ({told}); "
-                "choose run_name=… for a new run, or pass overwrite=true to delete the old one"
-            )
-        return "complete" if finished else "interrupted"
+        if overwrite:
+            self.clear()
+            return "new"
+        finished = self.manifest()
+        changed = changes(earlier, identity, finished is not None)
+        damage = [f"{name} {what}" for name, what in self.damage(finished).items()] if finished is not None else []
+        if not changed and not damage:
+            return "complete" if finished else "interrupted"
+        why = "; ".join([*(_changed(key, *values) for key, values in changed.items()), *damage][:5])
+        how = "with another configuration" if changed else "whose result is not as it was written"
+        if not finished and not checkpoints(self.path):
+            say(f"{self.path}: an earlier start stopped before its first checkpoint; starting over ({why})")
+            self.clear()
+            return "new"
+        what = "a finished run" if finished else "an interrupted run"
+        if move_aside:
+            say(f"{self.path} holds {what} {how}: {why}; it is moved to {self.move_aside()}")
+            return "new"
+        raise ConfigError(
+            f"{self.path} holds {what} {how} ({why}); "
+            "choose run_name=… for a new run, or pass move_aside=true to keep the old one aside, overwrite=true to "
+            "delete it"
+        )
 
-    def _foreign(self) -> list[Path]:
-        if not self.path.is_dir():
-            return []
-        return [
-            entry
-            for entry in self.path.iterdir()
-            if entry.name not in (*OWN_FILES, "multirun.yaml", "sweep.svg", "frontier.json")
-            and not (entry.is_dir() and ("=" in entry.name or entry.name == ".submitit"))
-        ]
+    def damage(self, manifest: dict[str, Any]) -> dict[str, str]:
+        """File of the result -> what has become of it since the run finished."""
+        found = {}
+        parts = PARTS | ({"base": BASE} if manifest.get(PARTS["adapter"]) else {})  # an adapter is nothing without it
+        for part, hashes in parts.items():
+            for name, digest in manifest.get(hashes, {}).items():
+                file = self.path / part / name
+                if not file.is_file():
+                    found[f"{part}/{name}"] = "is missing"
+                elif sha256_of(file) != digest:
+                    found[f"{part}/{name}"] = "has changed since the run finished"
+        return found
+
+    def _entries(self) -> list[Path]:
+        """What is in the folder, but for the points of sweeps and what belongs to them."""
+        entries = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [entry for entry in entries if not _of_sweeps(entry)]
+
+    def others(self) -> list[str]:
+        """Names in the folder that no run writes: they are never touched."""
+        own = {*OWN_FILES, *OWN_FOLDERS, ".lock", *(checkpoint.name for checkpoint in checkpoints(self.path))}
+        return [entry.name for entry in self._entries() if entry.name not in own]
+
+    def move_aside(self) -> Path:
+        """Rename the folder whole to earlier/<stage>-<when it finished> and return where; points of a sweep stay."""
+        manifest = self.manifest()
+        since = datetime.datetime.fromtimestamp((self.path / IDENTITY).stat().st_mtime, datetime.UTC).isoformat()
+        when = re.sub(r"[-:]|\..*|\+.*", "", manifest["finished"] if manifest else since)
+        is_point = "=" in self.path.name
+        run = self.path.parent.parent if is_point else self.path.parent
+        name = f"{self.path.parent.name}-{self.path.name}-{when}" if is_point else f"{self.path.name}-{when}"
+        target, number = run / EARLIER / name, 1
+        while target.exists():
+            number += 1
+            target = run / EARLIER / f"{name}-{number}"
+        target.parent.mkdir(exist_ok=True)
+        self.path.rename(target)
+        self.path.mkdir()
+        for entry in target.iterdir():
+            if _of_sweeps(entry):
+                entry.rename(self.path / entry.name)
+        return target
 
     def clear(self) -> None:
-        """Delete the run, its checkpoints and its result; points of a sweep below it stay."""
+        """Delete the run, its checkpoints and its result; points of a sweep and other files stay."""
         (self.path / MANIFEST).unlink(missing_ok=True)  # first: without it nothing here counts as complete
         for name in OWN_FILES:
-            if name not in (".lock", "run.log"):  # both are open
-                (self.path / name).unlink(missing_ok=True)
-        for name in OWN_FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for checkpoint in self.path.glob(f"{PREFIX}*"):
-            shutil.rmtree(checkpoint)
+            (self.path / name).unlink(missing_ok=True)
+        for folder in [*(self.path / name for name in OWN_FOLDERS), *checkpoints(self.path)]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def begin(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
-        """Write down what the run is, before its first step; cut the logs back to what `checkpoint` knows of them."""
+        """Write down what the run is, before it writes anything else; cut the logs back to what `checkpoint` knows."""
+        self.path.mkdir(parents=True, exist_ok=True)
         sizes = read_running(checkpoint)["logs"] if checkpoint else {}
         for file in (self.path / name for name in LOGS):
             if file.is_file():
@@ -298,10 +307,11 @@ class RunFolder:
         write_atomically(self.path / IDENTITY, json.dumps(identity, indent=1, ensure_ascii=False))
 
     def checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint; broken ones are deleted and told."""
+        """The newest whole checkpoint, and a line for each newer one that is broken; those are deleted."""
         newest, faults = newest_whole(self.path)
-        for checkpoint in self.path.glob(f"{PREFIX}*"):
-            if is_main_process() and checkpoint != newest and fault(checkpoint) is not None:
+        for checkpoint in checkpoints(self.path):
+            if checkpoint != newest and (problem := fault(checkpoint)) is not None:
+                faults += [] if any(checkpoint.name in line for line in faults) else [f"{checkpoint.name}: {problem}"]
                 shutil.rmtree(checkpoint)
         return newest, faults
 
@@ -311,10 +321,43 @@ class RunFolder:
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **{
                 part: {name: entry["sha256"] for name, entry in file_hashes(self.path / folder).items()}
-                for folder, part in PARTS.items()
+                for folder, part in {**PARTS, "base": BASE}.items()
             },
         }
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+def _of_sweeps(entry: Path) -> bool:
+    return entry.name in OF_SWEEPS or "=" in entry.name  # a point, or the lock beside it
+
+
+def changes(earlier: dict[str, Any], identity: dict[str, Any], finished: bool) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old, new) of all that makes two runs different ones; an input with a hash is compared by it alone."""
+    hashed = {
+        "model": ("model.model_name_or_path", "model.base_model"),
+        "reward_model": ("stage.reward_model",),
+        "chat_template": ("model.chat_template_path",),
+        "code": ("stage.reward_functions", "stage.eval_reward_functions"),
+    }
+    free = {
+        *FREE_KEYS,
+        *(key for part, keys in hashed.items() if earlier.get(part) and identity.get(part) for key in keys),
+    }
+    found = {}
+    for key, values in differences(_comparable(earlier), _comparable(identity)).items():
+        section = key.split(".")[0]
+        unknown_then = section in hashed and section not in earlier  # a run of an older posttrain
+        if section != "versions" and key.removeprefix("config.") not in free and not unknown_then:
+            found[key] = values
+    if finished:
+        found.pop("processes", None)
+    return found
+
+
+def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """Reward functions by name and code, whatever the folder of their file is."""
+    named = {re.split(r"[:.]", spec)[-1]: digest for spec, digest in identity.get("code", {}).items()}
+    return {**identity, "code": named} if "code" in identity else identity
 
 
 def _changed(key: str, old: Any, new: Any) -> str:
@@ -324,4 +367,8 @@ def _changed(key: str, old: Any, new: Any) -> str:
         return "the reward model's weights are not the same"
     if key.startswith("model."):
         return "the weights to start from are not the same"
+    if key.startswith("chat_template"):
+        return "the chat template is not the same"
+    if key.startswith("code."):
+        return f"reward function {key.rsplit('.', 1)[-1]} is not the same"
     return f"{key.removeprefix('config.')} was {old}, now {new}"

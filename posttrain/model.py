@@ -1,27 +1,26 @@
 """Tokenizers and causal language models, loaded so that nothing is missing, random or unexpected unseen."""
 
 import contextlib
-import json
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain import paths
+from posttrain import inputs, paths
 from posttrain.arguments import process_state
 from posttrain.checkpoint import modes_by_umask, writing
 from posttrain.config import nearest
 from posttrain.encoding import ChatEncoder, plain_template
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.schema import ModelConfig
+from posttrain.paths import EMBEDDED
+from posttrain.schema import Config, ModelConfig, PPOStage
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "posttrain/tiny"
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 NEW_PAD = "<|pad|>"
 # Texts on which a tokenizer as loaded must agree with its own tokenizer.json.
@@ -49,6 +48,20 @@ def source(model: ModelConfig) -> str:
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"model.model_name_or_path={name}: neither config.json nor adapter_config.json is there")
     return name
+
+
+def input_folders(config: Config) -> dict[str, Path]:
+    """The folders of the models that a stage starts from; of what is on the Hub, a path where nothing is."""
+    found = {"model": Path(source(config.model))}
+    if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
+        found["reward_model"] = Path(source(beside(config.model, config.stage.reward_model)))
+    return found
+
+
+def reward_functions(config: Config) -> list[str]:
+    """All reward functions of a stage, those that it is not trained on among them."""
+    stage = config.stage
+    return [*stage.reward_functions, *stage.eval_reward_functions] if isinstance(stage, PPOStage) else []
 
 
 def beside(model: ModelConfig, path: str) -> ModelConfig:
@@ -192,13 +205,13 @@ def positions(model: ModelConfig) -> int | None:
 
 
 def _adapter_base(model: ModelConfig, folder: str) -> str:
-    """The folder or Hub id of the model that the adapter in `folder` was trained on."""
-    try:
-        base = str(json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"model.model_name_or_path={folder}: adapter_config.json is broken ({error})") from error
+    """The folder or Hub id of the model that the adapter in `folder` was trained on.
+
+    Raises:
+        ConfigError: it is not there, or adapter_config.json does not name it.
+    """
     with named(f"{folder}/adapter_config.json: base_model_name_or_path"):
-        return source(beside(model, base))
+        return source(beside(model, inputs.adapter_base(Path(folder))))
 
 
 def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: str) -> Any:

@@ -9,3 +9,4 @@ CONF = ROOT / "conf"
 RECIPES = ROOT / "recipes"
 ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 TINY = PACKAGE / "tiny"
+EMBEDDED = "posttrain/tiny"  # the name of the model in TINY

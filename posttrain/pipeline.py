@@ -1,8 +1,17 @@
-"""`python -m posttrain.pipeline ...`: SFT, reward modelling, then PPO and DPO, each taking what the ones before made.
+"""Run SFT, reward model, PPO and DPO in order, then compare them.
 
-A command of the pipeline is a command for each of its stages: `sft.num_epochs=1` is `stage.num_epochs=1` for SFT,
-`sft.trainer.packing=true` its `trainer.packing=true`, `recipes=quickstart` is `recipes=quickstart/sft` and so on, and
-what names no stage goes to all. So a stage that the pipeline runs is the stage that `posttrain.run` runs.
+usage: posttrain pipeline [recipes=...] [stages=[sft,reward,ppo,dpo]] [key=value ...]
+
+A key that begins with a stage goes to that stage: sft.num_epochs=1, dpo.beta=0.3,
+sft.trainer.packing=true. All others go to every stage. data.instructions=,
+data.preferences= and data.prompts= name your own rows. The same command again goes
+on where it stopped; a finished stage that has to be re-run is moved to
+<run_name>/earlier first. With -m, several values of a key of ppo or dpo are a sweep.
+Flags are those of posttrain run; every key: posttrain pipeline stages=[dpo] --help
+
+examples:
+  posttrain pipeline recipes=quickstart
+  posttrain pipeline run_name=mine stages=[sft] data.instructions=mine.jsonl
 """
 
 import sys
@@ -12,24 +21,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
 
 from posttrain import run
-from posttrain.compose import read_command
-from posttrain.config import nearest
+from posttrain.cli.command import named_stages, parse, read_command
+from posttrain.cli.entry import entry_point
 from posttrain.console import is_main_process, number, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.inputs import data_required, with_inputs
 from posttrain.launching import refuse_sweep_under_accelerate
-from posttrain.lineage import MANIFEST, run_path, with_inputs
+from posttrain.lineage import MANIFEST, locked, run_path
 from posttrain.report import write_report
-from posttrain.schema import Config
+from posttrain.schema import DATA_FORMATS, STAGE_SCHEMAS, Config
 from posttrain.stages import STAGES
 
-# data.<name>=<source> for the stages that read this format
-FORMATS = {"instructions": ("sft",), "preferences": ("reward", "dpo"), "prompts": ("ppo",)}
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
 SWEPT = ("ppo", "dpo")  # stages that nothing is built on
 # the number that tells a newcomer what a stage did
@@ -38,11 +43,12 @@ HEADLINES = {"sft": "eval_loss", "reward": "accuracy", "ppo": "reward", "dpo": "
 
 @dataclass
 class Step:
-    """One stage of a pipeline: the command that runs it, and its values of a sweep."""
+    """One stage of a pipeline: the command that runs it, its values of a sweep, and its configuration."""
 
     stage: str
     arguments: list[str]
     sweeps: bool
+    config: Config  # of a sweep its first point's
 
 
 def read_pipeline(arguments: Sequence[str]) -> list[Step]:
@@ -51,46 +57,41 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     Raises:
         ConfigError: with every problem found, a line each.
     """
-    overrides, multirun = _parse(arguments)
-    stages = _stages(overrides)
+    line = parse(arguments)
+    stages = named_stages(line.overrides) or list(STAGES)
     problems: dict[str, None] = {}
-    steps = []
-    for stage in stages:
-        own, sweeps = _command(overrides, stage, stages)
-        if sweeps and stage not in SWEPT:
-            problems[
-                f"a sweep over {stage} would train everything after it again for each point; sweep it alone: "
-                f"python -m posttrain.run -m stage={stage} …"
-            ] = None
-        given = [*(["-m"] if sweeps else []), *own]
-        try:
-            with _in_words_of(stage):
-                read_command(given, inputs_exist=stage == stages[0])
-        except ConfigError as error:
-            problems |= dict.fromkeys(error.problems)
-        steps.append(Step(stage, given, sweeps))
-    for override in overrides:
+    steps: list[Step] = []
+    for override in line.overrides:
         if override.key_or_group in ("stage", "data"):
             problems[
                 f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(STAGES)}], "
                 f"set data with data.instructions=, data.preferences=, data.prompts="
             ] = None
-    if any(override.is_sweep_override() for override in overrides) and not multirun:
+    for place, stage in enumerate(stages):
+        own, sweeps = _command(line.overrides, stage, stages)
+        if sweeps and stage not in SWEPT:
+            problems[
+                f"a sweep over {stage} would train everything after it again for each point; sweep it alone: "
+                f"posttrain run -m stage={stage} …"
+            ] = None
+        flags = [*(["-m"] if sweeps else []), *line.prints]
+        given = [*flags, *own, *(["--config-dir", line.config_dir] if line.config_dir else [])]
+        try:
+            with _in_words_of(stage):
+                config = read_command(given, stages[:place]).config
+                has_own_rows = bool(steps) and steps[0].config.data.dataset_name is not None
+                if has_own_rows and config.data.dataset_name is None:
+                    raise data_required(config)
+                steps.append(Step(stage, given, sweeps, config))
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if any(override.is_sweep_override() for override in line.overrides) and not line.multirun and not line.prints:
         problems["a key has several values: add -m to sweep over them, or quote the value"] = None
-    if multirun and not any(step.sweeps for step in steps):
+    if line.multirun and not any(step.sweeps for step in steps):
         problems["-m sweeps over nothing; give a key of ppo or dpo several values"] = None
     if problems:
         raise ConfigError(*problems)
     return steps
-
-
-def _parse(arguments: Sequence[str]) -> tuple[list[Override], bool]:
-    """The overrides of a command line, and whether it sweeps."""
-    flags = get_args_parser().parse_args(list(arguments))
-    try:
-        return OverridesParser.create().parse_overrides(flags.overrides), bool(flags.multirun)
-    except (OverrideParseException, HydraException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def _command(overrides: Sequence[Override], stage: str, stages: Sequence[str]) -> tuple[list[str], bool]:
@@ -101,6 +102,10 @@ def _command(overrides: Sequence[Override], stage: str, stages: Sequence[str]) -
         if translated is not None:
             sweeps |= override.is_sweep_override()
             own.append(translated)
+    # an earlier result may be moved aside where the command says what is to come in its place
+    named = {override.key_or_group.split(".")[-1] for override in overrides}
+    if named & {"recipes", "dataset_name", *(each.name for each in DATA_FORMATS.values())}:
+        own.insert(1, "move_aside=true")
     return own, sweeps
 
 
@@ -110,20 +115,9 @@ def _in_words_of(stage: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        told = [problem.replace("stage.", f"{stage}.") for problem in error.problems]
-        raise ConfigError(*told) from error
-
-
-def _stages(overrides: Sequence[Override]) -> list[str]:
-    for override in overrides:
-        if override.key_or_group == "stages":
-            value = override.value()
-            names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
-            unknown = [name for name in names if name not in STAGES]
-            if unknown or not names:
-                raise ConfigError(f"stages={names} must be some of {', '.join(STAGES)}{nearest(str(names[0]), STAGES)}")
-            return [name for name in STAGES if name in names]
-    return list(STAGES)
+        data = f"data.{DATA_FORMATS[stage].name}"
+        texts = [text.replace("stage.", f"{stage}.").replace("data.dataset_name", data) for text in error.problems]
+        raise ConfigError(*texts) from error
 
 
 def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | None:
@@ -136,12 +130,12 @@ def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | N
     if name == "recipes":
         return f"recipes={value}/{stage}" if value not in ("null", "") else None
     first, _, rest = name.partition(".")
-    if first in STAGES:
+    if first in STAGE_SCHEMAS:
         if first != stage:
             return None
         return f"{prefix}{rest if rest.split('.')[0] in SECTIONS else f'stage.{rest}'}={value}"
-    if first == "data" and rest in FORMATS:
-        return f"data.dataset_name={value}" if stage in FORMATS[rest] else None
+    if first == "data" and rest in [each.name for each in DATA_FORMATS.values()]:
+        return f"data.dataset_name={value}" if rest == DATA_FORMATS[stage].name else None
     if name == "model.model_name_or_path" and stage != stages[0]:
         return None  # where the pipeline starts; what comes after starts from what it makes
     return str(override.input_line)
@@ -169,43 +163,31 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
     for place, step in enumerate(steps, start=1):
         started = time.monotonic()
         say(f"\n[{place} of {len(steps)}] {step.stage}", style="bold")
-        config = _first_point(step)
-        folder = run_path(config)
-        to_come = _unfinished(steps[: place - 1]) if config.dry_run else ()
+        folder = run_path(step.config)
+        to_come = _unfinished(steps[: place - 1]) if step.config.dry_run else ()
         metrics: dict[str, float] = {}
-        if step.sweeps and not config.dry_run:
+        if step.sweeps and not step.config.dry_run:
             _sweep(step)
         else:
             with _in_words_of(step.stage):
-                result = run_stage(config, folder, rerun=True, to_come=to_come)
+                result = run_stage(step.config, folder, to_come)
             metrics = result.metrics if result is not None else {}
         done.append(Finished(step.stage, folder, metrics, time.monotonic() - started))
     return done
 
 
-def _first_point(step: Step) -> Config:
-    """A step's configuration; of a sweep its first point's."""
-    config = read_command(step.arguments, inputs_exist=False).config
-    assert config is not None
-    return config
-
-
 def _unfinished(steps: Sequence[Step]) -> list[str]:
     """Those of the stages that have left no model behind yet."""
-    return [step.stage for step in steps if not (run_path(_first_point(step)) / MANIFEST).is_file()]
+    return [step.stage for step in steps if not (run_path(step.config) / MANIFEST).is_file()]
 
 
 def _sweep(step: Step) -> None:
-    """Let `posttrain.run -m` do it."""
-    given = sys.argv
-    sys.argv = [given[0], *step.arguments]
+    """Let `posttrain run -m` do it."""
     try:
-        run.main()
-    except SystemExit as ended:
-        if ended.code:
+        run.run(step.arguments)
+    except (SystemExit, PosttrainError) as ended:
+        if not isinstance(ended, SystemExit) or ended.code:
             raise PosttrainError(f"points of the sweep over {step.stage} failed; see above") from ended
-    finally:
-        sys.argv = given
 
 
 def show_pipeline(done: Sequence[Finished]) -> None:
@@ -221,8 +203,8 @@ def show_pipeline(done: Sequence[Finished]) -> None:
 
 
 def main() -> None:
-    """The entry point: exit codes as those of `posttrain.run`."""
-    sys.exit(run.guarded(_main))
+    """The entry point of `posttrain pipeline`."""
+    entry_point("pipeline", lambda: _main(sys.argv[1:]))
 
 
 def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> None:
@@ -233,29 +215,42 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> Non
     policies = [folders[stage] for stage in ("sft", "ppo", "dpo") if stage in folders]
     if "sft" not in folders or len(policies) < 2:
         return
-    overrides, _ = _parse(arguments)
+    overrides = parse(arguments).overrides
     names = {override.key_or_group for override in overrides}
     if "ppo" not in folders and not names & {"recipes", "data.prompts"}:
         say("no evaluation: name prompts to answer with data.prompts=<source>")
         return
     single = [override for override in overrides if not override.is_sweep_override()]
-    ppo, sft = (_command(single, stage, ("sft", stage))[0] for stage in ("ppo", "sft"))
-    config = _first_point(Step("ppo", ppo, sweeps=False))
-    responses = _first_point(Step("sft", sft, sweeps=False))
-    evaluate_into(with_inputs(config, to_come=("reward",))[0], policies, responses.data)
+    ppo, sft = (
+        read_command(_command(single, stage, ("sft", stage))[0], list(STAGES)).config for stage in ("ppo", "sft")
+    )
+    evaluate_into(with_inputs(ppo, to_come=("reward",))[0], policies, with_inputs(sft)[0].data)
 
 
-def _main() -> None:
-    steps = read_pipeline(sys.argv[1:])
+def _main(arguments: Sequence[str]) -> None:
+    steps = read_pipeline(arguments)
+    if (prints := parse(arguments).prints) and "--hydra-help" not in prints:
+        for place, step in enumerate(steps, start=1):
+            print(f"# [{place} of {len(steps)}] {step.stage}")
+            run.run(step.arguments)
+    elif prints:
+        run.run(prints)
+    else:
+        _run(steps, arguments)
+
+
+def _run(steps: Sequence[Step], arguments: Sequence[str]) -> None:
     if any(step.sweeps for step in steps):
-        refuse_sweep_under_accelerate("posttrain.pipeline", sys.argv[1:])
-    done = run_pipeline(steps)
-    if all(not each.metrics for each in done):
-        return  # a dry run, or sweeps alone, which have told their own
-    evaluate_pipeline(sys.argv[1:], done)
-    show_pipeline(done)
-    if is_main_process():
-        say(f"report: {write_report(done[0].folder.parent)}")
+        refuse_sweep_under_accelerate("posttrain.pipeline", arguments)
+    folders = [run_path(step.config) for step in steps] if is_main_process() and not steps[0].config.dry_run else []
+    with locked(*folders):
+        done = run_pipeline(steps)
+        if all(not each.metrics for each in done):
+            return  # a dry run, or sweeps alone, which have printed their own
+        evaluate_pipeline(arguments, done)
+        show_pipeline(done)
+        if is_main_process():
+            say(f"report: {write_report(done[0].folder.parent)}")
 
 
 if __name__ == "__main__":

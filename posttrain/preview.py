@@ -1,6 +1,7 @@
 """What a run will do, told before it does it: the data's summary, the derived numbers, one row in colour."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,17 +31,25 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
     return [cell if isinstance(cell, str) else f"{cell:,}" for cell in [*cells, tokens]] + [share]
 
 
+def _sources(prepared: Prepared) -> list[tuple[str, str, str]]:
+    """Each source with its rows."""
+    parts = (prepared.splits.train, prepared.splits.test)
+    train, test = (Counter(row.where.rsplit(" ", 2)[0] for row in rows) for rows in parts)
+    return [(f"rows of {name}", f"{train[name]:,}", f"{test[name]:,}") for name in train | test]
+
+
 def _response_tokens(config: Config) -> str:
     """A reward model reads its score after the last token; elsewhere each token of a response is learned."""
     return "tokens of responses" if config.stage.name == "reward" else "tokens that carry loss"
 
 
 def show_data(config: Config, prepared: Prepared) -> None:
-    """Print what was read, kept, cut and left out, and warn of what should not go unseen."""
+    """Print what was read and from where, kept, cut and left out, and warn of what may be a mistake."""
     names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", _response_tokens(config))
     train, counts, max_length = prepared.train, prepared.splits.counts["train"], config.stage.max_length
     cells = zip(names, _summary(train, counts), _summary(prepared.test, prepared.splits.counts["test"]), strict=True)
-    show_table("data", ("", "train", "held out"), list(cells)[: len(names) if train.loss_tokens else -1])
+    table = [*_sources(prepared), *list(cells)[: len(names) if train.loss_tokens else -1]]
+    show_table("data", ("", "train", "held out"), table)
     for note in prepared.splits.notes:
         say(f"data: {note}")
     if counts.truncated:

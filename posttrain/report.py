@@ -1,7 +1,14 @@
-"""`python -m posttrain.report outputs/demo`: one page about a run, a stage or several runs, from their folders alone.
+"""Write a page about runs, from their folders alone.
 
-The page needs nothing but itself: no network, no script, light and dark as the reader's system is. torch is never
-imported.
+usage: posttrain report <folder> [<folder> ...] [out=<file>]
+
+The page needs nothing but itself: no network, no script, light and dark as the
+reader's system is. out= defaults to report.html in the folder, and for several
+folders to a file in the current one that is named after them.
+
+examples:
+  posttrain report outputs/demo
+  posttrain report outputs/demo outputs/other out=both.html
 """
 
 import sys
@@ -12,7 +19,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from posttrain import comparison, run
+from posttrain import comparison
+from posttrain.checkpoint import write_atomically
+from posttrain.cli.command import read_words
+from posttrain.cli.entry import entry_point
 from posttrain.console import number, say
 from posttrain.errors import ConfigError
 from posttrain.lineage import MANIFEST, read_json, read_lines
@@ -21,6 +31,7 @@ from posttrain.stages import STAGES
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
+GENERATOR = '<meta name="generator" content="posttrain">'
 TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
@@ -143,7 +154,7 @@ def _stage(folder: Path) -> dict[str, Any]:
         "manifest": manifest,
         "numbers": [
             (label, number(key, metrics.get(f"{key}_before")), number(key, metrics.get(key)))
-            for key, label in STAGES[name].shown.items()
+            for key, label in comparison.shown_apart(STAGES[name].shown, metrics).items()
             if key in metrics
         ],
         "curves": list(_curves(name, read_lines(folder / "metrics.jsonl"))),
@@ -183,9 +194,13 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     found = _json(path / comparison.FILE)
     if not found:
         return None
+    if "scores" not in found[0]:
+        say(f"{path / comparison.FILE} was written by an older posttrain; evaluate again to see it in the report")
+        return None
     return {
         "policies": [each["policy"] for each in found],
-        "rows": comparison.rows([each["metrics"] for each in found]),
+        "rows": comparison.rows(found),
+        "changes": list(comparison.in_words(found)),
         "answers": [
             (prompt, [each["answers"][index] for each in found])
             for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
@@ -193,8 +208,8 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     }
 
 
-def write_report(*paths: Path) -> Path:
-    """Write report.html into the first folder and return its path."""
+def write_report(*paths: Path, out: Path | None = None) -> Path:
+    """Write the page about the folders and return its path: report.html in the one folder, if `out` is not given."""
     runs = []
     for path in paths:
         stages = [_stage(folder) for folder in stage_folders(path)]
@@ -213,24 +228,31 @@ def write_report(*paths: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.jinja").render(runs=runs, order=list(STAGES), titles=TITLES)
-    file = paths[0] / FILE
-    file.write_text(page, encoding="utf-8")
+    names = "-".join(path.resolve().name for path in paths)
+    file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{names}.html"))
+    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise ConfigError(f"out={file} is there already and is not a report; choose another file")
+    write_atomically(file, page)
     return file
 
 
 def main() -> None:
-    """The entry point: exit codes as those of `posttrain.run`."""
-    sys.exit(run.guarded(_main))
+    """The entry point of `posttrain report`."""
+    entry_point("report", lambda: _main(sys.argv[1:]))
 
 
-def _main() -> None:
-    paths = [Path(argument) for argument in sys.argv[1:]]
+def _main(arguments: Sequence[str]) -> None:
+    words, options = read_words(arguments, ["out"])
+    paths = [Path(word) for word in words]
     if not paths:
-        raise ConfigError("name a run's folder, for example: python -m posttrain.report outputs/demo")
+        raise ConfigError("name a run's folder, for example: posttrain report outputs/demo")
     for path in paths:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder")
-    say(f"report: {write_report(*paths)}")
+    out = Path(options["out"]) if "out" in options else None
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ConfigError(f"out={out}: {'a folder, not a file' if out.is_dir() else f'no folder {out.parent}'}")
+    say(f"report: {write_report(*paths, out=out)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,22 @@
-"""`python -m posttrain.run stage=sft ...`: one stage, or with `-m` one run for each point of a sweep.
+"""Train one stage, or with -m sweep over its keys.
 
-Every override is checked against the schema before Hydra runs anything, so that a misspelt key is answered
-in about the time it takes to import Hydra. torch is imported only when a run begins.
+usage: posttrain run [stage=sft|reward|ppo|dpo] [recipes=...] [key=value ...] [-m]
+
+Every key is checked before anything runs. The same command again resumes an
+interrupted run. Every key of a stage: posttrain run stage=ppo --help
+
+  --cfg job|hydra|all      print the configuration
+  --config-dir <folder>    add your own recipes/, model/, data/ and trainer/
+  -m                       a run for each of several values: stage.beta=0.1,0.3
+  --info, --hydra-help     what Hydra does
+
+examples:
+  posttrain run recipes=quickstart/sft
+  posttrain run -m stage=dpo stage.beta=0.05,0.1,0.3
 """
 
-import os
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -16,30 +25,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from posttrain import console, paths
-from posttrain.checkpoint import StopSignals
-from posttrain.compose import read_command
+from posttrain.cli.command import read_command
+from posttrain.cli.entry import entry_point, report
 from posttrain.config import check
-from posttrain.console import TRACE, fail
-from posttrain.errors import AlreadyToldError, PosttrainError, Stopped
+from posttrain.errors import AlreadyToldError, ConfigError, Stopped
 from posttrain.launching import refuse_sweep_under_accelerate
 from posttrain.sweep import show_sweep
-
-
-def _report(error: BaseException) -> int:
-    """Tell what happened in one paragraph and return the exit code."""
-    if isinstance(error, AlreadyToldError):
-        return error.exit_code
-    if isinstance(error, PosttrainError):
-        fail(type(error).__name__, str(error), everywhere=error.exit_code == 1)
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        fail("Stopped", str(error) or f"by Ctrl-C outside of training; {StopSignals.outside}")
-        return 130
-    # a fault of the libraries or of ours: the paragraph here, the rest in the run's log
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    told = f"{error} (at {Path(where.filename).name}:{where.lineno}; {TRACE}=1 shows the whole traceback)"
-    fail(type(error).__name__, told)
-    return 1
 
 
 def _job(composed: DictConfig) -> float | None:
@@ -49,11 +40,11 @@ def _job(composed: DictConfig) -> float | None:
     try:
         result = run_stage(check(composed), Path(HydraConfig.get().runtime.output_dir))
     except (Stopped, KeyboardInterrupt) as error:
-        sys.exit(_report(error))  # not on to the next point of a sweep
+        sys.exit(report(error))  # not on to the next point of a sweep
     except Exception as error:
         if console.traces:
             raise
-        code = _report(error)
+        code = report(error)
         if HydraConfig.get().mode == RunMode.RUN:
             sys.exit(code)
         # Hydra goes on with the other points, and raises the first failure after the last
@@ -61,44 +52,33 @@ def _job(composed: DictConfig) -> float | None:
     return result.objective if result is not None else None
 
 
-def guarded(body: Callable[[], None]) -> int:
-    """Run an entry point, tell its failure in one paragraph, and return the exit code.
-
-    0 done, 2 configuration or data invalid, 1 failed, 130 and 143 stopped.
-    """
-    given = os.environ.get(TRACE)
-    console.traces = given == "1"
-    os.environ[TRACE] = "1"  # Hydra then hands exceptions on instead of printing and exiting by itself
-    try:
-        body()
-    except (Stopped, KeyboardInterrupt) as error:
-        return _report(error)
-    except Exception as error:
-        if console.traces:
-            raise
-        return _report(error)
-    finally:
-        os.environ.pop(TRACE)
-        if given is not None:
-            os.environ[TRACE] = given
-    return 0
-
-
 def main() -> None:
-    """The entry point; see `guarded` for its exit codes."""
-    sys.exit(guarded(_main))
+    """The entry point of `posttrain run`."""
+    entry_point("run", lambda: run(sys.argv[1:]))
 
 
-def _main() -> None:
-    command = read_command(sys.argv[1:])
+def run(arguments: Sequence[str]) -> None:
+    """Check a command line and let Hydra do what it asks for: a run, a sweep, or something that is only printed."""
+    command = read_command(arguments)
     if command.sweep:
-        refuse_sweep_under_accelerate("posttrain.run", sys.argv[1:])
-    sys.argv[1:] = command.arguments
+        refuse_sweep_under_accelerate("posttrain.run", arguments)
     try:
-        hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()
+        to_hydra(command.arguments)
+    except OSError as error:  # Hydra makes the folder before the run, which reports its own failures, begins
+        raise ConfigError(f"output_dir={command.config.output_dir} cannot be written: {error}") from error
     finally:
         if command.sweep:
             show_sweep(command)
+
+
+def to_hydra(arguments: Sequence[str]) -> None:
+    """Hand a checked command line to Hydra."""
+    given = sys.argv
+    sys.argv = [given[0], *arguments]
+    try:
+        hydra.main(config_path=str(paths.CONF), config_name="config", version_base="1.3")(_job)()
+    finally:
+        sys.argv = given
 
 
 if __name__ == "__main__":

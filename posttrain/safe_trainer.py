@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.checkpoint import (
     MANIFEST,
+    PART,
     PREFIX,
     RUNNING,
     StopSignals,
     fault,
     file_hashes,
+    is_ours,
     log_sizes,
     modes_by_umask,
     newest_whole,
@@ -320,7 +322,7 @@ class SafeTrainer(_TrainerBase):
             raise PosttrainError(
                 f"after step {self.state.global_step} the processes no longer hold the same weights (sums of their "
                 f"absolute values: {', '.join(f'{value:.9g}' for value in found)}): gradients are not averaged between "
-                "them. Nothing that they have learned is right; a callback or a library has taken the model out of DDP"
+                "them, so results are invalid; a callback or a library has taken the model out of DDP"
             )
 
     def _any_process_stops(self) -> bool:
@@ -338,7 +340,13 @@ class SafeTrainer(_TrainerBase):
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         if self._saved_step == self.state.global_step:  # asked for twice: at the end of the step and of the epoch
             return
+        if self.args.should_save:
+            if folder.exists() and not is_ours(folder):
+                raise PosttrainError(f"{folder} is there and is no checkpoint of this run; move it away to go on")
+            folder.mkdir(exist_ok=True)
         with writing(folder):
+            if self.args.should_save:
+                (folder / PART).touch()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -354,14 +362,14 @@ class SafeTrainer(_TrainerBase):
         Raises:
             PosttrainError: it is not whole; transformers would keep the last weights and warn.
         """
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name  # the run may have been moved
         if problem := fault(best):
             raise PosttrainError(f"{best} was the best checkpoint and cannot be loaded: {problem}")
         return best
 
     def _load_best_model(self) -> None:
         self._evaluated = (-1, {})
-        self.best_checkpoint()
+        self.state.best_model_checkpoint = str(self.best_checkpoint())
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def start(self) -> str:
-        """The model to start from; of a stage after SFT only once `lineage.with_inputs` has filled it in."""
+        """The model to start from; of a stage after SFT only once `inputs.with_inputs` has filled it in."""
         return self.model_name_or_path if self.model_name_or_path is not None else self.base_model
 
 
@@ -169,6 +169,7 @@ class Config:
     precision: str = key(choices=("auto", "fp32", "bf16", "fp16"))
     dry_run: bool = key()
     overwrite: bool = key()
+    move_aside: bool = key()
     stage: Any = key()  # a StageConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -186,6 +187,23 @@ COLUMN_SCHEMAS = {
     "reward": PreferenceColumns,
     "ppo": PromptColumns,
     "dpo": PreferenceColumns,
+}
+
+
+class DataFormat(NamedTuple):
+    """What rows of a stage are called, in `data.<name>=` of a pipeline and in the quickstart, and how one looks."""
+
+    name: str
+    row: str
+
+
+_INSTRUCTIONS = DataFormat("instructions", '{"instruction": "…", "response": "…"}')
+_PREFERENCES = DataFormat("preferences", '{"prompt": "…", "chosen": "…", "rejected": "…"}')
+DATA_FORMATS = {
+    "sft": _INSTRUCTIONS,
+    "reward": _PREFERENCES,
+    "ppo": DataFormat("prompts", '{"prompt": "…"}'),
+    "dpo": _PREFERENCES,
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.config import nearest
 from posttrain.errors import ConfigError, DataError
 from posttrain.schema import DataConfig
 
@@ -149,7 +150,8 @@ def check_source(data: DataConfig) -> None:
         found = _files(name)
         looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in FILE_TYPES or name.count("/") > 1
         if not found and not Path(name).is_dir() and (looks_local or "*" in name or len(names) > 1):
-            raise ConfigError(f"data.dataset_name={name}: no such file")
+            beside = map(str, Path(name).parent.glob("*.*"))
+            raise ConfigError(f"data.dataset_name={name}: no such file{nearest(name, beside)}")
         for path in found:
             if path.suffix not in _READERS:
                 known = ", ".join(FILE_TYPES)

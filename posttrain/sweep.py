@@ -1,16 +1,15 @@
 """The points of a sweep, told from their folders alone: which are complete, and what came of them."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from posttrain import lineage, model, sources
-from posttrain.compose import Command
-from posttrain.config import check, differences, to_dict
+from posttrain import inputs, lineage, model, sources
+from posttrain.cli.command import Command
+from posttrain.config import check, to_dict
 from posttrain.console import say, show_table
-from posttrain.lineage import IDENTITY, MANIFEST
+from posttrain.lineage import IDENTITY, MANIFEST, RunFolder
 from posttrain.stages import STAGES
 
 PICTURE = "sweep.svg"
@@ -21,30 +20,27 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path, composed: DictConfig) -> bool:
-    """Whether a point has been finished with this configuration, these files and this model; torch is not imported.
+    """Whether a point has been finished with this configuration, models and functions, torch-free.
 
     A point of which that cannot be said from files, such as one on a Hub data set, is not; it looks for itself.
     """
     manifest, recorded = _read(folder / MANIFEST), _read(folder / IDENTITY)
     if not manifest or not recorded:
         return False
-    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    config, _ = lineage.with_inputs(check(ours))
-    changed = differences(recorded["config"], to_dict(config)).keys() - set(lineage.FREE_KEYS)
-    if changed or config.overwrite or not sources.is_local(config.data):
+    config, _ = inputs.with_inputs(check(composed))
+    if config.overwrite or not sources.is_local(config.data):
         return False
-    files = {path: Path(path) for path in manifest["data"]["sources"]}
-    if not all(file.is_file() for file in files.values()):
+    folders = model.input_folders(config).items()
+    now = {**recorded, "config": to_dict(config), **{name: inputs.weight_hashes(folder) for name, folder in folders}}
+    try:
+        now["code"] = inputs.code_hashes(model.reward_functions(config))
+    except (OSError, ImportError):  # a module that this process does not find
         return False
-    start = Path(model.source(config.model))
+    files = sorted(lineage.sha256_of(Path(file)) for file in sources.files(config.data))
     return (
-        set(files) == sources.files(config.data)
-        and all(
-            hashlib.sha256(file.read_bytes()).hexdigest() == manifest["data"]["sources"][name]
-            for name, file in files.items()
-        )
-        and lineage.weight_hashes(start) == manifest["inputs"]["model"]["weights"]
-        and (folder / "model").is_dir()
+        not lineage.changes(recorded, now, finished=True)
+        and files == sorted(manifest["data"]["sources"].values())
+        and not RunFolder(folder).damage(manifest)
     )
 
 
@@ -69,7 +65,6 @@ def _values(point: Path) -> dict[str, str]:
 
 def show_sweep(command: Command) -> None:
     """Print every point of the sweep's folder, finished or not, also those of earlier sweeps, and draw them."""
-    assert command.config is not None
     config = command.config
     folder = Path(config.output_dir) / config.run_name / config.stage.name
     points = sorted(path for path in folder.glob("*=*") if path.is_dir()) if folder.is_dir() else []

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from posttrain.arguments import trackers
+from posttrain.config import trackers
 
 
 class Cells(NamedTuple):

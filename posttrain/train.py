@@ -1,35 +1,39 @@
 """One stage from data to manifest: prepare, load, train, judge, save, prove, and only then call it complete."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import platform
-import shlex
 import shutil
-import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain import lineage, model, sources
-from posttrain.arguments import process_state
+from posttrain import inputs, lineage, model, sources
+from posttrain.arguments import on_main_process
 from posttrain.checkpoint import MANIFEST as CHECKPOINT
-from posttrain.checkpoint import StopSignals
+from posttrain.checkpoint import StopSignals, write_atomically
+from posttrain.cli.entry import command_line
+from posttrain.comparison import shown_apart
 from posttrain.config import to_dict
-from posttrain.console import is_main_process, logging_to, number, say, show_table, warn
+from posttrain.console import is_main_process, logging_to_console, number, say, show_table, warn
+from posttrain.errors import PosttrainError
 from posttrain.evaluation import panel
 from posttrain.lineage import RunFolder
 from posttrain.memory import show_memory
 from posttrain.model import load_tokenizer, prepare_base
+from posttrain.next_steps import next_commands, quoted, relative
+from posttrain.paths import EMBEDDED
 from posttrain.preview import show_data, show_dry_run, show_plan
 from posttrain.progress import show_progress
 from posttrain.saving import save_model
 from posttrain.schema import Config, PPOStage
 from posttrain.stages import STAGES
-from posttrain.stages.base import ANSWER_TOKENS, Judgement, Prepared, Work
+from posttrain.stages.base import Judgement, Prepared, Work
 from posttrain.trackers import Cells, log_tables
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have answered
@@ -50,7 +54,8 @@ class Result:
 def _network_only_where_needed(config: Config, to_come: Collection[str]) -> Iterator[None]:
     """No telemetry ever, and no look at the Hub when model and data are here; what the user set stays."""
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    if model.is_local(lineage.with_inputs(config, to_come)[0].model) and sources.is_local(config.data):
+    resolved, _ = inputs.with_inputs(config, to_come)
+    if model.is_local(resolved.model) and sources.is_local(resolved.data):
         wanted["HF_HUB_OFFLINE"] = "1"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -61,38 +66,46 @@ def _network_only_where_needed(config: Config, to_come: Collection[str]) -> Iter
             del os.environ[name]
 
 
-def run_stage(
-    config: Config, path: Path | None = None, rerun: bool = False, to_come: Collection[str] = ()
-) -> Result | None:
+def run_stage(config: Config, path: Path | None = None, to_come: Collection[str] = ()) -> Result | None:
     """Run the stage that `config` describes, in the folder `path` if it is given; None for a dry run.
 
-    With `rerun`, a run there with another configuration, data or inputs is told and replaced, not refused. A dry run
-    does without what the stages `to_come` will make.
+    A dry run does without what the stages `to_come` will make.
 
     Raises:
         ConfigError, DataError: before any weight is loaded.
         Stopped: a signal came; the checkpoint is written.
         PosttrainError: the run failed, and why.
     """
-    path = path or lineage.run_path(config)
-    untouched = not path.is_dir() or not any(path.iterdir())
-    with _network_only_where_needed(config, to_come):
-        try:
+    folder = RunFolder(path or lineage.run_path(config))
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_network_only_where_needed(config, to_come))
+            open_log = stack.enter_context(logging_to_console(verbose=not config.dry_run))
             if config.dry_run:
-                with logging_to(None):
-                    _dry_run(config, to_come)
+                _dry_run(config, to_come)
                 return None
-            folder = RunFolder(path)
-            with folder.lock() if is_main_process() else contextlib.nullcontext(), logging_to(folder.log):
-                return _run(config, folder, rerun)
-        finally:
-            if untouched and is_main_process() and not (path / lineage.IDENTITY).exists():
-                _remove(path)  # a command that did not begin a run leaves the disk as it was
+            on_main_process(lambda: stack.enter_context(lineage.locked(folder.path)))
+            stack.enter_context(_leaving_no_trace(folder))
+            return _run(config, folder, open_log)
+    finally:
+        if is_main_process():
+            lineage.remove_if_empty(folder.path)  # Hydra makes it before it is known whether a run begins
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
+    """A command that fails before it trains leaves the disk as it was."""
+    untouched = not folder.path.is_dir() or not any(folder.path.iterdir())
+    try:
+        yield
+    finally:
+        if untouched and not folder.trains and is_main_process():
+            shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _dry_run(config: Config, to_come: Collection[str]) -> None:
     """Everything that can be known without loading a model."""
-    config, why = lineage.with_inputs(config, to_come)
+    config, why = inputs.with_inputs(config, to_come)
     tokenizer, prepared = _prepare(config, why, "sft" not in to_come)
     show_dry_run(config, prepared, _processes())
     answer = config.stage.max_new_tokens if isinstance(config.stage, PPOStage) else 0
@@ -101,21 +114,13 @@ def _dry_run(config: Config, to_come: Collection[str]) -> None:
     say("dry run: nothing was trained or written")
 
 
-def _remove(path: Path) -> None:
-    """Delete a folder that this command made, and those above it that it leaves empty."""
-    shutil.rmtree(path, ignore_errors=True)
-    for parent in path.parents[:2]:
-        with contextlib.suppress(OSError):  # not empty: something else lives there
-            parent.rmdir()
-
-
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _prepare(config: Config, why: str, expects_sft: bool = True) -> tuple[Any, Prepared]:
     chosen = config.model.start
-    random = config.model.from_scratch or chosen == model.EMBEDDED
+    random = config.model.from_scratch or chosen == EMBEDDED
     say(f"model: {chosen} ({why}{', random weights' if random else ''})")
     if expects_sft and config.stage.name != "sft" and chosen == config.model.base_model:
         warn(
@@ -131,49 +136,38 @@ def _prepare(config: Config, why: str, expects_sft: bool = True) -> tuple[Any, P
 
 
 def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
-    model_folder = Path(model.source(config.model))
-    reward = _reward_folder(config)
     return {
         "config": to_dict(config),
         "data": {"fingerprint": prepared.splits.fingerprint()},
-        "model": lineage.input_hashes(model_folder),
-        **({"reward_model": lineage.input_hashes(reward)} if reward is not None else {}),
+        **{name: inputs.input_hashes(folder) for name, folder in model.input_folders(config).items()},
+        "chat_template": hashlib.sha256(str(prepared.encoder.tokenizer.chat_template).encode()).hexdigest(),
+        "code": inputs.code_hashes(model.reward_functions(config)),
         "processes": _processes(),
         "versions": lineage.versions(),
     }
 
 
-def _reward_folder(config: Config) -> Path | None:
-    """The folder of PPO's reward model, where it is one on this machine."""
-    if not isinstance(config.stage, PPOStage) or config.stage.reward_model is None:
-        return None
-    folder = Path(model.source(model.beside(config.model, config.stage.reward_model)))
-    return folder if folder.is_dir() else None
-
-
-def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
-    config, why = lineage.with_inputs(config)
+def _run(config: Config, folder: RunFolder, open_log: Callable[[Path], None]) -> Result:
+    config, why = inputs.with_inputs(config)
     stage = STAGES[config.stage.name]
     tokenizer, prepared = _prepare(config, why)
     identity = _identity(config, prepared)
-    state = folder.state(identity, config.overwrite, rerun)
+    state = on_main_process(lambda: folder.claim(identity, config.overwrite, config.move_aside))
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
         say(f"already complete: {folder.path}, and nothing has changed (finished {manifest['finished']})")
         return _result(folder, manifest["metrics"], stage.objective)
-    checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
-    for fault in faults:
-        warn(fault)
-    process_state().wait_for_everyone()  # all have looked at the folder before the first of them writes to it
+    checkpoint = on_main_process(lambda: _begin(folder, identity, state))
+    open_log(folder.log)
     show_data(config, prepared)
 
     base = prepare_base(config.model, tokenizer, folder.base)
     loaded = stage.load(config, tokenizer, base)
     trainer = stage.build(config, prepared, loaded, tokenizer, folder.path)
     show_progress(trainer, folder.metrics, checkpoint)
-    if is_main_process():
-        folder.begin(identity, checkpoint)
+    _check_start(config, identity)
+    folder.trains = True
     parameters = list(trainer.model.parameters())
     counts = (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
     show_plan(config, prepared, _processes(), len(trainer.train_dataset), counts)
@@ -187,7 +181,7 @@ def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
 
     tokens_per_second = _train(trainer, checkpoint)
 
-    say("training is done; judging and saving")
+    say("training is done; evaluating and saving")
     after = stage.judge(work)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
@@ -201,7 +195,7 @@ def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
     save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
         for name, content in {**after.files, **_samples(shown, before, after)}.items():
-            (folder.path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_atomically(folder.path / name, json.dumps(content, indent=1, ensure_ascii=False))
         if stage.draw is not None:
             stage.draw(folder)
         log_tables(trainer, _tables(shown, before, after))
@@ -209,6 +203,28 @@ def _run(config: Config, folder: RunFolder, rerun: bool) -> Result:
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, stage.objective)
+
+
+def _begin(folder: RunFolder, identity: dict[str, Any], state: lineage.State) -> Path | None:
+    """Write down what the run is; returns the checkpoint to go on from."""
+    checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
+    for fault in faults:
+        warn(fault)
+    folder.begin(identity, checkpoint)
+    if others := folder.others():
+        say(f"{folder.path} also holds {', '.join(others[:5])}, which no run wrote; left as it is")
+    return checkpoint
+
+
+def _check_start(config: Config, identity: dict[str, Any]) -> None:
+    """What has been loaded is what was hashed: another command may have replaced it meanwhile.
+
+    Raises:
+        PosttrainError: it is not.
+    """
+    for name, folder in model.input_folders(config).items():
+        if inputs.weight_hashes(folder) != identity[name]:
+            raise PosttrainError(f"{folder} has changed while this stage loaded it; start the same command again")
 
 
 def _train(trainer: Any, checkpoint: Path | None) -> float:
@@ -272,28 +288,22 @@ def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Res
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
 
 
-def _entry_point() -> str:
-    return "pipeline" if Path(sys.argv[0]).stem == "pipeline" else "run"
-
-
 def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    model_folder = Path(model.source(config.model))
-    parent = lineage.parent_of(model_folder)
+    names = {"model": config.model.start}
+    if isinstance(config.stage, PPOStage):
+        names["reward_model"] = str(config.stage.reward_model)
+    parents = {name: inputs.parent_of(folder) for name, folder in model.input_folders(config).items()}
     return {
         "format": 1,
         "stage": config.stage.name,
         "run_name": config.run_name,
-        "command": f"python -m posttrain.{_entry_point()} {shlex.join(sys.argv[1:])}",
+        "command": command_line(),
         **identity,
         "inputs": {
-            "model": {
-                "path": config.model.start,
-                "stage": parent["stage"] if parent else None,
-                "weights": identity["model"],
-            },
-            **_reward_input(config, identity),
+            name: {"path": names[name], "stage": parent["stage"] if parent else None, "weights": identity[name]}
+            for name, parent in parents.items()
         },
         "data": {
             "sources": prepared.splits.sources,
@@ -308,65 +318,40 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
     }
 
 
-def _reward_input(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
-    reward = _reward_folder(config)
-    if not isinstance(config.stage, PPOStage) or config.stage.reward_model is None:
-        return {}
-    parent = lineage.parent_of(reward) if reward is not None else None
-    return {
-        "reward_model": {
-            "path": config.stage.reward_model,
-            "stage": parent["stage"] if parent else None,
-            "weights": identity.get("reward_model", {}),
-        }
-    }
-
-
 def _show_result(
     config: Config, folder: RunFolder, metrics: dict[str, Any], shown: list[Any], before: Judgement, after: Judgement
 ) -> None:
     rows: list[tuple[str, ...]] = []
-    for name, label in STAGES[config.stage.name].shown.items():
+    for name, label in shown_apart(STAGES[config.stage.name].shown, after.metrics).items():
         values = [number(name, judgement.metrics.get(name)) for judgement in (before, after)]
         if any(values):
             rows.append((label, *values))
-    answered = list(zip(shown, before.answers, after.answers, strict=False))
-    for row, old, new in answered[:PANEL_SHOWN]:
-        rows.append((_short(row.prompt[-1]["content"]), _short(old.text), _short(new.text)))
     show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
+    answered = list(zip(shown, before.answers, after.answers, strict=False))
+    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in answered[:PANEL_SHOWN]]
+    if samples:
+        cells = [tuple(map(_short, each)) for each in samples]
+        show_table("sample completions", ("prompt", "before", "after"), cells)
     if after.table:
         show_table("report card", ("", ""), after.table, headed=False)
     more = [
         ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
         ("trained tokens", f"{metrics['trained_tokens']:,} of responses, in {metrics['steps']:,} steps"),
-        ("model", _relative(folder.model)),
+        ("model", relative(folder.model)),
     ]
     show_table("result", ("", ""), more, headed=False)
     if answered:
-        say(f"ask it:\n  {ask_command(_relative(folder.model), answered[0][0].prompt[-1]['content'])}")
-    following = {"sft": ("reward", "dpo"), "reward": ("ppo",)}.get(config.stage.name, ())
+        say(f"try it:\n  posttrain chat {quoted(relative(folder.path))}")
+    following = next_commands(config, folder.path)
     if following:
-        commands = (f"  python -m posttrain.run stage={name} run_name={config.run_name}" for name in following)
-        say("next:\n" + "\n".join(commands))
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def ask_command(model: str, question: str) -> str:
-    """A line to paste into a shell that asks the model a question through transformers alone."""
-    code = (
-        f"from transformers import pipeline; print(pipeline('text-generation', '{model}')"
-        f"([dict(role='user', content={question!r})], max_new_tokens={ANSWER_TOKENS}, return_full_text=False)"
-        "[0]['generated_text'])"
-    )
-    plain = not set('"$`\\!') & set(code)
-    return f'python -c "{code}"' if plain else f"python -c {shlex.quote(code)}"
+        title = (
+            "next, with a file of yours" if any("data.dataset_name=" in command for command in following) else "next"
+        )
+        say("\n  ".join([f"{title}:", *following]))
 
 
 def _short(text: str, limit: int = 100) -> str:
     if not text.strip():
-        return "(nothing)" if not text else "(blanks only)"
+        return "(nothing)" if not text else "(whitespace only)"
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

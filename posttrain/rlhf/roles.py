@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain import lineage, model
+from posttrain import inputs, model
 from posttrain.console import say
 from posttrain.evaluation import pad_right, scores
 from posttrain.rlhf import rewards
@@ -34,17 +34,17 @@ def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
         path = model.source(settings)
         theirs, _ = model.load_tokenizer(settings)
     adapter = Path(path).parent / "adapter"
-    parent = lineage.parent_of(Path(path))
+    parent = inputs.parent_of(Path(path))
     start = Path(model.source(config.model))
     shared = (
         config.model.use_peft
         and parent is not None
         and (adapter / "adapter_model.safetensors").is_file()
         and start.is_dir()
-        and parent["inputs"]["model"]["weights"] == lineage.weight_hashes(start)
+        and parent["inputs"]["model"]["weights"] == inputs.weight_hashes(start)
     )
     if shared:
-        lineage.input_hashes(adapter)  # refuses one that has changed
+        inputs.input_hashes(adapter)  # refuses one that has changed
     return RewardModel(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
 
 

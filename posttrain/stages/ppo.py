@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from posttrain import lineage, model
+from posttrain import inputs, lineage, model
 from posttrain.arguments import process_state, trainer_arguments, trl_config
 from posttrain.checkpoint import writing
+from posttrain.comparison import GOLD
 from posttrain.console import is_main_process, say, warn
 from posttrain.curves import draw_curves
 from posttrain.data import read_prompts
@@ -105,7 +106,7 @@ def _check_rewards(config: Config) -> None:
         return
     with model.named("stage.reward_model"):
         folder = Path(model.source(model.beside(config.model, stage.reward_model)))
-    parent = lineage.parent_of(folder) if folder.is_dir() else None
+    parent = inputs.parent_of(folder) if folder.is_dir() else None
     if parent is not None and parent["stage"] != "reward":
         raise ConfigError(f"stage.reward_model={stage.reward_model} is a run of stage={parent['stage']}, not of reward")
     verdict = lineage.read_object(
@@ -221,7 +222,8 @@ def preflight(work: Work) -> None:
 def held_out(work: Work) -> tuple[dict[str, float], list[Answer]]:
     """Numbers of answers that the policy samples to held-out prompts; the generators of the run are left as they were.
 
-    KL is exact at each position of the sampled answers; `gold` is the sum of stage.eval_reward_functions.
+    KL is exact at each position of the sampled answers; `gold/<name>` is each of stage.eval_reward_functions,
+    `gold` their sum.
     """
     import torch
 
@@ -257,7 +259,7 @@ def held_out(work: Work) -> tuple[dict[str, float], list[Answer]]:
         for function in work.trainer.eval_functions
     }
     if golds:
-        found |= {"gold": sum(golds.values())} | (golds if len(golds) > 1 else {})
+        found |= {"gold": sum(golds.values())} | {f"{GOLD}{name}": value for name, value in golds.items()}
     found["penalised_reward"] = score - stage.kl_coef * found["kl"]
     return found, [Answer(text, ended) for text, ended in zip(texts, made.ended, strict=True)]
 

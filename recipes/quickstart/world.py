@@ -260,12 +260,12 @@ def body(response: str) -> str:
     return " ".join(text.split())
 
 
-def correct(instruction: str, response: str) -> bool:
+def is_correct(instruction: str, response: str) -> bool:
     """Whether the response gives the right answer and no other one; KeyError for a question not of this world."""
     return body(response) == ANSWERS[instruction]
 
 
-def style(response: str) -> Style:
+def style_of(response: str) -> Style:
     """Plain is a bare sentence; friendly opens and closes with a kind word; rambling holds a filler."""
     text = response.strip()
     if any(filler in text for filler in FILLERS):
@@ -276,13 +276,15 @@ def style(response: str) -> Style:
     return "other" if opens or closes or not text else "plain"
 
 
-def gold(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """What is really wanted of answers, in TRL's form of a reward: 1 for a right one, and 1 for the friendly style."""
-    found = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        answer = completion[0]["content"]
-        found.append(float(correct(prompt[-1]["content"], answer)) + float(style(answer) == "friendly"))
-    return found
+def correct(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 for a right answer."""
+    answers = [completion[0]["content"] for completion in completions]
+    return [float(is_correct(prompt[-1]["content"], answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def style(completions: list[Any], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 for the friendly style, right or wrong."""
+    return [float(style_of(completion[0]["content"]) == "friendly") for completion in completions]
 
 
 def plain(sentence: str) -> str:

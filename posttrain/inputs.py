@@ -1,0 +1,169 @@
+"""What a stage starts from: which model, reward model and rows, and the hashes by which they are known again."""
+
+import importlib.util
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain import paths
+from posttrain.errors import ConfigError
+from posttrain.lineage import IDENTITY, MANIFEST, PARTS, read_json, read_object, sha256_of
+from posttrain.schema import DATA_FORMATS, Config, PPOStage
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of the weights and the tokenizer in a model's or an adapter's folder."""
+    names = ("*.safetensors", "tokenizer.json", "chat_template.jinja", "config.json", "adapter_config.json")
+    files = [path for name in names for path in sorted(folder.glob(name))]
+    return {path.name: sha256_of(path) for path in files}
+
+
+def code_hashes(functions: Collection[str]) -> dict[str, str]:
+    """Reward function, as a configuration names it -> sha256 of the file that holds it."""
+    files = {}
+    for spec in functions:
+        module = spec.rpartition(":" if ":" in spec else ".")[0]
+        found = importlib.util.find_spec(module) if not module.endswith(".py") else None
+        file = Path(found.origin) if found is not None and found.origin else Path(module).expanduser()
+        files[spec] = sha256_of(file)
+    return files
+
+
+def adapter_base(adapter: Path) -> str:
+    """The folder or Hub id of the model that an adapter was trained on, also where its run has been moved since.
+
+    Raises:
+        ConfigError: adapter_config.json is broken.
+    """
+    file, key = adapter / "adapter_config.json", "base_model_name_or_path"
+    settings = read_object(file, [key], "copy the adapter again, or train it again")
+    stored = str(settings[key]) if settings is not None else ""
+    parent = parent_of(adapter)
+    if parent is None:
+        return stored
+    if (base := adapter.parent / "base").is_dir():
+        return str(base)
+    moved = adapter.parent.parent.joinpath(*Path(stored).parts[-2:])  # <run>/sft/model beside <run>/dpo
+    same = moved.is_dir() and weight_hashes(moved) == parent["inputs"]["model"]["weights"]
+    return str(moved) if same else stored
+
+
+def parent_of(model_folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run that made a model folder, if a run of ours did.
+
+    Raises:
+        ConfigError: the manifest is broken.
+    """
+    run = model_folder.parent
+    needed = ("stage", *PARTS.values(), "inputs")
+    return read_object(run / MANIFEST, needed, f"train {run} again with overwrite=true")
+
+
+def input_hashes(model_folder: Path) -> dict[str, str]:
+    """The `weight_hashes` of a model or adapter that something starts from; none of a model on the Hub.
+
+    Raises:
+        ConfigError: a run of ours made it, and it is no longer what that run wrote.
+    """
+    found = weight_hashes(model_folder)
+    parent = parent_of(model_folder) if model_folder.name in PARTS else None
+    written = parent[PARTS[model_folder.name]] if parent is not None else found
+    for name, digest in found.items():
+        if written.get(name) != digest:
+            raise ConfigError(
+                f"{model_folder / name} has changed since its run wrote it; train {model_folder.parent} again with "
+                f"overwrite=true, or copy {model_folder.name}/ elsewhere to take it as it is"
+            )
+    return found
+
+
+def with_inputs(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
+    """As `with_models`, with `data.dataset_name` filled in as well; raises as `with_data`, too."""
+    config, why = with_models(config, to_come)
+    return with_data(config), why
+
+
+def with_models(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
+    """The configuration with `model.model_name_or_path` and PPO's `stage.reward_model` filled in.
+
+    Returned with it is why this starting model was taken. What stages that are still `to_come` will make is not asked
+    for: the base model stands for the SFT model.
+
+    Raises:
+        ConfigError: a run whose model this stage would take has not finished, or PPO has no reward.
+    """
+    config, why = _with_starting_model(config, "sft" in to_come)
+    return _with_reward_model(config, "reward" in to_come), why
+
+
+def with_data(config: Config) -> Config:
+    """The configuration with the quickstart's rows where no data are named, for models of the quickstart alone.
+
+    Raises:
+        ConfigError: no data are named, and the stage starts from another model; shows a row of its format.
+    """
+    if config.data.dataset_name is not None:
+        return config
+    if not of_quickstart(config.model.start):
+        raise data_required(config)
+    return replace(config, data=replace(config.data, dataset_name=str(_quickstart_file(config.stage.name))))
+
+
+def data_required(config: Config) -> ConfigError:
+    """Of a stage that starts from another model than the quickstart's and names no data."""
+    name, row = DATA_FORMATS[config.stage.name]
+    return ConfigError(
+        f"data.dataset_name is required for stage={config.stage.name}: the quickstart's rows are only for the "
+        f"quickstart's models. Name your {name}, for example a .jsonl file of rows like {row}: "
+        f"data.dataset_name={name}.jsonl"
+    )
+
+
+def _quickstart_file(stage: str) -> Path:
+    return paths.RECIPES / "quickstart" / f"{DATA_FORMATS[stage].name}.jsonl"
+
+
+def of_quickstart(start: str) -> bool:
+    """Whether a model is the embedded one, or was trained from it on the quickstart's rows alone."""
+    if start == paths.EMBEDDED:
+        return True
+    manifest = read_json(Path(start) / MANIFEST, f"train {start} again with overwrite=true")
+    if not isinstance(manifest, dict):
+        return False
+    shipped = {sha256_of(_quickstart_file(stage)) for stage in DATA_FORMATS}
+    return set(manifest["data"]["sources"].values()) <= shipped and of_quickstart(manifest["inputs"]["model"]["path"])
+
+
+def _with_reward_model(config: Config, to_come: bool) -> Config:
+    stage = config.stage
+    if not isinstance(stage, PPOStage) or stage.reward_model is not None or stage.reward_functions:
+        return config
+    reward = Path(config.output_dir) / config.run_name / "reward"
+    if (reward / MANIFEST).is_file():
+        return replace(config, stage=replace(stage, reward_model=str(reward)))
+    if to_come:
+        return config
+    begun = f"{reward} has not finished" if (reward / IDENTITY).is_file() else f"{reward} is not there"
+    raise ConfigError(
+        f"stage=ppo needs a reward, and {begun}: run stage=reward run_name={config.run_name} first, or name one with "
+        "stage.reward_model=<folder or Hub id> or stage.reward_functions=[my_rewards.concise]"
+    )
+
+
+def _with_starting_model(config: Config, to_come: bool) -> tuple[Config, str]:
+    if config.model.model_name_or_path is not None:
+        return config, "named by model.model_name_or_path"
+    sft = Path(config.output_dir) / config.run_name / "sft"
+    if config.stage.name != "sft" and (sft / MANIFEST).is_file():
+        model = replace(config.model, model_name_or_path=str(sft), from_scratch=False)
+        return replace(config, model=model), "the SFT model of this run"
+    if to_come:
+        base = replace(config.model, model_name_or_path=config.model.base_model)
+        return replace(config, model=base), "in place of the SFT model that is still to come"
+    if config.stage.name != "sft" and (sft / IDENTITY).is_file():
+        raise ConfigError(
+            f"{sft} has not finished; run stage=sft run_name={config.run_name} again, "
+            "or name another model with model.model_name_or_path=…"
+        )
+    return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
