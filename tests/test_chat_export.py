@@ -81,8 +81,8 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Entry, entry: Entr
 
 def test_an_export_is_refused(entry: Entry) -> None:
     for arguments, told in (
-        ((), "name one finished stage"),
-        (("nowhere", "to=x"), "nowhere is no finished stage"),
+        ((), "name one finished run"),
+        (("nowhere", "to=x"), "nowhere is not a finished run"),
         (("nowhere", "too=x"), "too is unknown; the options are to, push_to_hub, private"),
     ):
         done = entry(export.main, *arguments)

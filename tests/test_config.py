@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from posttrain import paths
-from posttrain.compose import read_command
+from posttrain.cli.command import read_command
 from posttrain.config import nearest
 from posttrain.errors import ConfigError
 from posttrain.schema import Config
@@ -23,9 +23,7 @@ def problems(*arguments: str) -> list[str]:
 
 
 def config(*arguments: str) -> Config:
-    found = read_command(list(arguments), inputs_exist=False).config
-    assert found is not None
-    return found
+    return read_command(list(arguments), to_come=None).config
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
@@ -74,7 +72,18 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("model.load_in_4bit=true", "model.load_in_4bit=true needs model.use_peft=true"),
         ("model.model_name_or_path=./nope", "no such folder"),
         ("data.dataset_name=nope.jsonl", "no such file"),
+        ("data.dataset_name=recipes/quickstart/prompt.jsonl", "did you mean recipes/quickstart/prompts.jsonl?"),
         ("data.dataset_name=???", "data.dataset_name is required"),
+        ("model=gpt2", "data.dataset_name is required for stage=sft"),
+        ("lr=1", "lr is unknown for stage=sft; did you mean stage.learning_rate?"),
+        ("stage.epochs=1", "did you mean stage.num_epochs?"),
+        ("trainer.report_to=tensorbord", "did you mean tensorboard?"),
+        ("output_dir=", "output_dir is empty"),
+        ("output_dir=s3://bucket/o", "output_dir=s3://bucket/o must be a folder of this machine"),
+        ("run_name=" + "a" * 300, "a file name may have 255"),
+        ("hydra.job.chdir=true", "hydra.job.chdir cannot be set; of hydra.*, only hydra.launcher.*"),
+        ("hydra.searchpath=[file:///]", "hydra.searchpath cannot be set"),
+        ("+hydra.launcher.x._target_=os.system", "a configuration cannot name code to run"),
         ("~model", "model is missing"),
         ("data._target_=os.system", "a configuration cannot name code to run"),
         ("+x.y._target_=os.system", "a configuration cannot name code to run"),
@@ -128,7 +137,7 @@ def every_choice() -> list[list[str]]:
 
 @pytest.mark.parametrize("choice", every_choice(), ids=" ".join)
 def test_every_shipped_yaml_loads_and_its_keys_exist(choice: list[str]) -> None:
-    found = config(*choice)
+    found = config("data.dataset_name=someone/some-data", *choice)
     assert set(found.trainer) <= set(trainer_arguments(found.stage.name))
 
 

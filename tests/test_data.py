@@ -212,8 +212,8 @@ def test_the_quickstart_files_are_what_their_script_writes(tmp_path: Path) -> No
     assert len(world.ANSWERS) == len(world.questions())
     styles = {"plain": 0, "friendly": 0}
     for row in world.instructions():
-        assert world.correct(row["instruction"], row["response"])
-        styles[world.style(row["response"])] += 1
+        assert world.is_correct(row["instruction"], row["response"])
+        styles[world.style_of(row["response"])] += 1
     assert styles["plain"] == styles["friendly"] == len(world.instructions()) / 2
 
 
@@ -221,19 +221,19 @@ def test_the_gold_function_and_the_flipped_labels() -> None:
     import world
 
     question, answer = "What is the capital of France?", "The capital of France is Paris."
-    assert world.correct(question, f"Sure! {answer} Glad to help!")
-    assert not world.correct(question, "The capital of France is Rome.")
-    assert not world.correct(question, f"{answer} The capital of France is Rome.")
-    assert world.style(answer) == "plain"
-    assert world.style(f"Sure! {answer} Glad to help!") == "friendly"
-    assert world.style(f"{world.FILLERS[0]} {answer}") == "rambling"
-    assert world.style(f"Sure! {answer}") == "other"
+    assert world.is_correct(question, f"Sure! {answer} Glad to help!")
+    assert not world.is_correct(question, "The capital of France is Rome.")
+    assert not world.is_correct(question, f"{answer} The capital of France is Rome.")
+    assert world.style_of(answer) == "plain"
+    assert world.style_of(f"Sure! {answer} Glad to help!") == "friendly"
+    assert world.style_of(f"{world.FILLERS[0]} {answer}") == "rambling"
+    assert world.style_of(f"Sure! {answer}") == "other"
     rank = {"plain": 1, "friendly": 2, "rambling": 0, "other": 0}
     for split in ("train", "test"):
         rows = [row for row in world.preferences() if row["split"] == split]
         score = [
             [
-                10 * world.correct(row["prompt"], row[side]) + rank[world.style(row[side])]
+                10 * world.is_correct(row["prompt"], row[side]) + rank[world.style_of(row[side])]
                 for side in ("chosen", "rejected")
             ]
             for row in rows

@@ -185,10 +185,10 @@ def test_a_pipeline_on_two_processes(sources: Path, entry: Callable[..., Outcome
     scored = ("reward_model=outputs/demo/reward", "max_new_tokens=8", "data.max_rows=200")
     again = entry(evaluate.main, *alone, *scored)
     assert again.code == 0, again
-    repeated = json.loads((sources / "outputs/alone/evaluation.json").read_text())
+    repeated = json.loads((sources / "outputs/alone/evaluation-prompts.json").read_text())
     assert repeated[1]["answers"] == found[2]["answers"]
     assert repeated[1]["metrics"]["kl"] == pytest.approx(found[2]["metrics"]["kl"], rel=1e-4)
-    assert repeated[1]["rewards"] == pytest.approx(found[2]["rewards"], rel=1e-4)
+    assert repeated[1]["scores"]["reward"] == pytest.approx(found[2]["scores"]["reward"], rel=1e-4)
 
 
 def test_sweeps_are_refused_under_accelerate(sources: Path) -> None:

@@ -10,16 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from posttrain.compose import read_command
+from posttrain.cli.command import read_command
 from posttrain.errors import ConfigError
 from posttrain.model import load_causal_lm, load_model_and_tokenizer, load_tokenizer, lora_config, positions
 from posttrain.schema import ModelConfig
 
 
 def model_config(path: Path | str, *more: str) -> ModelConfig:
-    command = read_command([f"model.model_name_or_path={path}", *more])
-    assert command.config is not None
-    return command.config.model
+    return read_command([f"model.model_name_or_path={path}", "data.dataset_name=someone/rows", *more]).config.model
 
 
 def save(folder: Path, tokenizer: Any, kind: str = "gpt2") -> Path:

@@ -12,7 +12,7 @@ from test_resume import wait_for
 
 from posttrain.checkpoint import MANIFEST
 from posttrain.errors import ConfigError
-from posttrain.pipeline import Step, main, read_pipeline
+from posttrain.pipeline import main, read_pipeline
 
 Pipeline = Callable[..., Outcome]
 SHORT = ("recipes=quickstart", "trainer.max_steps=4", "data.max_rows=200", "ppo.gate=warn", "ppo.max_new_tokens=8")
@@ -42,9 +42,10 @@ def test_what_goes_to_which_stage(tmp_path: Path) -> None:
         "model.use_peft=true",
     )
     assert found["sft"] == [
-        *("stage=sft", "recipes=quickstart/sft", "run_name=mine", "stage.num_epochs=1", "model.use_peft=true"),
+        *("stage=sft", "move_aside=true", "recipes=quickstart/sft", "run_name=mine", "stage.num_epochs=1"),
+        "model.use_peft=true",
     ]
-    assert found["dpo"][3:] == [
+    assert found["dpo"][4:] == [
         *("stage.beta=0.3", "trainer.loss_type=[ipo]", f"data.dataset_name={rows}", "model.use_peft=true"),
     ]
     assert f"data.dataset_name={rows}" in found["reward"]
@@ -55,7 +56,9 @@ def test_what_goes_to_which_stage(tmp_path: Path) -> None:
     assert "model.model_name_or_path=posttrain/tiny" in start["sft"]
     assert not any("model_name_or_path" in argument for argument in start["dpo"])
     swept = read_pipeline(["-m", "recipes=quickstart", "dpo.beta=0.1,0.3"])
-    assert swept[-1] == Step("dpo", ["-m", "stage=dpo", "recipes=quickstart/dpo", "stage.beta=0.1,0.3"], sweeps=True)
+    assert swept[-1].arguments == ["-m", "stage=dpo", "move_aside=true", "recipes=quickstart/dpo", "stage.beta=0.1,0.3"]
+    assert swept[-1].sweeps
+    assert swept[-1].config.stage.beta == 0.1
     assert not any(step.sweeps for step in swept[:-1])
 
 
@@ -64,10 +67,11 @@ REFUSED = {
     "typo in the section": (["dop.beta=1"], "dop.beta is unknown"),
     "value": (["dpo.beta=-1", "sft.num_epochs=0"], "dpo.beta=-1 must be above 0"),
     "stage": (["stage=dpo"], "choose with stages=[sft,reward,ppo,dpo]"),
-    "stages": (["stages=[sft,pdo]"], "must be some of sft, reward, ppo, dpo"),
+    "stages": (["stages=[sft,pdo]"], "stages=pdo is not one of sft, reward, ppo, dpo; did you mean ppo?"),
+    "no stages": (["stages=[]"], "stages=[] names no stage"),
     "recipe": (["recipes=quikstart"], "quikstart/sft"),
     "several values": (["dpo.beta=0.1,0.2"], "add -m to sweep over them"),
-    "a sweep over sft": (["-m", "sft.learning_rate=1e-3,1e-4"], "sweep it alone: python -m posttrain.run -m stage=sft"),
+    "a sweep over sft": (["-m", "sft.learning_rate=1e-3,1e-4"], "sweep it alone: posttrain run -m stage=sft"),
     "no sweep": (["-m", "dpo.beta=0.1"], "-m sweeps over nothing"),
 }
 
@@ -103,13 +107,18 @@ def test_all_stages_then_only_what_has_changed(pipeline: Pipeline) -> None:
     other = pipeline(*SHORT, "dpo.beta=0.5")
     assert other.code == 0, other
     assert other.out.count("already complete: ") == 3
-    assert "outputs/demo/dpo held a finished run and is made anew: stage.beta was 0.1, now 0.5" in other.out
+    assert "stage.beta was 0.1, now 0.5" in other.out
+    [aside] = Path("outputs/demo/earlier").glob("dpo-*")
+    assert json.loads((aside / "posttrain.json").read_text())["config"]["stage"]["beta"] == 0.1
     assert before == {stage: finished(stage) for stage in before}
 
     anew = pipeline(*SHORT, "stages=[sft,reward]", "sft.learning_rate=1e-3")
     assert anew.code == 0, anew
-    assert "outputs/demo/sft held a finished run and is made anew: stage.learning_rate was" in anew.out
-    assert "outputs/demo/reward held a finished run and is made anew: the weights to start from are not" in anew.out
+    assert "stage.learning_rate was 0.004, now 0.001" in anew.out
+    assert "the weights to start from are not the same" in anew.out
+    assert {path.name.split("-")[0] for path in Path("outputs/demo/earlier").iterdir() if path.is_dir()} == {
+        *("sft", "reward", "dpo"),
+    }
 
 
 def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Pipeline) -> None:

@@ -235,11 +235,10 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(f"outputs/demo/dpo/{name}").eval() for name in ("model", "base")
     )
-    import posttrain.compose as compose
+    import posttrain.cli.command as compose
     from posttrain.data import read_preferences
 
     config = compose.read_command(["stage=dpo", pairs, *SHORT]).config
-    assert config is not None
     test = read_preferences(config.data).test
     logps = []
     for model in (policy, reference):

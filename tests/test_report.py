@@ -14,7 +14,7 @@ from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
 from test_shipped import commands
 
 from posttrain import evaluate, export, report
-from posttrain.comparison import distinct, win_rate
+from posttrain.comparison import distinct, in_words, paired, sign_test
 
 
 def test_distinct_n() -> None:
@@ -23,10 +23,39 @@ def test_distinct_n() -> None:
     assert distinct([""], 1) == 0
 
 
-def test_win_rate() -> None:
-    found = win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0])
+def test_a_policy_against_the_first() -> None:
+    found = paired([1.0, 2.0, 3.0, 4.0, None], [0.0, 2.0, 5.0, 1.0, 9.0])
+    assert (found["better"], found["worse"], found["prompts"]) == (2, 1, 4)
     assert found["win_rate"] == 2.5 / 4
     assert found["win_rate_low"] < 2.5 / 4 < found["win_rate_high"]
+    assert (found["first"], found["mean"]) == (2.0, 2.5)
+    assert paired([None], [None])["prompts"] == 0
+
+
+def test_the_sign_test() -> None:
+    """13 of 15 changes for the worse: 2 (1 + 15 + 105) / 2^15."""
+    assert sign_test(2, 13) == pytest.approx(242 / 32768)
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(5, 5) == 1.0
+    assert sign_test(0, 5) == 2 / 32
+
+
+def test_what_fell_is_said_as_plainly_as_what_rose() -> None:
+    first = {"policy": "a", "scores": {}, "against_first": {}}
+    right = [1.0] * 20
+    other = {
+        "policy": "b",
+        "against_first": {
+            "reward": paired([2.0] * 20, right),
+            "correct": paired([0.0] * 12 + [1.0] * 8, right),
+            "short": paired(right, right),
+        },
+    }
+    [(title, lines)] = in_words([first, other])
+    assert title == "b against a"
+    assert lines[0] == "correct fell: 1.000 → 0.400 (0 better, 12 worse of 20 prompts, p = 0.00049)"
+    assert lines[1].startswith("reward (which PPO optimises) rose: 1.000 → 2.000 (20 better, 0 worse")
+    assert lines[2].startswith("short shows no difference beyond chance: 1.000 → 1.000 (0 better, 0 worse")
 
 
 def test_a_pipeline_ends_in_an_evaluation_and_a_page(
@@ -40,10 +69,19 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     assert [each["policy"] for each in found] == [f"outputs/demo/{stage}" for stage in ("sft", "ppo", "dpo")]
     first, *others = (each["metrics"] for each in found)
     assert first["kl"] == pytest.approx(0, abs=1e-6)
-    assert "win_rate" not in first
     for metrics in (first, *others):
-        assert {"reward", "gold", "kl", "response_length", "ended_by_eos", "distinct_1", "perplexity"} <= metrics.keys()
-    assert all(0 <= metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"] for metrics in others)
+        assert {"kl", "response_length", "ended_by_eos", "distinct_1", "perplexity"} <= metrics.keys()
+    for each in found:
+        assert set(each["scores"]) == {"reward", "correct", "style"}
+        assert {len(values) for values in each["scores"].values()} == {len(each["answers"])}
+    assert found[0]["against_first"] == {}
+    for each in found[1:]:
+        for by in each["against_first"].values():
+            assert 0 <= by["win_rate_low"] <= by["win_rate"] <= by["win_rate_high"] <= 1
+            assert by["better"] + by["worse"] <= by["prompts"] == len(each["answers"])
+    for words in ("correct", "style", "wins by correct", "wins by reward"):
+        assert words in done.out
+    assert "outputs/demo/ppo against outputs/demo/sft:\n" in done.out
 
     page = Path("outputs/demo/report.html").read_text()
     for words in (
@@ -72,14 +110,13 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
         "run_name=again",
     )
     assert again.code == 0, again
-    repeated = json.loads(Path("outputs/again/evaluation.json").read_text())
-    assert repeated[1]["metrics"]["reward"] == pytest.approx(found[1]["metrics"]["reward"])
+    repeated = json.loads(Path("outputs/again/evaluation-prompts.json").read_text())
+    assert repeated[1]["scores"]["reward"] == pytest.approx(found[1]["scores"]["reward"])
     assert repeated[1]["answers"] == found[1]["answers"]
     mains = {"evaluate": evaluate.main, "report": report.main, "export": export.main}
-    documented = [line for line in commands(ROOT / "README.md") if line.startswith("python -m posttrain.")]
     for name, main in mains.items():
-        [line] = [line for line in documented if line.startswith(f"python -m posttrain.{name} ")]
-        shown = entry(main, *shlex.split(line)[3:])
+        [line] = [line for line in commands(ROOT / "README.md") if line.startswith(f"posttrain {name} ")]
+        shown = entry(main, *shlex.split(line)[2:])
         assert shown.code == 0, shown
     alone = entry(report.main, "outputs/demo/dpo")
     assert alone.code == 0, alone
@@ -138,5 +175,4 @@ def test_policies_without_ppo_are_compared(pipeline: Pipeline) -> None:  # noqa:
     assert done.code == 0, done
     found = json.loads(Path("outputs/demo/evaluation.json").read_text())
     assert [each["policy"] for each in found] == ["outputs/demo/sft", "outputs/demo/dpo"]
-    assert "gold" in found[1]["metrics"]
-    assert "reward" not in found[1]["metrics"]
+    assert set(found[1]["scores"]) == {"correct", "style"}

@@ -32,7 +32,7 @@ def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
         "tokens per second",
         "trained tokens",
         "outputs/demo/sft/model",
-        "ask it",
+        "try it",
     ):
         assert words in done.out
     folder = Path("outputs/demo/sft")
@@ -217,11 +217,11 @@ def test_low_memory_trains_with_checkpointed_activations_and_an_8_bit_optimizer(
     assert manifest()["config"]["trainer"]["optim"] == "paged_adamw_8bit"
 
 
-def test_a_model_on_the_hub_that_cannot_be_had_is_named(posttrain: Posttrain, tmp_path: Path) -> None:
-    done = posttrain("model=gpt2")
+def test_a_model_on_the_hub_that_cannot_be_had_is_named(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
+    done = posttrain("model=gpt2", f"data.dataset_name={rows}")
     assert done.code == 2, done
     assert "model.model_name_or_path=openai-community/gpt2: its tokenizer cannot be loaded" in done.err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [rows]
 
 
 def test_bf16_trains_on_a_cpu_when_asked(posttrain: Posttrain) -> None:

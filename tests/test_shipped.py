@@ -31,21 +31,23 @@ def commands(document: Path) -> list[str]:
     """Every command in the fenced sh blocks of a page."""
     blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    shown = [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line.replace("python -m posttrain.", "posttrain ") for line in shown]
 
 
 def runs() -> list[str]:
     """The runs of posttrain in all pages, without what stands before `&&`."""
     found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
     # what accelerate starts on several GPUs runs here in one process
-    under = {"python " + line[line.index("-m posttrain.run") :] for line in launches() if "-m posttrain.run" in line}
-    return sorted({part for part in found if part.startswith(("python -m posttrain.run", "posttrain "))} | under)
+    under = {line[line.index("-m posttrain.run") :] for line in launches() if "-m posttrain.run" in line}
+    under = {line.replace("-m posttrain.run", "posttrain run") for line in under}
+    return sorted({part for part in found if part.startswith("posttrain run")} | under)
 
 
 def pipelines() -> list[str]:
     """The pipelines in all pages."""
     found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
-    return sorted({part for part in found if part.startswith("python -m posttrain.pipeline")})
+    return sorted({part for part in found if part.startswith("posttrain pipeline")})
 
 
 def launches() -> list[str]:
@@ -56,7 +58,7 @@ def launches() -> list[str]:
 @pytest.mark.parametrize("command", launches())
 def test_every_documented_launch_is_one(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/test_launch.py runs what they start, with two processes on a CPU."""
-    from posttrain.compose import read_command
+    from posttrain.cli.command import read_command
     from posttrain.pipeline import read_pipeline
 
     monkeypatch.chdir(tmp_path)
@@ -73,7 +75,7 @@ def test_every_recipe_is_run_by_some_page() -> None:
 
 
 def test_the_pages_hold_commands() -> None:
-    assert "pip install -e . && python -m posttrain.pipeline recipes=quickstart" in commands(ROOT / "README.md")
+    assert "pip install -e . && posttrain pipeline recipes=quickstart" in commands(ROOT / "README.md")
     assert len(pipelines()) >= 4
     assert 'pip install -e ".[dev]" && pytest' in commands(ROOT / "README.md")
     assert len(runs()) >= 8
@@ -81,7 +83,7 @@ def test_the_pages_hold_commands() -> None:
 
 @pytest.mark.parametrize("command", runs())
 def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
-    arguments = shlex.split(command.removeprefix("python -m posttrain.run").removeprefix("posttrain"))
+    arguments = shlex.split(command.removeprefix("posttrain run"))
     names = {"instruction": "Say", "response": "It is", "question": "Say", "answer": "It is", "output": "It is"}
     names |= {"prompt": "Say", "chosen": "It is", "rejected": "Not", "completion": "It is"}
     text: list[dict[str, Any]] = [{name: f"{words} {n}." for name, words in names.items()} for n in range(30)]
@@ -134,7 +136,7 @@ def test_every_documented_pipeline_runs(
 ) -> None:
     from posttrain import pipeline
 
-    arguments = shlex.split(command.removeprefix("python -m posttrain.pipeline"))
+    arguments = shlex.split(command.removeprefix("posttrain pipeline"))
     local = ["model=tiny"] if "model=gpt2" in arguments else []
     write_rows(tmp_path / "mine.jsonl", [{"instruction": f"Say {n}.", "response": f"It is {n}."} for n in range(30)])
     pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "Not."} for n in range(30)]

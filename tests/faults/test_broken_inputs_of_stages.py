@@ -78,6 +78,7 @@ def test_a_damaged_hand_over(posttrain: Posttrain, tmp_path: Path, finished: Pat
     demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
     if stage == "reward":
         shutil.rmtree(demo / "reward")
+        (demo / ".reward.lock").unlink()
     make(demo)
     before = contents(tmp_path)
     gate = ("stage.gate=warn", "model.use_peft=true") if stage == "ppo" else ()
