@@ -51,10 +51,15 @@ def source(model: ModelConfig) -> str:
 
 
 def input_folders(config: Config) -> dict[str, Path]:
-    """The folders of the models that a stage starts from; of what is on the Hub, a path where nothing is."""
+    """The folders of the models that a stage starts from; of what is on the Hub, a path where nothing is.
+
+    Raises:
+        ConfigError: as `source`, of either.
+    """
     found = {"model": Path(source(config.model))}
     if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
-        found["reward_model"] = Path(source(beside(config.model, config.stage.reward_model)))
+        with named("stage.reward_model"):
+            found["reward_model"] = Path(source(beside(config.model, config.stage.reward_model)))
     return found
 
 

@@ -18,7 +18,7 @@ from posttrain import inputs, lineage, model, paths, sources
 from posttrain.cli.files import check_files, hydra_problems
 from posttrain.config import check, nearest
 from posttrain.errors import ConfigError
-from posttrain.schema import STAGE_SCHEMAS, Config, PPOStage
+from posttrain.schema import STAGE_SCHEMAS, Config
 
 OmegaConf.register_new_resolver("posttrain_point", lambda name: name.replace("+", "").replace("/", "_"), replace=True)
 FLAGS = [
@@ -228,19 +228,12 @@ def _compose_all(
             remaining = [override for override in remaining if override not in bad]
 
 
-def _check_models(config: Config) -> None:
-    model.source(config.model)
-    if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
-        with model.named("stage.reward_model"):
-            model.source(model.beside(config.model, config.stage.reward_model))
-
-
 def _check_inputs(config: Config, to_come: Collection[str] | None) -> None:
     """Refuse a source, a model or a run folder that cannot be, before anything slow is imported."""
     lineage.check_path(config)
     resolved, _ = inputs.with_models(config, STAGE_SCHEMAS if to_come is None else to_come)
     if to_come is not None:
-        _check_models(resolved)
+        model.input_folders(resolved)
     sources.check_source(inputs.with_data(resolved).data)
 
 
