@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from posttrain.launching import launch_command  # noqa: E402
+from posttrain.cli.launching import launch_command  # noqa: E402
 
 BETAS = (0.25, 0.5, 1.0)
 PROMPTS = ("river", "stone", "cloud")
@@ -120,7 +120,7 @@ def distributions(model_folder: Path) -> list[list[float]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from posttrain.evaluation import completion_logps
+    from posttrain.models.generate import completion_logps
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -163,7 +163,7 @@ def reward_model_scores(model_folder: Path) -> list[list[float]]:
     """Scores of all answers, for each prompt less its mean."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from posttrain.evaluation import scores
+    from posttrain.models.generate import scores
 
     model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -179,7 +179,7 @@ def reward_model_scores(model_folder: Path) -> list[list[float]]:
 
 def prove(folder: Path) -> dict[str, Any]:
     """Train every stage and measure how far it ends from what it must be."""
-    from posttrain.report_card import correlation
+    from posttrain.metrics.report_card import correlation
 
     folder.mkdir(parents=True, exist_ok=True)
     write_problem(folder)
@@ -234,7 +234,7 @@ def exact(model_folder: Path) -> list[list[float]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from posttrain.evaluation import completion_logps
+    from posttrain.models.generate import completion_logps
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -263,7 +263,7 @@ def model_rewards(model_folder: Path, tokenizer: Any) -> list[list[float]]:
     """What a reward model says of every sequence, for each prompt."""
     from transformers import AutoModelForSequenceClassification
 
-    from posttrain.evaluation import scores
+    from posttrain.models.generate import scores
 
     model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
     said = sequences(tokenizer)

@@ -83,7 +83,7 @@ def prepare(folder: Path, small: bool, length: int) -> dict[str, int]:
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    from posttrain.encoding import plain_template
+    from posttrain.data.encode import plain_template
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "posttrain" / "tiny")
     tokenizer.chat_template = plain_template(tokenizer)
@@ -177,8 +177,8 @@ def posttrain_command(case: Case, folder: Path, sizes: dict[str, int], steps: in
 def planned(case: Case, arguments: list[str], length: int) -> int:
     """The peak that `dry_run=true` tells, in bytes."""
     from posttrain import configure
-    from posttrain.memory import plan_memory
-    from posttrain.model import load_tokenizer
+    from posttrain.models.load import load_tokenizer
+    from posttrain.planning.memory import plan_memory
 
     config = configure(*arguments)
     tokenizer, _ = load_tokenizer(config.model)
@@ -247,7 +247,8 @@ def main() -> None:
 def _row(folder: Path, case: Case, sizes: dict[str, int]) -> float:
     """Tokens of one sequence; all rows have the same number, give or take one."""
     from posttrain import configure
-    from posttrain.model import beside, load_tokenizer
+    from posttrain.models.load import load_tokenizer
+    from posttrain.models.resolve import beside
 
     tokenizer, _ = load_tokenizer(beside(configure().model, str(folder / case.model)))
     messages = [

@@ -73,8 +73,8 @@ def peak_of(command: list[str], folder: Path) -> float:
 def planned(arguments: list[str]) -> float:
     """What the dry run says, in GiB."""
     from posttrain import configure
-    from posttrain.memory import plan_memory
-    from posttrain.model import load_tokenizer
+    from posttrain.models.load import load_tokenizer
+    from posttrain.planning.memory import plan_memory
 
     config = configure(*arguments)
     tokenizer, _ = load_tokenizer(config.model)

@@ -24,7 +24,7 @@ def shared(model: Any, fan_in_fan_out: bool) -> int:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from posttrain.rlhf.value import REWARD, VALUE, PolicyAndValue, ValueNetwork, add_reward_adapter, add_value_adapter
+    from posttrain.rlhf.critic import REWARD, VALUE, PolicyAndValue, ValueNetwork, add_reward_adapter, add_value_adapter
 
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules="all-linear", fan_in_fan_out=fan_in_fan_out)
     policy = get_peft_model(model, config)

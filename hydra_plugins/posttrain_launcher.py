@@ -63,8 +63,8 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run every point that is not complete yet; a failed one is told, and the others go on."""
+        from posttrain.cli.launching import launch_command
         from posttrain.console import say
-        from posttrain.launching import launch_command
 
         gpus = visible_gpus()
         jobs = self.n_jobs or (1 if self.accelerate_config else max(len(gpus), 1))
@@ -100,9 +100,9 @@ class ProcessLauncher(Launcher):
         return _Point(name, folder, config, [*words, *(["--config-dir", given] if given else [])])
 
     def _run(self, point: _Point, slots: "queue.Queue[list[str]]", prefixed: bool) -> None:
+        from posttrain.cli.sweep import is_complete, objective_of
         from posttrain.console import fail, say
         from posttrain.errors import AlreadyToldError
-        from posttrain.sweep import is_complete, objective_of
 
         told: Any = OmegaConf.to_container(point.config.hydra.overrides.task)
         point.result.overrides = told

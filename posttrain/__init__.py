@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.cli.command import configure
-    from posttrain.data import format_instruction, format_preference
-    from posttrain.model import load_model_and_tokenizer
+    from posttrain.data.formats import format_instruction, format_preference
+    from posttrain.models.load import load_model_and_tokenizer
     from posttrain.stages.dpo import compute_dpo_loss
     from posttrain.train import run_stage
 
@@ -23,11 +23,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The pieces by their usual names, imported when first asked for: importing posttrain stays instant."""
     if name in ("format_instruction", "format_preference"):
-        from posttrain import data
+        from posttrain.data import formats as data
 
         return data.format_instruction if name == "format_instruction" else data.format_preference
     if name == "load_model_and_tokenizer":
-        from posttrain.model import load_model_and_tokenizer
+        from posttrain.models.load import load_model_and_tokenizer
 
         return load_model_and_tokenizer
     if name == "configure":

@@ -16,11 +16,11 @@ from posttrain.cli import completion
 from posttrain.cli.command import parse, read_words
 from posttrain.cli.entry import entry_point, guarded
 from posttrain.cli.help import COMMANDS, overview, recipe_lines
-from posttrain.config import nearest
+from posttrain.config.check import nearest
+from posttrain.config.schema import STAGE_SCHEMAS
 from posttrain.console import say, show_table
 from posttrain.errors import ConfigError
-from posttrain.lineage import versions
-from posttrain.schema import STAGE_SCHEMAS
+from posttrain.runs.folder import versions
 
 
 def main() -> None:

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain import model
-from posttrain.arguments import process_state
 from posttrain.cli.command import configure, read_words
 from posttrain.cli.entry import entry_point
 from posttrain.console import say, tame
-from posttrain.data import Message
+from posttrain.data.formats import Message
+from posttrain.devices import process_state
 from posttrain.errors import ConfigError
-from posttrain.inputs import input_hashes
+from posttrain.models.load import load_causal_lm, load_tokenizer
+from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 
 NUMBERS = {"temperature": 0.7, "max_new_tokens": 256.0}
 
@@ -53,11 +53,11 @@ class Talker:
     """One model and the conversation with it so far."""
 
     def __init__(self, path: str, system: str) -> None:
-        settings = model.beside(configure().model, path)
-        with model.named("model"):
-            input_hashes(Path(model.source(settings)))  # refuses a result that has changed since
-            self.tokenizer, _ = model.load_tokenizer(settings)
-            self.model = model.load_causal_lm(settings, self.tokenizer, model.source(settings))
+        settings = beside(configure().model, path)
+        with naming("model"):
+            input_hashes(Path(resolve_path(settings)))  # refuses a result that has changed since
+            self.tokenizer, _ = load_tokenizer(settings)
+            self.model = load_causal_lm(settings, self.tokenizer, resolve_path(settings))
         self.model = self.model.to(process_state().device).eval()
         self.path, self.system = path, system
         self.messages: list[Message] = []

@@ -31,21 +31,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from posttrain import comparison, model
-from posttrain.arguments import process_state
-from posttrain.checkpoint import write_atomically
 from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
+from posttrain.config.schema import Config, DataConfig, PPOStage
 from posttrain.console import is_main_process, say, show_table, warn
-from posttrain.data import read_instructions, read_prompts
-from posttrain.encoding import ChatEncoder, encode_conversations
+from posttrain.data.encode import ChatEncoder, encode_conversations
+from posttrain.data.formats import read_instructions, read_prompts
+from posttrain.data.sources import Problems
+from posttrain.devices import process_state
 from posttrain.errors import ConfigError
-from posttrain.evaluation import completion_kl, completion_logps, generate, panel, scores
-from posttrain.inputs import input_hashes, with_data
-from posttrain.lineage import EARLIER, read_json
+from posttrain.metrics import comparison
+from posttrain.models.generate import completion_kl, completion_logps, generate, panel, scores
+from posttrain.models.load import load_causal_lm, load_reward_model, load_tokenizer, max_positions
+from posttrain.models.resolve import beside, input_hashes, naming, resolve_path, with_data
 from posttrain.rlhf import rewards, roles
-from posttrain.schema import Config, DataConfig, PPOStage
-from posttrain.sources import Problems
+from posttrain.runs.checkpoint import write_atomically
+from posttrain.runs.folder import EARLIER, read_json
 from posttrain.stages.base import check_length
 
 PROMPTS = 128  # held-out prompts that are answered
@@ -76,15 +77,15 @@ class Judge:
         ]
         found = roles.find_reward(config, tokenizer)
         if found is not None:
-            with model.named("reward_model"):
+            with naming("reward_model"):
                 input_hashes(Path(found.path))
-                loaded = model.load_reward_model(
+                loaded = load_reward_model(
                     found.settings, found.tokenizer, found.path, config.seed, quantised=False, new_head=False
                 )
             loaded = loaded.to(process_state().device).eval()
             pad = found.tokenizer.pad_token_id
             encode = rewards.encoded_anew(
-                ChatEncoder(found.tokenizer, allow_special_tokens=True), model.positions(found.settings)
+                ChatEncoder(found.tokenizer, allow_special_tokens=True), max_positions(found.settings)
             )
             if found.same_tokenizer:
                 encode = rewards.same_ids
@@ -115,10 +116,10 @@ def compare(
         ConfigError: a policy cannot be loaded or has changed since its run wrote it, or nothing is held out.
     """
     for path in policies:
-        with model.named("policies"):
-            input_hashes(Path(model.source(_config_for(config, path).model)))
+        with naming("policies"):
+            input_hashes(Path(resolve_path(_config_for(config, path).model)))
     first = _config_for(config, policies[0])
-    tokenizer, _ = model.load_tokenizer(first.model)
+    tokenizer, _ = load_tokenizer(first.model)
     judge = Judge(first, tokenizer)
     splits = read_prompts(replace(config.data, test_size=0.0) if all_rows else config.data)
     asked = [*splits.train, *splits.test] if all_rows else splits.test[:]
@@ -129,9 +130,9 @@ def compare(
     done: list[Evaluated] = []
     for path in policies:
         mine = _config_for(config, path)
-        with model.named("policies"):
-            tokenizer, _ = model.load_tokenizer(mine.model)
-            policy = model.load_causal_lm(mine.model, tokenizer, model.source(mine.model))
+        with naming("policies"):
+            tokenizer, _ = load_tokenizer(mine.model)
+            policy = load_causal_lm(mine.model, tokenizer, resolve_path(mine.model))
         policy = policy.to(process_state().device).eval()
         reference = policy if reference is None else reference
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
@@ -164,7 +165,7 @@ def compare(
 
 
 def _config_for(config: Config, path: str) -> Config:
-    return replace(config, model=model.beside(config.model, path))
+    return replace(config, model=beside(config.model, path))
 
 
 class _Answer(NamedTuple):

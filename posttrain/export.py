@@ -26,9 +26,9 @@ from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.inputs import adapter_base, input_hashes, parent_of
-from posttrain.lineage import MANIFEST, PARTS, RunFolder
+from posttrain.models.resolve import adapter_base, input_hashes, parent_of
 from posttrain.paths import PACKAGE
+from posttrain.runs.folder import MANIFEST, PARTS, RunFolder
 
 TOLERANCE = 1e-3
 CARD = "README.md"
@@ -58,7 +58,9 @@ def model_card(manifest: dict[str, Any]) -> str:
     """A card in the Hub's format: metadata, lineage, numbers, settings and versions."""
     base = manifest["config"]["model"]["base_model"]
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, (int, float))}
-    environment = Environment(loader=FileSystemLoader(PACKAGE), autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(PACKAGE / "templates"), autoescape=False, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("model_card.md.jinja").render(
         manifest=manifest,
         stage=manifest["stage"],

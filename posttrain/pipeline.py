@@ -26,13 +26,13 @@ from hydra.core.override_parser.types import Override
 from posttrain import run
 from posttrain.cli.command import named_stages, parse, read_command
 from posttrain.cli.entry import entry_point
+from posttrain.cli.launching import refuse_sweep_under_accelerate
+from posttrain.config.schema import DATA_FORMATS, STAGE_SCHEMAS, Config
 from posttrain.console import is_main_process, number, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.inputs import data_required, with_inputs
-from posttrain.launching import refuse_sweep_under_accelerate
-from posttrain.lineage import MANIFEST, locked, run_path
+from posttrain.models.resolve import data_required, with_inputs
 from posttrain.report import write_report
-from posttrain.schema import DATA_FORMATS, STAGE_SCHEMAS, Config
+from posttrain.runs.folder import MANIFEST, locked, run_path
 from posttrain.stages import STAGES
 
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*

@@ -19,14 +19,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from posttrain import comparison
-from posttrain.checkpoint import write_atomically
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.console import number, say
 from posttrain.errors import ConfigError
-from posttrain.lineage import MANIFEST, read_json, read_lines
+from posttrain.metrics import comparison
 from posttrain.paths import PACKAGE
+from posttrain.runs.checkpoint import write_atomically
+from posttrain.runs.folder import MANIFEST, read_json, read_lines
 from posttrain.stages import STAGES
 
 FILE = "report.html"
@@ -222,7 +222,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
             }
         )
     environment = Environment(
-        loader=FileSystemLoader(PACKAGE),
+        loader=FileSystemLoader(PACKAGE / "templates"),
         autoescape=select_autoescape(default=True),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -27,10 +27,10 @@ from omegaconf import DictConfig
 from posttrain import console, paths
 from posttrain.cli.command import read_command
 from posttrain.cli.entry import entry_point, report
-from posttrain.config import check
+from posttrain.cli.launching import refuse_sweep_under_accelerate
+from posttrain.cli.sweep import show_sweep
+from posttrain.config.check import check
 from posttrain.errors import AlreadyToldError, ConfigError, Stopped
-from posttrain.launching import refuse_sweep_under_accelerate
-from posttrain.sweep import show_sweep
 
 
 def _job(composed: DictConfig) -> float | None:

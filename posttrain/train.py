@@ -13,28 +13,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain import inputs, lineage, model, sources
-from posttrain.arguments import on_main_process
-from posttrain.checkpoint import MANIFEST as CHECKPOINT
-from posttrain.checkpoint import StopSignals, write_atomically
 from posttrain.cli.entry import command_line
-from posttrain.comparison import shown_apart
-from posttrain.config import to_dict
+from posttrain.cli.next_steps import next_commands, quoted, relative
+from posttrain.config.check import to_dict
+from posttrain.config.schema import Config, PPOStage
 from posttrain.console import is_main_process, logging_to_console, number, say, show_table, warn
+from posttrain.data.sources import is_local_data
+from posttrain.devices import on_main_process
 from posttrain.errors import PosttrainError
-from posttrain.evaluation import panel
-from posttrain.lineage import RunFolder
-from posttrain.memory import show_memory
-from posttrain.model import load_tokenizer, prepare_base
-from posttrain.next_steps import next_commands, quoted, relative
+from posttrain.metrics.comparison import shown_apart
+from posttrain.metrics.trackers import Cells, log_tables
+from posttrain.models.generate import panel
+from posttrain.models.load import load_tokenizer, prepare_base
+from posttrain.models.resolve import (
+    all_reward_functions,
+    code_hashes,
+    input_folders,
+    input_hashes,
+    is_local_model,
+    parent_of,
+    weight_hashes,
+    with_inputs,
+)
+from posttrain.models.saving import save_model
 from posttrain.paths import EMBEDDED
-from posttrain.preview import show_data, show_dry_run, show_plan
-from posttrain.progress import show_progress
-from posttrain.saving import save_model
-from posttrain.schema import Config, PPOStage
+from posttrain.planning.memory import show_memory
+from posttrain.planning.preview import show_data, show_dry_run, show_plan
+from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
+from posttrain.runs.checkpoint import StopSignals, write_atomically
+from posttrain.runs.folder import RunFolder, State, locked, remove_if_empty, run_path, versions
+from posttrain.runs.progress import show_progress
 from posttrain.stages import STAGES
 from posttrain.stages.base import Judgement, Prepared, Work
-from posttrain.trackers import Cells, log_tables
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have answered
 PANEL_SHOWN = 3
@@ -54,8 +64,8 @@ class Result:
 def _network_only_where_needed(config: Config, to_come: Collection[str]) -> Iterator[None]:
     """No telemetry ever, and no look at the Hub when model and data are here; what the user set stays."""
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    resolved, _ = inputs.with_inputs(config, to_come)
-    if model.is_local(resolved.model) and sources.is_local(resolved.data):
+    resolved, _ = with_inputs(config, to_come)
+    if is_local_model(resolved.model) and is_local_data(resolved.data):
         wanted["HF_HUB_OFFLINE"] = "1"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -76,7 +86,7 @@ def run_stage(config: Config, path: Path | None = None, to_come: Collection[str]
         Stopped: a signal came; the checkpoint is written.
         PosttrainError: the run failed, and why.
     """
-    folder = RunFolder(path or lineage.run_path(config))
+    folder = RunFolder(path or run_path(config))
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_network_only_where_needed(config, to_come))
@@ -84,12 +94,12 @@ def run_stage(config: Config, path: Path | None = None, to_come: Collection[str]
             if config.dry_run:
                 _dry_run(config, to_come)
                 return None
-            on_main_process(lambda: stack.enter_context(lineage.locked(folder.path)))
+            on_main_process(lambda: stack.enter_context(locked(folder.path)))
             stack.enter_context(_leaving_no_trace(folder))
             return _run(config, folder, open_log)
     finally:
         if is_main_process():
-            lineage.remove_if_empty(folder.path)  # Hydra makes it before it is known whether a run begins
+            remove_if_empty(folder.path)  # Hydra makes it before it is known whether a run begins
 
 
 @contextlib.contextmanager
@@ -105,7 +115,7 @@ def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
 
 def _dry_run(config: Config, to_come: Collection[str]) -> None:
     """Everything that can be known without loading a model."""
-    config, why = inputs.with_inputs(config, to_come)
+    config, why = with_inputs(config, to_come)
     tokenizer, prepared = _prepare(config, why, "sft" not in to_come)
     show_dry_run(config, prepared, _processes())
     answer = config.stage.max_new_tokens if isinstance(config.stage, PPOStage) else 0
@@ -139,16 +149,16 @@ def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
     return {
         "config": to_dict(config),
         "data": {"fingerprint": prepared.splits.fingerprint()},
-        **{name: inputs.input_hashes(folder) for name, folder in model.input_folders(config).items()},
+        **{name: input_hashes(folder) for name, folder in input_folders(config).items()},
         "chat_template": hashlib.sha256(str(prepared.encoder.tokenizer.chat_template).encode()).hexdigest(),
-        "code": inputs.code_hashes(model.reward_functions(config)),
+        "code": code_hashes(all_reward_functions(config)),
         "processes": _processes(),
-        "versions": lineage.versions(),
+        "versions": versions(),
     }
 
 
 def _run(config: Config, folder: RunFolder, open_log: Callable[[Path], None]) -> Result:
-    config, why = inputs.with_inputs(config)
+    config, why = with_inputs(config)
     stage = STAGES[config.stage.name]
     tokenizer, prepared = _prepare(config, why)
     identity = _identity(config, prepared)
@@ -205,7 +215,7 @@ def _run(config: Config, folder: RunFolder, open_log: Callable[[Path], None]) ->
     return _result(folder, metrics, stage.objective)
 
 
-def _begin(folder: RunFolder, identity: dict[str, Any], state: lineage.State) -> Path | None:
+def _begin(folder: RunFolder, identity: dict[str, Any], state: State) -> Path | None:
     """Write down what the run is; returns the checkpoint to go on from."""
     checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
     for fault in faults:
@@ -222,8 +232,8 @@ def _check_start(config: Config, identity: dict[str, Any]) -> None:
     Raises:
         PosttrainError: it is not.
     """
-    for name, folder in model.input_folders(config).items():
-        if inputs.weight_hashes(folder) != identity[name]:
+    for name, folder in input_folders(config).items():
+        if weight_hashes(folder) != identity[name]:
             raise PosttrainError(f"{folder} has changed while this stage loaded it; start the same command again")
 
 
@@ -294,7 +304,7 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
     names = {"model": config.model.start}
     if isinstance(config.stage, PPOStage):
         names["reward_model"] = str(config.stage.reward_model)
-    parents = {name: inputs.parent_of(folder) for name, folder in model.input_folders(config).items()}
+    parents = {name: parent_of(folder) for name, folder in input_folders(config).items()}
     return {
         "format": 1,
         "stage": config.stage.name,

@@ -102,7 +102,7 @@ def rows(tmp_path: Path) -> Path:
 
 def data_config(name: Any, columns: Any, **changes: Any) -> Any:
     """A DataConfig that holds nothing out, but for `changes`."""
-    from posttrain.schema import DataConfig
+    from posttrain.config.schema import DataConfig
 
     settings: dict[str, Any] = {
         "dataset_config": None,

@@ -1,75 +1,18 @@
 """The house's rules that a reader relies on: imports go one way, files stay small, names say something."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-# A module imports only from floors below its own.
-FLOORS = {
-    "posttrain": 99,  # hands out pieces of every floor
-    "posttrain.paths": 0,
-    "posttrain.errors": 0,
-    "posttrain.schema": 0,
-    "posttrain.trl_sources": 1,
-    "posttrain.reserved": 0,
-    "posttrain.config": 2,
-    "posttrain.console": 1,
-    "posttrain.launching": 3,
-    "posttrain.checkpoint": 1,
-    "posttrain.safe_trainer": 2,
-    "posttrain.progress": 2,
-    "posttrain.report_card": 1,
-    "posttrain.sources": 2.5,
-    "posttrain.data": 3,
-    "posttrain.arguments": 2,
-    "posttrain.lineage": 3,
-    "posttrain.inputs": 4,
-    "posttrain.trackers": 3,
-    "posttrain.encoding": 4,
-    "posttrain.model": 5,
-    "posttrain.evaluation": 5,
-    "posttrain.curves": 4,
-    "posttrain.comparison": 2,
-    "posttrain.rlhf": 0,
-    "posttrain.rlhf.losses": 0,
-    "posttrain.rlhf.schedule": 1,
-    "posttrain.rlhf.alarms": 1,
-    "posttrain.rlhf.rollout": 0,
-    "posttrain.rlhf.value": 1,
-    "posttrain.rlhf.rewards": 5,
-    "posttrain.rlhf.roles": 6,
-    "posttrain.rlhf.trainer": 6,
-    "posttrain.rlhf.start": 7,
-    "posttrain.stages.base": 6,
-    "posttrain.stages.sft": 7,
-    "posttrain.stages.reward": 7,
-    "posttrain.stages.dpo": 8,
-    "posttrain.stages.ppo": 9,
-    "posttrain.stages": 10,
-    "posttrain.saving": 11,
-    "posttrain.preview": 11,
-    "posttrain.memory": 12,
-    "posttrain.cli": 0,
-    "posttrain.cli.files": 2,
-    "posttrain.cli.command": 6,
-    "posttrain.cli.help": 7,
-    "posttrain.cli.completion": 8,
-    "posttrain.cli.entry": 9,
-    "posttrain.next_steps": 10,
-    "posttrain.sweep": 12,
-    "posttrain.__main__": 99,
-    "posttrain.train": 13,
-    "posttrain.run": 14,
-    "posttrain.evaluate": 15,
-    "posttrain.chat": 15,
-    "posttrain.export": 15,
-    "posttrain.report": 15,
-    "posttrain.pipeline": 16,
-}
+# Packages in the order in which one may import another: only those before it.
+PACKAGES = ("", "config", "data", "runs", "models", "metrics", "rlhf", "stages", "planning", "cli", "commands")
+# Modules at the top of the tree that packages import; all other modules there are commands, and import packages.
+FOUNDATION = {"posttrain", "posttrain.errors", "posttrain.paths", "posttrain.console", "posttrain.devices"}
 # Its classes are modules and trainers themselves, so it is imported only when a run begins.
-IMPORTED_LATE = {"posttrain.rlhf.value", "posttrain.rlhf.trainer", "posttrain.rlhf.start"}
+IMPORTED_LATE = {"posttrain.rlhf.critic", "posttrain.rlhf.ppo", "posttrain.rlhf.preflight"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"}
 
 
@@ -98,20 +41,37 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set(modules()) == set(FLOORS)
+def package(module: str) -> str:
+    """The package of a module; "" for what all of them may import, "commands" for what imports them."""
+    parts = module.split(".")
+    return (
+        parts[1]
+        if len(parts) > 2 or (module.count(".") == 1 and parts[1] in PACKAGES)
+        else ("" if module in FOUNDATION else "commands")
+    )
 
 
-@pytest.mark.parametrize("name", sorted(FLOORS))
-def test_imports_go_down(name: str) -> None:
-    for other in imports(modules()[name]) & set(FLOORS):
-        if other != name and other != "posttrain":
-            assert FLOORS[other] < FLOORS[name], (
-                f"{name} (floor {FLOORS[name]}) imports {other} (floor {FLOORS[other]})"
-            )
+def test_every_package_has_a_place_and_says_what_it_is_for() -> None:
+    assert {package(name) for name in modules()} == set(PACKAGES)
+    for name in set(PACKAGES) - {"", "commands", "stages"}:
+        [sentence] = ast.parse(modules()[f"posttrain.{name}"].read_text()).body
+        assert isinstance(sentence, ast.Expr), name
 
 
-@pytest.mark.parametrize("name", sorted(set(FLOORS) - IMPORTED_LATE))
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_packages_import_only_those_before_them(name: str) -> None:
+    for other in imports(modules()[name]) & set(modules()) - {"posttrain"}:
+        if name != "posttrain":  # hands out pieces of every package
+            assert PACKAGES.index(package(other)) <= PACKAGES.index(package(name)), f"{name} imports {other}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    found = modules()
+    graph = {name: imports(path) & set(found) - {name, "posttrain"} for name, path in found.items()}
+    list(graphlib.TopologicalSorter(graph | {"posttrain": set()}).static_order())
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - IMPORTED_LATE))
 def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
     tree = ast.parse(modules()[name].read_text())
     top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

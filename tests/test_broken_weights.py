@@ -8,7 +8,7 @@ import pytest
 from conftest import Outcome
 from test_launch import command, sources  # noqa: F401  a fixture
 
-from posttrain.checkpoint import checkpoints, newest_whole
+from posttrain.runs.checkpoint import checkpoints, newest_whole
 
 Posttrain = Callable[..., Outcome]
 # the learning rate is 0 in the first step; in the second, 1 - learning rate × decay is infinite

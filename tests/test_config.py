@@ -10,10 +10,10 @@ from conftest import ROOT
 
 from posttrain import paths
 from posttrain.cli.command import read_command
-from posttrain.config import nearest
+from posttrain.config.check import nearest
+from posttrain.config.schema import Config
+from posttrain.config.trl_fields import dpo_losses, trainer_arguments
 from posttrain.errors import ConfigError
-from posttrain.schema import Config
-from posttrain.trl_sources import dpo_losses, trainer_arguments
 
 
 def problems(*arguments: str) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from conftest import data_config, write_rows
 
-from posttrain.data import format_instruction, read_instructions
+from posttrain.config.schema import DataConfig, InstructionColumns
+from posttrain.data.formats import format_instruction, read_instructions
 from posttrain.errors import ConfigError, DataError
-from posttrain.schema import DataConfig, InstructionColumns
 
 GOOD = {"instruction": "Say yes.", "response": "Yes."}
 

@@ -17,7 +17,7 @@ from posttrain import __main__ as door
 from posttrain import chat, evaluate, export, paths, pipeline, report, run
 from posttrain.cli.command import compose_all
 from posttrain.cli.help import COMMANDS, docstring
-from posttrain.schema import STAGE_SCHEMAS
+from posttrain.config.schema import STAGE_SCHEMAS
 
 Entry = Callable[..., Outcome]
 MODULES = {

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import tokenizers_for_tests as made
 
-from posttrain.data import Conversation, Counts, Prompt
-from posttrain.encoding import IGNORED, ChatEncoder, encode_conversations, plain_template
+from posttrain.data.encode import IGNORED, ChatEncoder, encode_conversations, plain_template
+from posttrain.data.formats import Conversation, Counts, Prompt
 from posttrain.errors import ConfigError, DataError
-from posttrain.evaluation import panel
+from posttrain.models.generate import panel
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ONE_TURN = [*QUESTION, {"role": "assistant", "content": "Paris"}]

@@ -17,8 +17,8 @@ from test_resume import logged as without_times
 from test_resume import wait_for
 
 from posttrain import evaluate
+from posttrain.cli.launching import launch_command
 from posttrain.errors import ConfigError
-from posttrain.launching import launch_command
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 COMMON = (

@@ -9,8 +9,8 @@ from conftest import Outcome
 from test_pipeline import Pipeline, pipeline  # noqa: F401
 
 from posttrain import configure
-from posttrain.memory import MemoryPlan, plan_memory
-from posttrain.model import load_tokenizer
+from posttrain.models.load import load_tokenizer
+from posttrain.planning.memory import MemoryPlan, plan_memory
 
 # posttrain/tiny by hand: 3 layers of 12 × 128² + 13 × 128, 916 tokens and 512 positions of 128, and the last norm
 NUMBERS = 3 * (12 * 128**2 + 13 * 128) + (916 + 512) * 128 + 2 * 128

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from posttrain.cli.command import read_command
+from posttrain.config.schema import ModelConfig
 from posttrain.errors import ConfigError
-from posttrain.model import load_causal_lm, load_model_and_tokenizer, load_tokenizer, lora_config, positions
-from posttrain.schema import ModelConfig
+from posttrain.models.load import load_causal_lm, load_model_and_tokenizer, load_tokenizer, max_positions
+from posttrain.models.lora import lora_config
 
 
 def model_config(path: Path | str, *more: str) -> ModelConfig:
@@ -128,7 +129,7 @@ def test_an_adapter_given_as_the_model_is_merged_with_its_base(tmp_path: Path) -
     adapted.save_pretrained(tmp_path / "adapter")
     made.gpt2_like().save_pretrained(tmp_path / "adapter")
     config = model_config(tmp_path / "adapter")
-    assert positions(config) == 128
+    assert max_positions(config) == 128
     model, _ = load_model_and_tokenizer(config, tmp_path / "built")
     ids = torch.tensor([[5, 6, 7]])
     adapted.eval()

@@ -17,8 +17,8 @@ from test_resume import wait_for
 
 from posttrain import evaluate, export, pipeline, report, run
 from posttrain.errors import ConfigError
-from posttrain.lineage import RunFolder, locked
 from posttrain.pipeline import read_pipeline
+from posttrain.runs.folder import RunFolder, locked
 
 Entry = Callable[..., Outcome]
 RUN = ("trainer.max_steps=3", "trainer.save_steps=1", "stage.max_length=64", "stage.warmup_steps=0")

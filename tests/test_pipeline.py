@@ -10,9 +10,9 @@ import pytest
 from conftest import Outcome, start
 from test_resume import wait_for
 
-from posttrain.checkpoint import MANIFEST
 from posttrain.errors import ConfigError
 from posttrain.pipeline import main, read_pipeline
+from posttrain.runs.checkpoint import MANIFEST
 
 Pipeline = Callable[..., Outcome]
 SHORT = ("recipes=quickstart", "trainer.max_steps=4", "data.max_rows=200", "ppo.gate=warn", "ppo.max_new_tokens=8")

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from posttrain.config.schema import PPOStage
 from posttrain.errors import ConfigError
 from posttrain.rlhf import losses
 from posttrain.rlhf.rollout import RolloutBuffer, join
-from posttrain.rlhf.schedule import Schedule, episode_order, prompts_of_rollout, schedule
-from posttrain.schema import PPOStage
+from posttrain.rlhf.rollout_plan import Schedule, episode_order, prompts_of_rollout, schedule
 
 
 def close(actual: torch.Tensor, expected: list[list[float]]) -> None:

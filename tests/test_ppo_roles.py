@@ -9,9 +9,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from posttrain.rlhf.rollout import RolloutBuffer, join
-from posttrain.rlhf.trainer import is_critic
-from posttrain.rlhf.value import (
+from posttrain.rlhf.critic import (
     REWARD,
     VALUE,
     PolicyAndValue,
@@ -21,6 +19,8 @@ from posttrain.rlhf.value import (
     critic_trunk,
     log_probs,
 )
+from posttrain.rlhf.ppo import is_critic
+from posttrain.rlhf.rollout import RolloutBuffer, join
 
 WIDTH = 32
 

@@ -10,10 +10,10 @@ import torch
 from conftest import Outcome
 from test_ppo import REWARD, SHORT, prompts  # noqa: F401  a fixture
 
+from posttrain.config.schema import PPOStage
 from posttrain.errors import PosttrainError
-from posttrain.rlhf.alarms import Alarms
-from posttrain.rlhf.trainer import PPOTrainer
-from posttrain.schema import PPOStage
+from posttrain.rlhf.diagnostics import Alarms
+from posttrain.rlhf.ppo import PPOTrainer
 
 Posttrain = Callable[..., Outcome]
 

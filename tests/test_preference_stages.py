@@ -14,8 +14,8 @@ from test_resume import wait_for
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain import compute_dpo_loss
-from posttrain.checkpoint import MANIFEST
-from posttrain.reserved import LOSS_OPTIONS
+from posttrain.config.reserved import LOSS_OPTIONS
+from posttrain.runs.checkpoint import MANIFEST
 
 Posttrain = Callable[..., Outcome]
 SHORT = (
@@ -97,7 +97,7 @@ def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
     """Its weights are changed on disk between saving and the look that a new process takes."""
     from safetensors.torch import load_file, save_file
 
-    from posttrain import saving
+    from posttrain.models import saving
 
     look = saving._scores_in_a_new_process
 
@@ -227,8 +227,8 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
     assert done.code == 0, done
     from transformers import AutoTokenizer
 
-    from posttrain.encoding import ChatEncoder
-    from posttrain.evaluation import completion_logps
+    from posttrain.data.encode import ChatEncoder
+    from posttrain.models.generate import completion_logps
 
     tokenizer = AutoTokenizer.from_pretrained("outputs/demo/dpo/model")
     encoder = ChatEncoder(tokenizer)
@@ -236,7 +236,7 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
         AutoModelForCausalLM.from_pretrained(f"outputs/demo/dpo/{name}").eval() for name in ("model", "base")
     )
     import posttrain.cli.command as compose
-    from posttrain.data import read_preferences
+    from posttrain.data.formats import read_preferences
 
     config = compose.read_command(["stage=dpo", pairs, *SHORT]).config
     test = read_preferences(config.data).test

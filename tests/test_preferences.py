@@ -8,10 +8,10 @@ import pytest
 import tokenizers_for_tests as made
 from conftest import data_config, write_rows
 
-from posttrain.data import Counts, format_preference, parse_transcript, read_preferences
-from posttrain.encoding import ChatEncoder, encode_pairs, plain_template
+from posttrain.config.schema import PreferenceColumns
+from posttrain.data.encode import ChatEncoder, encode_pairs, plain_template
+from posttrain.data.formats import Counts, format_preference, parse_transcript, read_preferences
 from posttrain.errors import DataError
-from posttrain.schema import PreferenceColumns
 from posttrain.stages.reward import conversations
 
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Two?\n\nAssistant:"
@@ -156,7 +156,7 @@ def test_log_probabilities_and_kl_against_a_loop(tmp_path: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from posttrain.evaluation import completion_kl, completion_logps
+    from posttrain.models.generate import completion_kl, completion_logps
 
     policy, reference = (
         GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)) for _ in "ab"

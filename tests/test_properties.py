@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import configure
-from posttrain.data import read_instructions
-from posttrain.encoding import IGNORED, ChatEncoder, plain_template
+from posttrain.data.encode import IGNORED, ChatEncoder, plain_template
+from posttrain.data.formats import read_instructions
 from posttrain.errors import ConfigError, DataError
 
 ANY = settings(max_examples=150, deadline=None)
@@ -155,7 +155,7 @@ def test_a_broken_row_is_named_wherever_it_stands(before: int, after: int, broke
 
 
 def _columns() -> Any:
-    from posttrain.schema import InstructionColumns
+    from posttrain.config.schema import InstructionColumns
 
     return InstructionColumns(instruction="instruction", response="response", input="input", system="system")
 

@@ -14,7 +14,7 @@ from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
 from test_shipped import commands
 
 from posttrain import evaluate, export, report
-from posttrain.comparison import distinct, in_words, paired, sign_test
+from posttrain.metrics.comparison import distinct, in_words, paired, sign_test
 
 
 def test_distinct_n() -> None:

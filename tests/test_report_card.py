@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from posttrain.report_card import ScoredPair, correlation, reliability, report_card, sigmoid, wilson
+from posttrain.metrics.report_card import ScoredPair, correlation, reliability, report_card, sigmoid, wilson
 
 
 def pair(

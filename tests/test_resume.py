@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import Outcome, same_weights, start, write_rows
 
-from posttrain.checkpoint import MANIFEST, fault, newest_whole, rotate
+from posttrain.runs.checkpoint import MANIFEST, fault, newest_whole, rotate
 
 Posttrain = Callable[..., Outcome]
 # three epochs, a checkpoint in the middle of each

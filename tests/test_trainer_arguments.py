@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from posttrain import configure, run_stage
-from posttrain.reserved import reserved_arguments
-from posttrain.schema import STAGE_SCHEMAS, renamed
-from posttrain.trl_sources import trainer_arguments
+from posttrain.config.reserved import reserved_arguments
+from posttrain.config.schema import STAGE_SCHEMAS, renamed
+from posttrain.config.trl_fields import trainer_arguments
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 # arguments that change what is learned, and a value that shows it

@@ -1,6 +1,6 @@
 """The private parts of TRL and transformers that PPO stands on: an upgrade that moves them fails here first.
 
-Each line says what is relied upon; posttrain/rlhf/trainer.py says why.
+Each line says what is relied upon; posttrain/rlhf/ppo.py says why.
 """
 
 import ast

@@ -14,11 +14,14 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from posttrain import inputs, lineage, model, paths, sources
+from posttrain import paths
 from posttrain.cli.files import check_files, hydra_problems
-from posttrain.config import check, nearest
+from posttrain.config.check import check, nearest
+from posttrain.config.schema import STAGE_SCHEMAS, Config
+from posttrain.data.sources import check_source
 from posttrain.errors import ConfigError
-from posttrain.schema import STAGE_SCHEMAS, Config
+from posttrain.models.resolve import input_folders, with_data, with_models
+from posttrain.runs.folder import check_path
 
 OmegaConf.register_new_resolver("posttrain_point", lambda name: name.replace("+", "").replace("/", "_"), replace=True)
 FLAGS = [
@@ -230,11 +233,11 @@ def _compose_all(
 
 def _check_inputs(config: Config, to_come: Collection[str] | None) -> None:
     """Refuse a source, a model or a run folder that cannot be, before anything slow is imported."""
-    lineage.check_path(config)
-    resolved, _ = inputs.with_models(config, STAGE_SCHEMAS if to_come is None else to_come)
+    check_path(config)
+    resolved, _ = with_models(config, STAGE_SCHEMAS if to_come is None else to_come)
     if to_come is not None:
-        model.input_folders(resolved)
-    sources.check_source(inputs.with_data(resolved).data)
+        input_folders(resolved)
+    check_source(with_data(resolved).data)
 
 
 def read_command(arguments: Sequence[str], to_come: Collection[str] | None = ()) -> Command:

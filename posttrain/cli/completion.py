@@ -10,8 +10,8 @@ import hydra
 
 from posttrain import paths
 from posttrain.cli.help import COMMANDS, recipe_lines
+from posttrain.config.schema import DATA_FORMATS, STAGE_SCHEMAS
 from posttrain.errors import ConfigError
-from posttrain.schema import DATA_FORMATS, STAGE_SCHEMAS
 
 SECTIONS = ("data.", "trainer.", "model.")
 

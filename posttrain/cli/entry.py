@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from posttrain import __version__, console
-from posttrain.checkpoint import StopSignals
 from posttrain.cli.completion import complete
 from posttrain.cli.help import help_text
 from posttrain.console import TRACE, fail
 from posttrain.errors import AlreadyToldError, PosttrainError, Stopped
+from posttrain.runs.checkpoint import StopSignals
 
 # the entry point of this process and what was typed after it; nothing in a notebook
 name = ""

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from posttrain.config import nearest
+from posttrain.config.check import nearest
 from posttrain.console import say, warn
-from posttrain.data import Message
-from posttrain.encoding import ChatEncoder
+from posttrain.data.encode import ChatEncoder
+from posttrain.data.formats import Message
 from posttrain.errors import ConfigError, PosttrainError
 
 RewardFunction = Callable[..., Any]

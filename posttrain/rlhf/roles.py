@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain import inputs, model
+from posttrain.config.schema import Config, PPOStage
 from posttrain.console import say
-from posttrain.evaluation import pad_right, scores
+from posttrain.models.generate import pad_right, scores
+from posttrain.models.load import load_causal_lm, load_reward_model, load_tokenizer
+from posttrain.models.resolve import beside, input_hashes, naming, parent_of, resolve_path, weight_hashes
 from posttrain.rlhf import rewards
-from posttrain.schema import Config, PPOStage
 
 if TYPE_CHECKING:
-    from posttrain.rlhf.value import ValueNetwork
+    from posttrain.rlhf.critic import ValueNetwork
 
 
 @dataclass
@@ -29,22 +30,22 @@ def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
     stage = config.stage
     if not isinstance(stage, PPOStage) or stage.reward_model is None:
         return None
-    settings = model.beside(config.model, stage.reward_model)
-    with model.named("stage.reward_model"):
-        path = model.source(settings)
-        theirs, _ = model.load_tokenizer(settings)
+    settings = beside(config.model, stage.reward_model)
+    with naming("stage.reward_model"):
+        path = resolve_path(settings)
+        theirs, _ = load_tokenizer(settings)
     adapter = Path(path).parent / "adapter"
-    parent = inputs.parent_of(Path(path))
-    start = Path(model.source(config.model))
+    parent = parent_of(Path(path))
+    start = Path(resolve_path(config.model))
     shared = (
         config.model.use_peft
         and parent is not None
         and (adapter / "adapter_model.safetensors").is_file()
         and start.is_dir()
-        and parent["inputs"]["model"]["weights"] == inputs.weight_hashes(start)
+        and parent["inputs"]["model"]["weights"] == weight_hashes(start)
     )
     if shared:
-        inputs.input_hashes(adapter)  # refuses one that has changed
+        input_hashes(adapter)  # refuses one that has changed
     return RewardModel(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
 
 
@@ -66,8 +67,8 @@ class Scorer:
             self.head = self.head.to(trainer.args.device)
             self.score = lambda rows: _scores_of_adapter(trainer, self.head, rows)
             return
-        with model.named("stage.reward_model"):
-            separate = model.load_reward_model(
+        with naming("stage.reward_model"):
+            separate = load_reward_model(
                 reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
             )
         separate = separate.to(trainer.args.device).eval().requires_grad_(False)
@@ -87,7 +88,7 @@ def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[f
     """
     import torch
 
-    from posttrain.rlhf.value import REWARD
+    from posttrain.rlhf.critic import REWARD
 
     found: list[float] = []
     for start in range(0, len(rows), trainer.plan.batch_size):
@@ -111,17 +112,17 @@ def critic(
     from peft import PeftConfig
     from safetensors.torch import load_file
 
-    from posttrain.rlhf import value
+    from posttrain.rlhf import critic as value
 
     size = policy.config.get_text_config().hidden_size
     if not config.model.use_peft:
         if reward is not None and reward.same_tokenizer:
-            with model.named("stage.reward_model"):
-                taken = model.load_reward_model(
+            with naming("stage.reward_model"):
+                taken = load_reward_model(
                     reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
                 )
         else:
-            taken = model.load_causal_lm(config.model, tokenizer, path)
+            taken = load_causal_lm(config.model, tokenizer, path)
         return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken))
     if reward is not None and reward.adapter is not None:
         settings = PeftConfig.from_pretrained(str(reward.adapter))

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain.data import Counts, Splits, left_out
-from posttrain.encoding import ChatEncoder, Encoded, encode_splits
+from posttrain.config.schema import Config, DataConfig
+from posttrain.data.encode import ChatEncoder, Encoded, encode_splits
+from posttrain.data.formats import Counts, Splits, left_out
+from posttrain.data.sources import Problems
 from posttrain.errors import ConfigError
-from posttrain.lineage import RunFolder
-from posttrain.model import load_causal_lm, positions
-from posttrain.schema import Config, DataConfig
-from posttrain.sources import Problems
+from posttrain.models.load import Load, load_causal_lm, max_positions
+from posttrain.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,14 +56,6 @@ class Work(NamedTuple):
     def new_tokens(self) -> int:
         """The most tokens that an answer may have."""
         return self.prepared.new_tokens
-
-
-class Load(Protocol):
-    """Load the model of a stage from `path`."""
-
-    def __call__(
-        self, config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
-    ) -> "PreTrainedModel": ...
 
 
 class Stage(NamedTuple):
@@ -113,7 +105,7 @@ def check_length(config: Config) -> int:
     Raises:
         ConfigError: it has not.
     """
-    limit = positions(config.model)
+    limit = max_positions(config.model)
     if limit is not None and config.stage.max_length > limit:
         raise ConfigError(
             f"stage.max_length={config.stage.max_length} exceeds the {limit} positions of "

@@ -7,12 +7,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from posttrain.arguments import trainer_arguments, trl_config
+from posttrain.config.schema import Config
 from posttrain.console import say, warn
 from posttrain.errors import PosttrainError
-from posttrain.evaluation import ANSWERED, answer, completion_kl, completion_logps, generate, share_ended
-from posttrain.model import load_causal_lm, lora_config
-from posttrain.schema import Config
+from posttrain.models.generate import ANSWERED, answer, completion_kl, completion_logps, generate, share_ended
+from posttrain.models.load import load_causal_lm
+from posttrain.models.lora import lora_config
+from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy
 from posttrain.stages.reward import prepare_pairs
 
@@ -55,7 +56,7 @@ def build(
     from trl import DPOConfig, DPOTrainer
     from trl.models import prepare_deepspeed
 
-    from posttrain.safe_trainer import SafeTrainer
+    from posttrain.runs.safe_trainer import SafeTrainer
 
     class Trainer(SafeTrainer, DPOTrainer):
         live: Any = None  # (metrics of TRL) -> ours, set when the run's panel is known

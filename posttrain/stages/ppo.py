@@ -10,28 +10,31 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from posttrain import inputs, lineage, model
-from posttrain.arguments import process_state, trainer_arguments, trl_config
-from posttrain.checkpoint import writing
-from posttrain.comparison import GOLD
+from posttrain.config.schema import Config, PPOStage
 from posttrain.console import is_main_process, say, warn
-from posttrain.curves import draw_curves
-from posttrain.data import read_prompts
-from posttrain.encoding import ChatEncoder, encode_prompts
+from posttrain.data.encode import ChatEncoder, encode_prompts
+from posttrain.data.formats import read_prompts
+from posttrain.devices import process_state
 from posttrain.errors import ConfigError
-from posttrain.evaluation import ANSWERED, Answer, answer, completion_kl, generate
-from posttrain.model import lora_config
-from posttrain.report_card import FIT
+from posttrain.metrics.charts import draw_curves
+from posttrain.metrics.comparison import GOLD
+from posttrain.metrics.report_card import FIT
+from posttrain.models.generate import ANSWERED, Answer, answer, completion_kl, generate
+from posttrain.models.load import load_causal_lm, max_positions
+from posttrain.models.lora import lora_config
+from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles
-from posttrain.rlhf.alarms import Alarms
-from posttrain.rlhf.schedule import schedule
-from posttrain.schema import Config, PPOStage
+from posttrain.rlhf.diagnostics import Alarms
+from posttrain.rlhf.rollout_plan import schedule
+from posttrain.runs.arguments import trainer_arguments, trl_config
+from posttrain.runs.checkpoint import writing
+from posttrain.runs.folder import read_lines, read_object
 from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy, prepare_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from posttrain.rlhf.trainer import Rollout
+    from posttrain.rlhf.ppo import Rollout
 
 # what reward functions are handed besides a row's own columns
 RESERVED_COLUMNS = {
@@ -104,12 +107,12 @@ def _check_rewards(config: Config) -> None:
         )
     if stage.reward_model is None:
         return
-    with model.named("stage.reward_model"):
-        folder = Path(model.source(model.beside(config.model, stage.reward_model)))
-    parent = inputs.parent_of(folder) if folder.is_dir() else None
+    with naming("stage.reward_model"):
+        folder = Path(resolve_path(beside(config.model, stage.reward_model)))
+    parent = parent_of(folder) if folder.is_dir() else None
     if parent is not None and parent["stage"] != "reward":
         raise ConfigError(f"stage.reward_model={stage.reward_model} is a run of stage={parent['stage']}, not of reward")
-    verdict = lineage.read_object(
+    verdict = read_object(
         folder.parent / "report_card.json", ("verdict", "reasons"), "train the reward model again with overwrite=true"
     )
     if verdict is None:
@@ -139,7 +142,7 @@ def build(
     config: Config, prepared: Prepared, loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> Any:
     """The trainer with its four roles: policy, critic, reference and reward."""
-    from posttrain.rlhf.trainer import PPOConfig, PPOTrainer
+    from posttrain.rlhf.ppo import PPOConfig, PPOTrainer
 
     assert isinstance(prepared, PreparedPrompts)
     stage, rows = _stage(config), prepared.train.rows
@@ -156,14 +159,14 @@ def build(
         own: rewards.Encode = rewards.same_ids
         if not reward.same_tokenizer:
             encoder = ChatEncoder(reward.tokenizer, allow_special_tokens=True)
-            own = rewards.encoded_anew(encoder, model.positions(reward.settings))
+            own = rewards.encoded_anew(encoder, max_positions(reward.settings))
             say("reward model: has a tokenizer of its own; answers are decoded and put through its chat template")
         functions.insert(0, rewards.model_reward(scorer, own))
     path = str(loaded.config._name_or_path)
     trainer = PPOTrainer(
         rows=_inputs(rows, prepared.train.dataset["prompt_ids"]),
         plan=plan,
-        reference=None if config.model.use_peft else model.load_causal_lm(config.model, tokenizer, path),
+        reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
         value=lambda policy: roles.critic(config, policy, reward, tokenizer, path, scorer),
         args=trl_config(PPOConfig, arguments),
         model=loaded,
@@ -189,8 +192,8 @@ def _inputs(rows: Sequence[Any], prompt_ids: Sequence[list[int]]) -> list[dict[s
 
 
 def preflight(work: Work) -> None:
-    """See rlhf/start.py; then watch each rollout."""
-    from posttrain.rlhf.start import check_start
+    """See rlhf/preflight.py; then watch each rollout."""
+    from posttrain.rlhf.preflight import check_start
 
     check_start(work.trainer)
     args, plan = work.trainer.args, work.trainer.plan
@@ -200,7 +203,7 @@ def preflight(work: Work) -> None:
         else args.num_train_epochs * plan.rollouts_per_epoch * plan.steps_per_rollout
     )
     alarms = Alarms(_stage(work.config), planned=math.ceil(steps / plan.steps_per_rollout))
-    for entry in lineage.read_lines(work.folder.metrics):
+    for entry in read_lines(work.folder.metrics):
         if "kl_error" in entry:  # a rollout before a resume
             alarms(entry)
     file = work.folder.rollouts

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.arguments import trainer_arguments, trl_config
-from posttrain.data import read_preferences
-from posttrain.encoding import Encoded, encode_pairs
-from posttrain.evaluation import scores
-from posttrain.model import load_reward_model, lora_config
-from posttrain.report_card import ScoredPair, card_table, report_card
-from posttrain.schema import Config
+from posttrain.config.schema import Config
+from posttrain.data.encode import Encoded, encode_pairs
+from posttrain.data.formats import read_preferences
+from posttrain.metrics.report_card import ScoredPair, card_table, report_card
+from posttrain.models.generate import scores
+from posttrain.models.load import load_reward_model
+from posttrain.models.lora import lora_config
+from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import Judgement, Prepared, Stage, Work, prepare_rows
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def build(
     """The trainer: TRL's, with our checkpoints."""
     from trl import RewardConfig, RewardTrainer
 
-    from posttrain.safe_trainer import SafeTrainer
+    from posttrain.runs.safe_trainer import SafeTrainer
 
     class Trainer(SafeTrainer, RewardTrainer):
         pass

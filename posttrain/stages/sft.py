@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.arguments import trainer_arguments, trl_config
-from posttrain.data import read_instructions
-from posttrain.encoding import IGNORED, encode_conversations
-from posttrain.evaluation import ANSWERED, answer, share_ended
-from posttrain.model import lora_config
-from posttrain.schema import Config
+from posttrain.config.schema import Config
+from posttrain.data.encode import IGNORED, encode_conversations
+from posttrain.data.formats import read_instructions
+from posttrain.models.generate import ANSWERED, answer, share_ended
+from posttrain.models.lora import lora_config
+from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy, prepare_rows
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def build(
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from posttrain.safe_trainer import SafeTrainer
+    from posttrain.runs.safe_trainer import SafeTrainer
 
     test = prepared.test
 

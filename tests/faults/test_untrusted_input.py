@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Outcome, write_rows
 from test_broken_input import model_folder, refused, rows
 
-from posttrain.checkpoint import MANIFEST, fault
+from posttrain.runs.checkpoint import MANIFEST, fault
 
 Posttrain = Callable[..., Outcome]
 SMALL = ("data.dataset_name=rows.jsonl", "stage.max_length=64", "data.test_size=0", "trainer.max_steps=2")

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain import model
-from posttrain.arguments import mixed_precision
+from posttrain.config.schema import Config, ModelConfig, PPOStage
 from posttrain.console import say, show_table, warn
-from posttrain.preview import plan_of
+from posttrain.devices import mixed_precision
+from posttrain.models.load import hub_config
+from posttrain.models.lora import lora_config
+from posttrain.models.resolve import beside
+from posttrain.planning.preview import plan_of
 from posttrain.rlhf.roles import find_reward
-from posttrain.schema import Config, ModelConfig, PPOStage
 
 GIB = 2**30
 # bytes that an optimizer keeps for each trained number; AdamW's two moments are of the weight's own type
@@ -105,7 +107,7 @@ def _build(config: Config, tokenizer: Any) -> _Roles:
     stage, settings = config.stage, config.model
     name = "reward model" if stage.name == "reward" else "policy"
     trained = base = _model(settings, stage.name == "reward", len(tokenizer))
-    adapter = model.lora_config(settings, base, "SEQ_CLS" if stage.name == "reward" else "CAUSAL_LM")
+    adapter = lora_config(settings, base, "SEQ_CLS" if stage.name == "reward" else "CAUSAL_LM")
     size = _weights(base, settings)
     told = "4 or 8 bits" if settings.load_in_4bit or settings.load_in_8bit else "all weights"
     if stage.name != "reward":
@@ -139,7 +141,7 @@ def _with_critic(
     """Policy and critic as one module, and the two frozen roles of PPO beside them."""
     import torch
 
-    from posttrain.rlhf.value import PolicyAndValue, ValueNetwork, add_value_adapter, critic_trunk
+    from posttrain.rlhf.critic import PolicyAndValue, ValueNetwork, add_value_adapter, critic_trunk
 
     stage, settings = config.stage, config.model
     assert isinstance(stage, PPOStage)
@@ -161,7 +163,7 @@ def _with_critic(
             held.append(("reward model (an adapter on the same base)", held[1][1]))
         else:
             size = len(found.tokenizer if found is not None else tokenizer)
-            alone = model.beside(settings, theirs.start)
+            alone = beside(settings, theirs.start)
             held.append(("reward model (frozen)", _weights(_model(alone, True, size), alone)))
     both = PolicyAndValue(policy, critic, stage.temperature, stage.entropy_coef > 0)
     both.fused = torch.cuda.is_available()
@@ -173,7 +175,7 @@ def _model(settings: ModelConfig, scores: bool, tokens: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    known = model.hub_config(settings)
+    known = hub_config(settings)
     if scores:
         known.num_labels = 1
         known.get_text_config().pad_token_id = 0
@@ -331,7 +333,7 @@ def _loss(config: Config, roles: _Roles, inputs: dict[str, Any], answer: int) ->
 
 
 def _hidden_loss(config: Config, roles: _Roles, inputs: dict[str, Any]) -> Any:
-    from posttrain.rlhf.value import VALUE, last_hidden
+    from posttrain.rlhf.critic import VALUE, last_hidden
 
     trained, mask = roles.trained, inputs["attention_mask"]
     positions = mask.cumsum(-1) - 1

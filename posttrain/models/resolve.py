@@ -1,15 +1,17 @@
 """What a stage starts from: which model, reward model and rows, and the hashes by which they are known again."""
 
+import contextlib
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posttrain import paths
+from posttrain.config.schema import DATA_FORMATS, Config, ModelConfig, PPOStage
 from posttrain.errors import ConfigError
-from posttrain.lineage import IDENTITY, MANIFEST, PARTS, read_json, read_object, sha256_of
-from posttrain.schema import DATA_FORMATS, Config, PPOStage
+from posttrain.paths import EMBEDDED
+from posttrain.runs.folder import IDENTITY, MANIFEST, PARTS, read_json, read_object, sha256_of
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -167,3 +169,73 @@ def _with_starting_model(config: Config, to_come: bool) -> tuple[Config, str]:
             "or name another model with model.model_name_or_path=…"
         )
     return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
+
+
+def resolve_path(model: ModelConfig) -> str:
+    """The folder or Hub id that the configuration names; a finished stage's folder stands for its model.
+
+    Raises:
+        ConfigError: a path that does not exist, or a folder that holds no model.
+    """
+    name = model.start
+    if name == EMBEDDED:
+        return str(paths.TINY)
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ConfigError(f"model.model_name_or_path={name}: no such folder")
+        return name
+    if (folder / "model" / "config.json").is_file():
+        if not (folder / "posttrain.json").is_file():
+            raise ConfigError(f"model.model_name_or_path={name}: this run has not finished (no posttrain.json)")
+        return str(folder / "model")
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"model.model_name_or_path={name}: neither config.json nor adapter_config.json is there")
+    return name
+
+
+def input_folders(config: Config) -> dict[str, Path]:
+    """The folders of the models that a stage starts from; of what is on the Hub, a path where nothing is.
+
+    Raises:
+        ConfigError: as `source`, of either.
+    """
+    found = {"model": Path(resolve_path(config.model))}
+    if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
+        with naming("stage.reward_model"):
+            found["reward_model"] = Path(resolve_path(beside(config.model, config.stage.reward_model)))
+    return found
+
+
+def all_reward_functions(config: Config) -> list[str]:
+    """All reward functions of a stage, those that it is not trained on among them."""
+    stage = config.stage
+    return [*stage.reward_functions, *stage.eval_reward_functions] if isinstance(stage, PPOStage) else []
+
+
+def beside(model: ModelConfig, path: str) -> ModelConfig:
+    """The settings under which another model, at `path`, is loaded whole beside the one being trained."""
+    return replace(
+        model,
+        model_name_or_path=path,
+        model_revision="main",
+        from_scratch=False,
+        chat_template_path=None,
+        use_peft=False,
+        load_in_4bit=False,
+        load_in_8bit=False,
+    )
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Let errors over a model name the option that it came from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(*(told.replace("model.model_name_or_path=", f"{key}=") for told in error.problems)) from error
+
+
+def is_local_model(model: ModelConfig) -> bool:
+    """Whether the model can be had without a network."""
+    return model.start == EMBEDDED or Path(model.start).is_dir()

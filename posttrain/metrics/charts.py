@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from posttrain.lineage import read_lines
+from posttrain.runs.folder import read_lines
 
 PANELS = {
     "reward": "reward",

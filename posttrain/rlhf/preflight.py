@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 
 from posttrain.console import say
 from posttrain.errors import PosttrainError
+from posttrain.rlhf.critic import pad_left
+from posttrain.rlhf.ppo import PPOTrainer
 from posttrain.rlhf.rollout import RolloutBuffer
-from posttrain.rlhf.trainer import PPOTrainer
-from posttrain.rlhf.value import pad_left
 
 ROWS = 8
 NEW_TOKENS = 16

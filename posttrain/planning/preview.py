@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.config.schema import Config, PPOStage
 from posttrain.console import say, show_markup, show_table, verbatim, warn
-from posttrain.data import Counts
-from posttrain.encoding import IGNORED, Encoded
-from posttrain.rlhf.schedule import schedule
-from posttrain.schema import Config, PPOStage
+from posttrain.data.encode import IGNORED, Encoded
+from posttrain.data.formats import Counts
+from posttrain.rlhf.rollout_plan import schedule
 from posttrain.stages.base import Prepared
 
 _BARS = " ▁▂▃▄▅▆▇█"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from posttrain.config import trackers
+from posttrain.config.check import trackers
 
 
 class Cells(NamedTuple):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.checkpoint import (
+from posttrain.errors import PosttrainError
+from posttrain.runs.checkpoint import (
     MANIFEST,
     PART,
     PREFIX,
@@ -25,7 +26,6 @@ from posttrain.checkpoint import (
     write_atomically,
     writing,
 )
-from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase

@@ -5,8 +5,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from posttrain.config.schema import PPOStage
 from posttrain.errors import ConfigError
-from posttrain.schema import PPOStage
 
 
 @dataclass(frozen=True)

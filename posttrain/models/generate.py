@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from posttrain.encoding import ChatEncoder
+    from posttrain.data.encode import ChatEncoder
 
 
 ANSWERED = 16  # prompts of the panel whose greedy answers are kept, before and after

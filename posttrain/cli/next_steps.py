@@ -5,9 +5,9 @@ from pathlib import Path
 
 from posttrain import paths
 from posttrain.cli import entry
-from posttrain.inputs import of_quickstart
-from posttrain.lineage import run_path
-from posttrain.schema import DATA_FORMATS, Config
+from posttrain.config.schema import DATA_FORMATS, Config
+from posttrain.models.resolve import of_quickstart
+from posttrain.runs.folder import run_path
 
 FOLLOWING = {"sft": ("reward", "dpo"), "reward": ("ppo",)}
 # words of a command that hold for the stages after it, too

@@ -22,10 +22,10 @@ from trl.trainer.utils import add_fused_lm_head, pad
 
 from posttrain.errors import PosttrainError
 from posttrain.rlhf import losses
+from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, log_probs
 from posttrain.rlhf.rollout import RolloutBuffer, join
-from posttrain.rlhf.schedule import Schedule, episode_order, prompts_of_rollout
-from posttrain.rlhf.value import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, log_probs
-from posttrain.safe_trainer import SafeTrainer
+from posttrain.rlhf.rollout_plan import Schedule, episode_order, prompts_of_rollout
+from posttrain.runs.safe_trainer import SafeTrainer
 
 WEIGHTS = "model.safetensors"
 LARGEST = 1e15  # of a reward: sums of squares over a million tokens stay below float32's 3e38

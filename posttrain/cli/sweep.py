@@ -5,18 +5,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from posttrain import inputs, lineage, model, sources
 from posttrain.cli.command import Command
-from posttrain.config import check, to_dict
+from posttrain.config.check import check, to_dict
 from posttrain.console import say, show_table
-from posttrain.lineage import IDENTITY, MANIFEST, RunFolder
+from posttrain.data.sources import data_files, is_local_data
+from posttrain.models.resolve import all_reward_functions, code_hashes, input_folders, weight_hashes, with_inputs
+from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object, sha256_of
 from posttrain.stages import STAGES
 
 PICTURE = "sweep.svg"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return lineage.read_object(file, (), f"delete {file.parent} to train this point again") or {}
+    return read_object(file, (), f"delete {file.parent} to train this point again") or {}
 
 
 def is_complete(folder: Path, composed: DictConfig) -> bool:
@@ -27,19 +28,19 @@ def is_complete(folder: Path, composed: DictConfig) -> bool:
     manifest, recorded = _read(folder / MANIFEST), _read(folder / IDENTITY)
     if not manifest or not recorded:
         return False
-    config, _ = inputs.with_inputs(check(composed))
-    if config.overwrite or not sources.is_local(config.data):
+    config, _ = with_inputs(check(composed))
+    if config.overwrite or not is_local_data(config.data):
         return False
-    folders = model.input_folders(config).items()
-    now = {**recorded, "config": to_dict(config), **{name: inputs.weight_hashes(folder) for name, folder in folders}}
+    folders = input_folders(config).items()
+    now = {**recorded, "config": to_dict(config), **{name: weight_hashes(folder) for name, folder in folders}}
     try:
-        now["code"] = inputs.code_hashes(model.reward_functions(config))
+        now["code"] = code_hashes(all_reward_functions(config))
     except (OSError, ImportError):  # a module that this process does not find
         return False
-    files = sorted(lineage.sha256_of(Path(file)) for file in sources.files(config.data))
+    digests = sorted(sha256_of(Path(file)) for file in data_files(config.data))
     return (
-        not lineage.changes(recorded, now, finished=True)
-        and files == sorted(manifest["data"]["sources"].values())
+        not changes(recorded, now, finished=True)
+        and digests == sorted(manifest["data"]["sources"].values())
         and not RunFolder(folder).damage(manifest)
     )
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from posttrain.checkpoint import step_of, writing
 from posttrain.console import log, say
+from posttrain.runs.checkpoint import step_of, writing
 
 SHOWN = {
     "reward": "reward",

@@ -3,98 +3,24 @@
 import contextlib
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from posttrain import inputs, paths
-from posttrain.arguments import process_state
-from posttrain.checkpoint import modes_by_umask, writing
-from posttrain.config import nearest
-from posttrain.encoding import ChatEncoder, plain_template
+from posttrain.config.schema import Config, ModelConfig
+from posttrain.data.encode import ChatEncoder, plain_template
+from posttrain.devices import process_state
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.models.resolve import adapter_base, beside, naming, resolve_path
 from posttrain.paths import EMBEDDED
-from posttrain.schema import Config, ModelConfig, PPOStage
+from posttrain.runs.checkpoint import modes_by_umask, writing
 
 if TYPE_CHECKING:
-    import torch
-    from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 NEW_PAD = "<|pad|>"
 # Texts on which a tokenizer as loaded must agree with its own tokenizer.json.
 _PROBES = ("It has 13 legs, or 1300.", "\n\n  def f(x):\n\treturn x", "naïve café — 東京 🙂", " The end.")
-
-
-def source(model: ModelConfig) -> str:
-    """The folder or Hub id that the configuration names; a finished stage's folder stands for its model.
-
-    Raises:
-        ConfigError: a path that does not exist, or a folder that holds no model.
-    """
-    name = model.start
-    if name == EMBEDDED:
-        return str(paths.TINY)
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ConfigError(f"model.model_name_or_path={name}: no such folder")
-        return name
-    if (folder / "model" / "config.json").is_file():
-        if not (folder / "posttrain.json").is_file():
-            raise ConfigError(f"model.model_name_or_path={name}: this run has not finished (no posttrain.json)")
-        return str(folder / "model")
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"model.model_name_or_path={name}: neither config.json nor adapter_config.json is there")
-    return name
-
-
-def input_folders(config: Config) -> dict[str, Path]:
-    """The folders of the models that a stage starts from; of what is on the Hub, a path where nothing is.
-
-    Raises:
-        ConfigError: as `source`, of either.
-    """
-    found = {"model": Path(source(config.model))}
-    if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
-        with named("stage.reward_model"):
-            found["reward_model"] = Path(source(beside(config.model, config.stage.reward_model)))
-    return found
-
-
-def reward_functions(config: Config) -> list[str]:
-    """All reward functions of a stage, those that it is not trained on among them."""
-    stage = config.stage
-    return [*stage.reward_functions, *stage.eval_reward_functions] if isinstance(stage, PPOStage) else []
-
-
-def beside(model: ModelConfig, path: str) -> ModelConfig:
-    """The settings under which another model, at `path`, is loaded whole beside the one being trained."""
-    return replace(
-        model,
-        model_name_or_path=path,
-        model_revision="main",
-        from_scratch=False,
-        chat_template_path=None,
-        use_peft=False,
-        load_in_4bit=False,
-        load_in_8bit=False,
-    )
-
-
-@contextlib.contextmanager
-def named(key: str) -> Iterator[None]:
-    """Let errors over a model name the option that it came from."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(*(told.replace("model.model_name_or_path=", f"{key}=") for told in error.problems)) from error
-
-
-def is_local(model: ModelConfig) -> bool:
-    """Whether the model can be had without a network."""
-    return model.start == EMBEDDED or Path(model.start).is_dir()
 
 
 @contextlib.contextmanager
@@ -109,6 +35,14 @@ def _named_failure(model: ModelConfig, what: str) -> Iterator[None]:
         raise ConfigError(f"model.model_name_or_path={model.start}: {what}: {reason}") from error
 
 
+class Load(Protocol):
+    """Load the model of a stage from `path`."""
+
+    def __call__(
+        self, config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
+    ) -> "PreTrainedModel": ...
+
+
 def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[str]]:
     """The tokenizer with a chat template and a pad token of its own, and what was decided about them.
 
@@ -118,7 +52,7 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
-    folder = source(model)
+    folder = resolve_path(model)
     known: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     notes = []
     with _named_failure(model, "its tokenizer cannot be loaded"):
@@ -193,7 +127,7 @@ def hub_config(model: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = source(model)
+    folder = resolve_path(model)
     if (Path(folder) / "adapter_config.json").is_file():
         folder = _adapter_base(model, folder)
     with _named_failure(model, "its config.json cannot be read"):
@@ -202,7 +136,7 @@ def hub_config(model: ModelConfig) -> Any:
         )
 
 
-def positions(model: ModelConfig) -> int | None:
+def max_positions(model: ModelConfig) -> int | None:
     """How many positions the model has; None where its config names no limit."""
     found = hub_config(model).get_text_config().to_dict()
     limits = [found[name] for name in ("n_positions", "max_position_embeddings") if isinstance(found.get(name), int)]
@@ -215,8 +149,8 @@ def _adapter_base(model: ModelConfig, folder: str) -> str:
     Raises:
         ConfigError: it is not there, or adapter_config.json does not name it.
     """
-    with named(f"{folder}/adapter_config.json: base_model_name_or_path"):
-        return source(beside(model, inputs.adapter_base(Path(folder))))
+    with naming(f"{folder}/adapter_config.json: base_model_name_or_path"):
+        return resolve_path(beside(model, adapter_base(Path(folder))))
 
 
 def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: str) -> Any:
@@ -231,7 +165,7 @@ def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", fol
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{where}: no adapter_model.safetensors; other files of weights are not read")
     path = _adapter_base(model, folder)
-    with named(f"{folder}/adapter_config.json: base_model_name_or_path"):
+    with naming(f"{folder}/adapter_config.json: base_model_name_or_path"):
         base = load_causal_lm(beside(model, path), tokenizer, path)
     with _named_failure(model, "its adapter cannot be loaded"):
         adapted = get_peft_model(base, PeftConfig.from_pretrained(folder))
@@ -250,7 +184,7 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
     """
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    name = source(model)
+    name = resolve_path(model)
     adapter = (Path(name) / "adapter_config.json").is_file()
     if not adapter and not model.from_scratch and model.start != EMBEDDED:
         return name
@@ -401,58 +335,6 @@ def _agree_on_special_tokens(model: Any, tokenizer: Any) -> None:
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.config.get_text_config().bos_token_id = tokenizer.bos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-
-
-def _is_called(module: str, name: str) -> bool:
-    """Whether peft takes a module of that path for one that is named so."""
-    return module == name or module.endswith(f".{name}")
-
-
-def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = "CAUSAL_LM") -> "LoraConfig | None":
-    """The adapter to train, each of whose target names is known to match something.
-
-    Raises:
-        ConfigError: lists the names that match no module, and those that would.
-    """
-    from peft import LoraConfig
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    if not model.use_peft:
-        return None
-    linear = {name: module for name, module in loaded.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    linear.pop("score", None)  # a reward model's head is trained whole, not through an adapter
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    targets = model.lora_target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = [targets]
-    if not isinstance(targets, str):
-        counts = {target: sum(_is_called(name, target) for name in linear) for target in targets}
-        unmatched = [target for target, count in counts.items() if not count]
-        if unmatched:
-            matched = ", ".join(f"{target} ({count})" for target, count in counts.items() if count) or "none"
-            raise ConfigError(
-                f"model.lora_target_modules: {', '.join(unmatched)} match no linear layer (matched: {matched}; "
-                f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
-            )
-    for name in model.lora_modules_to_save or []:
-        if not any(_is_called(found, name) for found, _ in loaded.named_modules()):
-            known = sorted({found.rsplit(".", 1)[-1] for found, _ in loaded.named_modules() if found})
-            raise ConfigError(f"model.lora_modules_to_save: {name} matches no module{nearest(name, known)}")
-    everything = targets == "all-linear"
-    chosen = [module for name, module in linear.items() if everything or name.rsplit(".", 1)[-1] in targets]
-    return LoraConfig(
-        task_type=task_type,
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules=targets,
-        modules_to_save=model.lora_modules_to_save,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
-        # GPT-2 keeps its weights transposed
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
-    )
 
 
 def load_model_and_tokenizer(model: ModelConfig, folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

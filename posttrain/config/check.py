@@ -18,10 +18,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
+from posttrain.config.reserved import LOSS_OPTIONS, reserved_arguments
+from posttrain.config.schema import COLUMN_SCHEMAS, STAGE_SCHEMAS, Config, StageConfig, renamed
+from posttrain.config.trl_fields import Argument, dpo_losses, trainer_arguments
 from posttrain.errors import ConfigError
-from posttrain.reserved import LOSS_OPTIONS, reserved_arguments
-from posttrain.schema import COLUMN_SCHEMAS, STAGE_SCHEMAS, Config, StageConfig, renamed
-from posttrain.trl_sources import Argument, dpo_losses, trainer_arguments
 
 OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
 

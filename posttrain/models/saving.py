@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.checkpoint import modes_by_umask, writing
+from posttrain.config.schema import Config
 from posttrain.console import is_main_process, say
 from posttrain.errors import PosttrainError
-from posttrain.evaluation import scores
-from posttrain.lineage import RunFolder
+from posttrain.models.generate import scores
+from posttrain.models.load import Load
 from posttrain.paths import PACKAGE
-from posttrain.schema import Config
-from posttrain.stages.base import Load
+from posttrain.runs.checkpoint import modes_by_umask, writing
+from posttrain.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def _scores_in_a_new_process(folder: Path, rows: list[list[int]]) -> Any:
 
     path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "posttrain.saving", str(folder)],
+        [sys.executable, "-m", "posttrain.models.saving", str(folder)],
         input=json.dumps(rows),
         capture_output=True,
         text=True,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import nearest
+from posttrain.config.check import nearest
+from posttrain.config.schema import DataConfig
 from posttrain.errors import ConfigError, DataError
-from posttrain.schema import DataConfig
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 HELD_OUT_NAMES = ("test", "validation")
@@ -128,12 +128,12 @@ def _sources(data: DataConfig) -> list[str]:
     return [data.dataset_name] if isinstance(data.dataset_name, str) else list(data.dataset_name)
 
 
-def is_local(data: DataConfig) -> bool:
+def is_local_data(data: DataConfig) -> bool:
     """Whether every source is a file or folder here."""
     return all(_files(name) or Path(name).is_dir() for name in _sources(data))
 
 
-def files(data: DataConfig) -> set[str]:
+def data_files(data: DataConfig) -> set[str]:
     """The absolute paths of all local files that would be read, as the manifest records them."""
     names = [*_sources(data), *([data.dataset_test_split] if data.dataset_test_split is not None else [])]
     return {str(path.resolve()) for name in names for path in _files(name)}

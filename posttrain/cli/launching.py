@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain import paths
-from posttrain.config import nearest
+from posttrain.config.check import nearest
 from posttrain.errors import ConfigError
 
 

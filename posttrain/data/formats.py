@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from posttrain.config.schema import DataConfig
+from posttrain.data.sources import HELD_OUT_NAMES, Problems, records
 from posttrain.errors import ConfigError, DataError
-from posttrain.schema import DataConfig
-from posttrain.sources import HELD_OUT_NAMES, Problems, records
 
 ECHO = 20  # characters of a prompt from which on an answer that begins with them is hardly a chance
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}

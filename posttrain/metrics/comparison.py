@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from posttrain.console import number
-from posttrain.report_card import wilson
+from posttrain.metrics.report_card import wilson
 
 FILE = "evaluation.json"  # of a pipeline, in the folder of its run
 REWARD = "reward"  # the score that PPO optimises; all others are reward functions that it has not seen

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
+from posttrain.config.schema import PPOStage
 from posttrain.errors import PosttrainError
-from posttrain.schema import PPOStage
 
 KL_HIGH = 10.0  # nats per answer
 ENTROPY_LEFT = 0.2  # of the first rollout's

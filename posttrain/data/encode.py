@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain.data import Conversation, Counts, Message, Pair, Prompt, Splits
+from posttrain.data.formats import Conversation, Counts, Message, Pair, Prompt, Splits
+from posttrain.data.sources import Problems
 from posttrain.errors import ConfigError, DataError
-from posttrain.sources import Problems
 
 if TYPE_CHECKING:
     from datasets import Dataset

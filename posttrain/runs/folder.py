@@ -31,11 +31,11 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from posttrain.checkpoint import checkpoints, fault, file_hashes, newest_whole, read_running, write_atomically
-from posttrain.config import differences
+from posttrain.config.check import differences
+from posttrain.config.schema import Config
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.schema import Config
+from posttrain.runs.checkpoint import checkpoints, fault, file_hashes, newest_whole, read_running, write_atomically
 
 MANIFEST = "posttrain.json"
 IDENTITY = "run.json"

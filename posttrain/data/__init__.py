@@ -1,0 +1,1 @@
+"""Rows: where they come from, which formats they have, and how they are tokenized."""

@@ -1,0 +1,73 @@
+"""Devices and processes: which process this is, how many there are, and the precision that they compute in."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from posttrain.errors import ConfigError, PosttrainError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T")
+
+
+def process_state() -> "PartialState":
+    """accelerate's view of the processes of this run, on the CPU where there is no accelerator."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available() or cpu_only())
+
+
+def on_main_process(decide: Callable[[], T]) -> T:
+    """What `decide` gives on process 0, on every process; where it fails, all of them raise its error."""
+    from accelerate.utils import broadcast_object_list
+
+    state = process_state()
+    found: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            found = [decide()]
+        except PosttrainError as error:
+            found = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    if isinstance(found[0], PosttrainError):
+        raise found[0]
+    decided: T = found[0]
+    return decided
+
+
+def mixed_precision(precision: str) -> str:
+    """`no`, `fp16` or `bf16` for the device found; a choice made by `accelerate launch` wins over auto.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision, or it contradicts accelerate's.
+    """
+    import torch
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    wanted = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    if launched is not None and wanted is not None and launched != wanted:
+        raise ConfigError(
+            f"precision={precision} contradicts mixed_precision={launched} of accelerate launch; leave one of them out"
+        )
+    has_gpu = torch.cuda.is_available()
+    if wanted is None:
+        wanted = launched or ("bf16" if has_gpu and torch.cuda.is_bf16_supported() else "no")
+    if wanted == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError(
+            "precision=fp16 needs a GPU (transformers would train in fp32 without a word); use fp32 or bf16"
+        )
+    if wanted == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
+        major, minor = torch.cuda.get_device_capability()
+        raise ConfigError(
+            f"precision=bf16 needs compute capability 8.0, {torch.cuda.get_device_name()} has {major}.{minor}; "
+            "use fp32 or fp16"
+        )
+    return wanted
+
+
+def cpu_only() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"

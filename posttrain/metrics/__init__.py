@@ -1,0 +1,1 @@
+"""What is measured: comparisons, report cards, charts and trackers."""

@@ -1,0 +1,68 @@
+"""Documented hyperparameters to TRL's arguments: the only place where a name changes."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from posttrain.config.schema import Config, renamed
+from posttrain.devices import cpu_only, mixed_precision
+from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
+
+
+def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str, Any]:
+    """The keyword arguments of the stage's TRL config.
+
+    Raises:
+        ConfigError: an option asks for what is not there (a tracker, a package, a GPU, several GPUs in one process).
+    """
+    import torch
+
+    ours = {trl: vars(config.stage)[name] for trl, name in renamed(config.stage).items()}
+    given = dict(config.trainer)
+    if not has_test and given.get("eval_strategy", "no") != "no":
+        given |= {"eval_strategy": "no"}
+        given.pop("eval_steps", None)
+    if given.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("trainer.use_liger_kernel=true: not installed; pip install 'posttrain[liger]'")
+    if given.get("activation_offloading") and not torch.accelerator.is_available():
+        raise ConfigError("trainer.activation_offloading=true needs a GPU: activations are moved away from it")
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process: start with `accelerate launch -m "
+            "posttrain.run ...` to use them all, or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    precision = mixed_precision(config.precision)
+    return {
+        "per_device_eval_batch_size": config.stage.batch_size,
+        "include_num_input_tokens_seen": "non_padding",
+        "project": "posttrain",
+        **given,
+        **ours,
+        "output_dir": str(folder),
+        "run_name": "/".join(folder.parts[-3:]),
+        "seed": config.seed,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available() or cpu_only(),
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+    }
+
+
+def trl_config(kind: Callable[..., T], arguments: dict[str, Any]) -> T:
+    """TRL's config of these arguments.
+
+    Raises:
+        ConfigError: they contradict each other, in the words of TRL or transformers.
+    """
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
