@@ -1,10 +1,12 @@
-"""One process, one thread, no network; the real entry point, called in this process or in one of its own."""
+"""One process, one thread, no network; the real entry points, called in this process or in one of their own."""
 
 import json
 import os
+import re
+import shutil
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,9 +18,43 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+from filelock import FileLock
+from forked import Forked
+
+from posttrain.models import saving
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "red", "blue", "green", "white", "black")
+STAGES = ("sft", "reward", "ppo", "dpo")
+ROWS = [{"instruction": f"What is {a} and {b}?", "response": f"{a} and {b}."} for a in WORDS[:8] for b in WORDS[8:]]
+
+# what makes a run short
+SHORT = ("trainer.max_steps=4", "trainer.logging_steps=1")
+SHORT_PIPELINE = (
+    *("recipes=quickstart", "trainer.max_steps=4", "trainer.eval_steps=2", "data.max_rows=200"),
+    *("ppo.gate=warn", "ppo.max_new_tokens=8", "sft.max_length=96", "dpo.max_length=96"),
+)
+SHORT_PPO = (
+    *("stage.rollout_batch_size=8", "stage.num_mini_batches=2", "stage.ppo_epochs=2", "stage.num_epochs=2"),
+    *("stage.max_new_tokens=6", "stage.max_length=64", "stage.learning_rate=1e-3"),
+    *("data.test_size=4", "trainer.logging_steps=1", "trainer.save_strategy=no"),
+)
+REWARD = "stage.reward_functions=[my_rewards.even]"
+LORA = ("model.use_peft=true",)
+QLORA = (*LORA, "model.load_in_4bit=true")
+
+
+class Outcome:
+    """Exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"exit code {self.code}\n{self.out}\n{self.err}"
+
+
+Posttrain = Callable[..., Outcome]  # an entry point, called with the words of its command line
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +70,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
-class Outcome:
-    """Exit code and what was printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def __repr__(self) -> str:
-        return f"exit code {self.code}\n{self.out}\n{self.err}"
-
-
 @pytest.fixture
-def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Outcome]:
+def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Posttrain:
     """Call an entry point with arguments in an empty folder, in this process: imports are paid for once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
@@ -65,39 +91,194 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callab
     return call
 
 
+@pytest.fixture(autouse=True)
+def scored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved reward model is read again by a new process, which here is a forked one, but for where it is `real`."""
+    if "real_process" not in request.keywords:
+        monkeypatch.setattr(saving, "_scores_in_a_new_process", scores_in_a_forked_process)
+
+
+def scores_in_a_forked_process(folder: Path, rows: Any) -> Any:
+    import torch
+
+    done = ended(start(str(folder), cwd=Path.cwd(), module="posttrain.models.saving", typed=json.dumps(rows)))
+    assert done.code == 0, done
+    return torch.tensor(json.loads(done.out.splitlines()[-1]))
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` has filled, once for all processes of pytest; for tests that copy what is in it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(saving, "_scores_in_a_new_process", scores_in_a_forked_process)
+                make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
+
+
 @pytest.fixture
-def posttrain(entry: Callable[..., Outcome]) -> Callable[..., Outcome]:
-    """`python -m posttrain.run <arguments>`."""
+def posttrain(entry: Posttrain) -> Posttrain:
+    """`posttrain run <arguments>`."""
     from posttrain.run import main
 
     return partial(entry, main)
 
 
-def start(*arguments: str, cwd: Path, module: str = "posttrain.run", **more: Any) -> subprocess.Popen[str]:
+@pytest.fixture
+def pipeline(entry: Posttrain) -> Posttrain:
+    """`posttrain pipeline <arguments>`."""
+    from posttrain.pipeline import main
+
+    return partial(entry, main)
+
+
+@pytest.fixture
+def trained(pipeline: Posttrain, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A copy of the outputs of `posttrain pipeline`, with SHORT_PIPELINE, made once; returns what it printed."""
+
+    def make(folder: Path) -> None:
+        done = pipeline(*SHORT_PIPELINE)
+        assert done.code == 0, done
+        shutil.move("outputs", folder)
+        (folder / "printed.txt").write_text(done.out)
+
+    folder = once(tmp_path_factory, "pipeline", make)
+    shutil.copytree(folder / "outputs", "outputs")
+    return (folder / "printed.txt").read_text()
+
+
+def start(*arguments: str, cwd: Path, module: str = "posttrain.run", **options: Any) -> Forked:
     """The same command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
+    return Forked(module, arguments, cwd, {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}, **options)
+
+
+def launched(*arguments: str, cwd: Path, module: str = "posttrain.run") -> Forked:
+    """`accelerate launch` with two CPU processes, in a process group of its own."""
+    from posttrain.cli.launching import launch_command
+
+    _, _, launcher, *options = launch_command("cpu2")
+    return start(*options, "-m", module, *arguments, cwd=cwd, module=launcher, new_session=True)
+
+
+def ended(process: Forked, timeout: float = 300) -> Outcome:
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=timeout)
+    return Outcome(process.wait(), out, err)
+
+
+def wait_for(path: Path, process: Forked) -> None:
+    """Until a running process has written `path`."""
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no {path} after two minutes"
+        time.sleep(0.001)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSON line for each row."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Forty small instruction rows in data.jsonl."""
-    return write_rows(
-        tmp_path / "data.jsonl",
-        [{"instruction": f"What is {a} and {b}?", "response": f"{a} and {b}."} for a in WORDS[:8] for b in WORDS[8:13]],
+    return write_rows(tmp_path / "data.jsonl", ROWS)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    """Sixteen prompts of different lengths, as the argument that names them, and my_rewards.py beside them."""
+    (tmp_path / "my_rewards.py").write_text(REWARD_FUNCTIONS)
+    rows = [{"prompt": f"Say {'very ' * (n % 4)}{n}.", "wish": "much" if n % 2 else "little"} for n in range(16)]
+    return f"data.dataset_name={write_rows(tmp_path / 'prompts.jsonl', rows)}"
+
+
+REWARD_FUNCTIONS = """
+import math
+
+def even(prompts, completions, completion_ids, **columns):
+    return [float(sum(token % 2 == 0 for token in ids)) for ids in completion_ids]
+
+def short(prompts, completions, **columns):
+    return [-float(len(completion[0]["content"])) for completion in completions]
+
+def sometimes(prompts, completions, **columns):
+    return [1.0 if "1" in prompt[-1]["content"] else None for prompt in prompts]
+
+def broken(prompts, completions, **columns):
+    return [math.nan] * len(prompts)
+
+def infinite(prompts, completions, **columns):
+    return [math.inf] * len(prompts)
+
+def huge(prompts, completions, **columns):
+    return [(-1) ** number * 1e38 for number, _ in enumerate(prompts)]
+
+def constant(prompts, completions, **columns):
+    return [3.0] * len(prompts)
+
+def few(prompts, completions, **columns):
+    return [3.0]
+
+def narrow(prompts, completions):
+    return [3.0] * len(prompts)
+
+def wanted(prompts, completions, wish, **columns):
+    return [float(each == "much") for each in wish]
+
+def leaves(prompts, completions, **columns):
+    raise SystemExit(0)
+
+def leaves_later(prompts, completions, **columns):
+    for prompt in prompts:
+        raise SystemExit(0)
+        yield 1.0
+
+async def slow(prompts, completions, **columns):
+    return [0.5] * len(prompts)
+"""
+
+
+SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A folder with rows.jsonl, pairs.jsonl, prompts.jsonl and my_rewards.py, which `command` names."""
+    asked = [(f"What is {a} and {b}?", f"{a} and {b}.") for a in WORDS[:8] for b in WORDS[8:]]
+    write_rows(tmp_path / "rows.jsonl", [{"instruction": q, "response": a} for q, a in asked])
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in asked])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": q} for q, _ in asked])
+    (tmp_path / "my_rewards.py").write_text(
+        "def vowels(prompts, completions, **columns):\n"
+        "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
     )
+    return tmp_path
+
+
+def command(stage: str, run_name: str, *more: str) -> list[str]:
+    """Four steps of a stage on the rows of `sources`."""
+    common = [
+        *(f"stage={stage}", f"run_name={run_name}", f"data.dataset_name={SOURCES[stage]}.jsonl"),
+        *("stage.max_length=64", "data.test_size=7", "trainer.max_steps=4", "trainer.logging_steps=1"),
+        "model.model_name_or_path=posttrain/tiny",
+    ]
+    if stage == "ppo":
+        common += ["stage.rollout_batch_size=8", "stage.num_mini_batches=2", "stage.ppo_epochs=1"]
+        common += ["stage.max_new_tokens=8", "stage.reward_functions=[my_rewards.vowels]", "stage.learning_rate=1e-3"]
+    return [*common, *more]
 
 
 def data_config(name: Any, columns: Any, **changes: Any) -> Any:
@@ -117,14 +298,54 @@ def data_config(name: Any, columns: Any, **changes: Any) -> Any:
     return DataConfig(dataset_name=name, columns=columns, **(settings | changes))
 
 
+def manifest(folder: str | Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    found: dict[str, Any] = json.loads((Path(folder) / "posttrain.json").read_text())
+    return found
+
+
+def logged(folder: str | Path) -> list[dict[str, Any]]:
+    """The entries of a run's log."""
+    return read_rows(Path(folder) / "metrics.jsonl")
+
+
+TIMES = {"time", "step_time", "tokens_per_second", "train_runtime"}
+TIMES |= {f"train_{what}_per_second" for what in ("samples", "steps", "tokens")}
+
+
+def computed(folder: str | Path) -> list[dict[str, Any]]:
+    """What a run has logged, and its manifest's numbers last; times and speeds apart."""
+    lines = [*logged(folder), manifest(folder)["metrics"]]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """What a folder holds, byte by byte, but for what Python compiles."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
+
+
 def weights(model: Path) -> dict[str, Any]:
+    """The tensors of a saved model."""
     from safetensors.torch import load_file
 
     return load_file(model / "model.safetensors")
 
 
 def same_weights(one: Path, other: Path) -> bool:
+    """Whether two saved models are equal to the last bit."""
     import torch
 
     first, second = weights(one), weights(other)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def documented(page: Path) -> list[str]:
+    """Every command in the fenced sh blocks of a page."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    shown = [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line.replace("python -m posttrain.", "posttrain ") for line in shown]

@@ -1,17 +1,15 @@
 """The command `posttrain`: help, version, completion and what is only printed, none of which touches anything."""
 
-import hashlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Outcome
+from conftest import ROOT, Posttrain, contents, ended, start
 
 from posttrain import __main__ as door
 from posttrain import chat, evaluate, export, paths, pipeline, report, run
@@ -19,7 +17,6 @@ from posttrain.cli.command import compose_all
 from posttrain.cli.help import COMMANDS, docstring
 from posttrain.config.schema import STAGE_SCHEMAS
 
-Entry = Callable[..., Outcome]
 MODULES = {
     "run": run.main,
     "pipeline": pipeline.main,
@@ -31,26 +28,20 @@ MODULES = {
 
 
 @pytest.fixture
-def command(entry: Entry) -> Callable[..., Outcome]:
+def command(entry: Posttrain) -> Posttrain:
     """`posttrain <arguments>`."""
     return lambda *arguments: entry(door.main, *arguments)
 
 
 @pytest.fixture
-def finished(posttrain: Entry, rows: Path) -> Path:
+def finished(posttrain: Posttrain, rows: Path) -> Path:
     """A folder with a finished run."""
     assert posttrain(f"data.dataset_name={rows}", "trainer.max_steps=1", "stage.max_length=64").code == 0
     return Path("outputs")
 
 
-def content(folder: Path) -> dict[str, str]:
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()
-    } | {str(path): "" for path in folder.rglob("*") if path.is_dir()}
-
-
-def test_help_and_what_is_only_printed_touch_nothing(command: Entry, entry: Entry, finished: Path) -> None:
-    before = content(Path())
+def test_help_and_what_is_only_printed_touch_nothing(command: Posttrain, entry: Posttrain, finished: Path) -> None:
+    before = contents(Path())
     for name in COMMANDS:
         for flag in ("--help", "-h"):
             done = command(name, flag)
@@ -66,19 +57,18 @@ def test_help_and_what_is_only_printed_touch_nothing(command: Entry, entry: Entr
         assert entry(main, "--help").code == 0
     for name in ("run", "pipeline"):
         for flags in (("--cfg", "job"), ("--cfg", "hydra"), ("--cfg", "all"), ("--info",), ("--hydra-help",)):
-            words = [sys.executable, "-m", "posttrain", name, *flags]  # --info leaves Hydra's logging on
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-            assert shown.returncode == 0, shown
-            assert shown.stdout
+            # in a process of its own: --info leaves Hydra's logging on
+            shown = ended(start(name, *flags, cwd=Path.cwd(), module="posttrain.__main__"))
+            assert shown.code == 0, shown
+            assert shown.out
     assert command().out == command("--help").out
     assert all(f"  {name} " in command("-h").out for name in COMMANDS)
     assert command("pipeline").code == 2, "a bare pipeline does not replace what is finished"
     assert command("run").code == 2
-    assert content(Path()) == before
+    assert contents(Path()) == before
 
 
-def test_a_word_that_is_no_command_gets_the_right_one(command: Entry) -> None:
+def test_a_word_that_is_no_command_gets_the_right_one(command: Posttrain) -> None:
     done = command("stage=dpo", "stage.beta=0.3")
     assert done.code == 2
     assert "posttrain run stage=dpo stage.beta=0.3" in done.err
@@ -87,7 +77,7 @@ def test_a_word_that_is_no_command_gets_the_right_one(command: Entry) -> None:
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
-def test_the_help_of_a_stage_names_every_key_with_its_value_and_comment(command: Entry, stage: str) -> None:
+def test_the_help_of_a_stage_names_every_key_with_its_value_and_comment(command: Posttrain, stage: str) -> None:
     done = command("run", f"stage={stage}", "--help")
     assert done.code == 0, done
     composed = compose_all([f"stage={stage}"], None)
@@ -107,14 +97,14 @@ def test_the_help_of_a_stage_names_every_key_with_its_value_and_comment(command:
     assert "did you mean dpo?" in wrong.err
 
 
-def test_the_help_of_a_pipelines_stage_is_in_the_pipelines_words(command: Entry) -> None:
+def test_the_help_of_a_pipelines_stage_is_in_the_pipelines_words(command: Posttrain) -> None:
     done = command("pipeline", "stages=[sft,dpo]", "--help")
     assert "  dpo.beta=0.1\n" in done.out
     assert "  sft.num_epochs=3\n" in done.out
     assert "ppo." not in done.out.replace("ppo.yaml", "")
 
 
-def test_the_pipeline_prints_the_configuration_of_each_stage(command: Entry) -> None:
+def test_the_pipeline_prints_the_configuration_of_each_stage(command: Posttrain) -> None:
     done = command("pipeline", "recipes=quickstart", "dpo.beta=0.7", "--cfg", "job")
     assert done.code == 0, done
     parts = re.split(r"# \[\d of 4\] \w+\n", done.out)[1:]
@@ -126,7 +116,7 @@ def test_the_pipeline_prints_the_configuration_of_each_stage(command: Entry) -> 
     assert "did you mean dpo.beta?" in wrong.err
 
 
-def test_recipes_are_listed_with_what_they_need(command: Entry, tmp_path: Path) -> None:
+def test_recipes_are_listed_with_what_they_need(command: Posttrain, tmp_path: Path) -> None:
     (tmp_path / "mine/recipes").mkdir(parents=True)
     (tmp_path / "mine/recipes/own.yaml").write_text("# @package _global_\n# my own rows; needs nothing\nseed: 1\n")
     done = command("recipes", "--config-dir", "mine")
@@ -162,7 +152,7 @@ def test_tab_completion(tmp_path: Path) -> None:
 
 
 def test_the_installed_completion_is_that_of_the_command(
-    entry: Entry, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    entry: Posttrain, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/posttrain", "-sc", "install=bash"])
     with pytest.raises(SystemExit) as ended:
@@ -219,7 +209,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("text", "said"), BROKEN.values(), ids=BROKEN)
 def test_a_recipe_that_is_broken_or_wants_too_much_is_refused(
-    command: Entry, tmp_path: Path, text: str, said: str
+    command: Posttrain, tmp_path: Path, text: str, said: str
 ) -> None:
     (tmp_path / "mine/recipes").mkdir(parents=True)
     (tmp_path / "mine/recipes/bad.yaml").write_text(text)
@@ -231,7 +221,7 @@ def test_a_recipe_that_is_broken_or_wants_too_much_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_recipes_that_include_each_other_are_refused(command: Entry, tmp_path: Path) -> None:
+def test_recipes_that_include_each_other_are_refused(command: Posttrain, tmp_path: Path) -> None:
     (tmp_path / "mine/recipes").mkdir(parents=True)
     for name, other in (("a", "b"), ("b", "a")):
         text = f"# @package _global_\ndefaults:\n  - /recipes/{other}\n"
@@ -251,19 +241,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "said"), WRONG.values(), ids=WRONG)
-def test_a_wrong_command_line_has_exit_code_2(command: Entry, arguments: tuple[str, ...], said: str) -> None:
+def test_a_wrong_command_line_has_exit_code_2(command: Posttrain, arguments: tuple[str, ...], said: str) -> None:
     done = command(*arguments)
     assert done.code == 2, done
     assert said in done.err
 
 
-def test_a_sweep_prints_the_configuration_of_its_first_point(command: Entry) -> None:
+def test_a_sweep_prints_the_configuration_of_its_first_point(command: Posttrain) -> None:
     done = command("run", "-m", "stage=dpo", "stage.beta=0.7,0.9", "--cfg", "job")
     assert done.code == 0, done
     assert yaml.safe_load(done.out)["stage"]["beta"] == 0.7
 
 
-def test_a_recipe_that_is_not_utf8_is_refused(command: Entry, tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_utf8_is_refused(command: Posttrain, tmp_path: Path) -> None:
     (tmp_path / "mine/recipes").mkdir(parents=True)
     (tmp_path / "mine/recipes/bad.yaml").write_bytes(b"# @package _global_\nrun_name: \xff\n")
     done = command("run", "--config-dir", "mine", "recipes=bad")

@@ -1,44 +1,32 @@
 """Talking to a finished model, taking it elsewhere, and the four lines for a notebook."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Outcome
+from conftest import Outcome, Posttrain, ended, start
 
 from posttrain import export
 from posttrain.chat import read_chat
 from posttrain.errors import ConfigError
 
-Entry = Callable[..., Outcome]
-RUN = ("+trainer.max_steps=2", "stage.max_length=64")
+RUN = ("trainer.max_steps=2", "stage.max_length=64")
 
 
-def test_a_conversation_with_two_models(posttrain: Entry, rows: Path, tmp_path: Path) -> None:
+def test_a_conversation_with_two_models(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
     assert posttrain(f"data.dataset_name={rows}", *RUN).code == 0
 
-    def talk(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "posttrain.chat", *arguments, "max_new_tokens=4", "temperature=0"],
-            input="What is one?\n/new\n\nAnd two?\n",
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def talk(*arguments: str) -> Outcome:
+        settings = (*arguments, "max_new_tokens=4", "temperature=0")
+        return ended(start(*settings, cwd=tmp_path, module="posttrain.chat", typed="What is one?\n/new\n\nAnd two?\n"))
 
     done = talk("outputs/demo/sft", "posttrain/tiny")
-    assert done.returncode == 2, done  # posttrain/tiny has no weights to talk to
-    assert "model=posttrain/tiny" in done.stderr
+    assert done.code == 2, done  # posttrain/tiny has no weights to talk to
+    assert "model=posttrain/tiny" in done.err
     done = talk("outputs/demo/sft", "outputs/demo/sft")
-    assert done.returncode == 0, done
-    assert done.stdout.count("outputs/demo/sft") == 4  # two questions, two models
-    assert done.stdout.count("> ") == 5
+    assert done.code == 0, done
+    assert done.out.count("outputs/demo/sft") == 4  # two questions, two models
+    assert done.out.count("> ") == 5
 
 
 def test_a_chat_is_refused() -> None:
@@ -57,7 +45,7 @@ def test_a_chat_is_refused() -> None:
     )
 
 
-def test_an_exported_model_is_whole_and_has_a_card(posttrain: Entry, entry: Entry, rows: Path) -> None:
+def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: Posttrain, rows: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert posttrain(f"data.dataset_name={rows}", *RUN, "model.use_peft=true").code == 0
@@ -79,7 +67,7 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Entry, entry: Entr
     assert entry(export.main, "outputs/demo/sft", "push_to_hub=someone/model").code == 1  # no Hub can be reached here
 
 
-def test_an_export_is_refused(entry: Entry) -> None:
+def test_an_export_is_refused(entry: Posttrain) -> None:
     for arguments, told in (
         ((), "name one finished run"),
         (("nowhere", "to=x"), "nowhere is not a finished run"),

@@ -3,85 +3,34 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, WORDS, Outcome, weights, write_rows
-from test_pipeline import SHORT
-from test_resume import logged as without_times
-from test_resume import wait_for
+from conftest import (
+    LORA,
+    ROOT,
+    SHORT_PIPELINE,
+    Posttrain,
+    command,
+    computed,
+    ended,
+    launched,
+    logged,
+    wait_for,
+    weights,
+)
 
 from posttrain import evaluate
 from posttrain.cli.launching import launch_command
 from posttrain.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-COMMON = (
-    "stage.max_length=64",
-    "data.test_size=7",
-    "trainer.max_steps=4",
-    "trainer.logging_steps=1",
-    "model.model_name_or_path=posttrain/tiny",
-)
-SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
-PPO = (
-    "stage.rollout_batch_size=8",
-    "stage.num_mini_batches=2",
-    "stage.ppo_epochs=1",
-    "stage.max_new_tokens=8",
-    "stage.reward_functions=[my_rewards.vowels]",
-    "stage.learning_rate=1e-3",
-)
-LORA = ("model.use_peft=true", "model.lora_dropout=0")
+NO_DROPOUT = (*LORA, "model.lora_dropout=0")
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    """rows.jsonl, pairs.jsonl, prompts.jsonl and my_rewards.py."""
-    asked = [(f"What is {a} and {b}?", f"{a} and {b}.") for a in WORDS[:8] for b in WORDS[8:]]
-    write_rows(tmp_path / "rows.jsonl", [{"instruction": q, "response": a} for q, a in asked])
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in asked])
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": q} for q, _ in asked])
-    (tmp_path / "my_rewards.py").write_text(
-        "def vowels(prompts, completions, **columns):\n"
-        "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
-    )
-    return tmp_path
-
-
-def command(stage: str, run_name: str, *more: str) -> list[str]:
-    data = f"data.dataset_name={SOURCES[stage]}.jsonl"
-    return [f"stage={stage}", f"run_name={run_name}", data, *COMMON, *(PPO if stage == "ppo" else ()), *more]
-
-
-def launched(*arguments: str, cwd: Path, module: str = "posttrain.run") -> "subprocess.Popen[str]":
-    """`accelerate launch` with two CPU processes, in a process group of its own."""
-    return subprocess.Popen(
-        [*launch_command("cpu2"), "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]") -> Outcome:
-    out, err = process.communicate(timeout=300)
-    return Outcome(process.returncode, out, err)
-
-
-def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def check_agreement(posttrain: Callable[..., Outcome], folder: Path, stage: str, *more: str) -> None:
+def check_agreement(posttrain: Posttrain, folder: Path, stage: str, *more: str) -> None:
     """Four rows an update in one process, and two in each of two: the same losses and weights."""
     one = posttrain(*command(stage, "one", "stage.batch_size=4", *more))
     assert one.code == 0, one
@@ -107,23 +56,21 @@ def check_agreement(posttrain: Callable[..., Outcome], folder: Path, stage: str,
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_two_processes_learn_what_one_learns(posttrain: Callable[..., Outcome], sources: Path, stage: str) -> None:
+def test_two_processes_learn_what_one_learns(posttrain: Posttrain, sources: Path, stage: str) -> None:
     check_agreement(posttrain, sources, stage)
 
 
-def test_with_lora_too(posttrain: Callable[..., Outcome], sources: Path) -> None:
-    check_agreement(posttrain, sources, "reward", *LORA)
+def test_with_lora_too(posttrain: Posttrain, sources: Path) -> None:
+    check_agreement(posttrain, sources, "reward", *NO_DROPOUT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [("sft", LORA), ("reward", ()), ("dpo", LORA), ("dpo", ("trainer.precompute_ref_log_probs=true",))],
+    [("sft", NO_DROPOUT), ("reward", ()), ("dpo", NO_DROPOUT), ("dpo", ("trainer.precompute_ref_log_probs=true",))],
     ids=["sft lora", "reward full", "dpo lora", "dpo precomputed"],
 )
-def test_every_way_of_training(
-    posttrain: Callable[..., Outcome], sources: Path, stage: str, more: tuple[str, ...]
-) -> None:
+def test_every_way_of_training(posttrain: Posttrain, sources: Path, stage: str, more: tuple[str, ...]) -> None:
     check_agreement(posttrain, sources, stage, *more)
 
 
@@ -142,12 +89,12 @@ def interrupted(stage: str, folder: Path, *more: str) -> None:
     assert "resuming from checkpoint-" in again.out or "already complete" in again.out, again
     first, second = (weights(folder / f"outputs/{name}/{stage}/model") for name in ("whole", "cut"))
     assert all(bool((first[name] == second[name]).all()) for name in first)
-    straight, resumed = (without_times(folder / f"outputs/{name}/{stage}") for name in ("whole", "cut"))
+    straight, resumed = (computed(folder / f"outputs/{name}/{stage}") for name in ("whole", "cut"))
     assert straight == resumed
 
 
 def test_ppo_on_two_processes_resumes(sources: Path) -> None:
-    interrupted("ppo", sources, *LORA)
+    interrupted("ppo", sources, *NO_DROPOUT)
 
 
 @pytest.mark.slow
@@ -174,8 +121,10 @@ def test_a_failure_is_told_once_and_ends_all(sources: Path) -> None:
     assert "no vowels today" in alone.err
 
 
-def test_a_pipeline_on_two_processes(sources: Path, entry: Callable[..., Outcome]) -> None:
-    done = ended(launched(*SHORT, "ppo.batch_size=16", cwd=sources, module="posttrain.pipeline"))
+def test_a_pipeline_on_two_processes(sources: Path, entry: Posttrain) -> None:
+    done = ended(
+        launched(*SHORT_PIPELINE, "ppo.batch_size=16", "trainer.max_steps=2", cwd=sources, module="posttrain.pipeline")
+    )
     assert done.code == 0, done
     assert done.out.count("[4 of 4] dpo") == done.out.count("report: outputs/demo/report.html") == 1
     found = json.loads((sources / "outputs/demo/evaluation.json").read_text())

@@ -1,27 +1,15 @@
 """The pipeline through its real entry point: what goes to which stage, what is run again and why, and the gate."""
 
-import json
+import shutil
 import signal
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, start
-from test_resume import wait_for
+from conftest import SHORT_PIPELINE, Posttrain, manifest, start, wait_for
 
 from posttrain.errors import ConfigError
-from posttrain.pipeline import main, read_pipeline
+from posttrain.pipeline import read_pipeline
 from posttrain.runs.checkpoint import MANIFEST
-
-Pipeline = Callable[..., Outcome]
-SHORT = ("recipes=quickstart", "trainer.max_steps=4", "data.max_rows=200", "ppo.gate=warn", "ppo.max_new_tokens=8")
-
-
-@pytest.fixture
-def pipeline(entry: Callable[..., Outcome]) -> Pipeline:
-    """`python -m posttrain.pipeline <arguments>`."""
-    return partial(entry, main)
 
 
 def commands(*arguments: str) -> dict[str, list[str]]:
@@ -84,35 +72,33 @@ def test_a_mistake_is_told_before_anything_runs(arguments: list[str], told: str)
 
 
 def finished(stage: str) -> str:
-    return str(json.loads(Path(f"outputs/demo/{stage}/posttrain.json").read_text())["finished"])
+    return str(manifest(f"outputs/demo/{stage}")["finished"])
 
 
-def test_all_stages_then_only_what_has_changed(pipeline: Pipeline) -> None:
-    done = pipeline(*SHORT)
-    assert done.code == 0, done
+def test_all_stages_then_only_what_has_changed(pipeline: Posttrain, trained: str) -> None:
     for place, stage in enumerate(("sft", "reward", "ppo", "dpo"), start=1):
-        assert f"[{place} of 4] {stage}" in done.out
+        assert f"[{place} of 4] {stage}" in trained
         assert Path(f"outputs/demo/{stage}/posttrain.json").is_file()
-    assert "reward of sampled answers, held out" in done.out
-    inputs = json.loads(Path("outputs/demo/ppo/posttrain.json").read_text())["inputs"]
+    assert "reward of sampled answers, held out" in trained
+    inputs = manifest("outputs/demo/ppo")["inputs"]
     assert inputs["model"]["path"] == "outputs/demo/sft"
     assert inputs["reward_model"]["path"] == "outputs/demo/reward"
 
-    again = pipeline(*SHORT)
+    again = pipeline(*SHORT_PIPELINE)
     assert again.code == 0, again
     assert again.out.count("already complete: ") == 4
     assert "and nothing has changed" in again.out
 
     before = {stage: finished(stage) for stage in ("sft", "reward", "ppo")}
-    other = pipeline(*SHORT, "dpo.beta=0.5")
+    other = pipeline(*SHORT_PIPELINE, "dpo.beta=0.5")
     assert other.code == 0, other
     assert other.out.count("already complete: ") == 3
     assert "stage.beta was 0.1, now 0.5" in other.out
     [aside] = Path("outputs/demo/earlier").glob("dpo-*")
-    assert json.loads((aside / "posttrain.json").read_text())["config"]["stage"]["beta"] == 0.1
+    assert manifest(aside)["config"]["stage"]["beta"] == 0.1
     assert before == {stage: finished(stage) for stage in before}
 
-    anew = pipeline(*SHORT, "stages=[sft,reward]", "sft.learning_rate=1e-3")
+    anew = pipeline(*SHORT_PIPELINE, "stages=[sft,reward]", "sft.learning_rate=1e-3")
     assert anew.code == 0, anew
     assert "stage.learning_rate was 0.004, now 0.001" in anew.out
     assert "the weights to start from are not the same" in anew.out
@@ -121,8 +107,9 @@ def test_all_stages_then_only_what_has_changed(pipeline: Pipeline) -> None:
     }
 
 
-def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Pipeline) -> None:
-    done = pipeline("recipes=quickstart", "trainer.max_steps=1", "data.max_rows=200")
+def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Posttrain, trained: str) -> None:
+    shutil.rmtree("outputs/demo/ppo")
+    done = pipeline(*(word for word in SHORT_PIPELINE if word != "ppo.gate=warn"))
     assert done.code == 2, done
     assert "is not fit to be optimised against" in done.err
     assert "ppo.gate=warn" in done.err
@@ -130,18 +117,19 @@ def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Pipeline)
     assert not Path("outputs/demo/ppo").exists()
 
 
-def test_a_sweep_trains_the_stages_before_it_once(pipeline: Pipeline) -> None:
-    done = pipeline("-m", *SHORT, "stages=[sft,dpo]", "dpo.beta=0.1,0.5")
+def test_a_sweep_trains_the_stages_before_it_once(pipeline: Posttrain) -> None:
+    done = pipeline("-m", *SHORT_PIPELINE, "stages=[sft,dpo]", "dpo.beta=0.1,0.5")
     assert done.code == 0, done
     assert Path("outputs/demo/dpo/stage.beta=0.1/posttrain.json").is_file()
     assert Path("outputs/demo/dpo/stage.beta=0.5/posttrain.json").is_file()
     assert done.out.count("sft: before and after") == 1
 
 
-def test_killed_inside_a_stage_the_same_command_goes_on(pipeline: Pipeline, tmp_path: Path) -> None:
-    arguments = ("recipes=quickstart", "stages=[sft,reward]", "trainer.max_steps=20", "trainer.save_steps=5")
+def test_killed_inside_a_stage_the_same_command_goes_on(pipeline: Posttrain, tmp_path: Path) -> None:
+    arguments = ("recipes=quickstart", "stages=[sft,reward]", "trainer.max_steps=12", "trainer.save_steps=4")
+    arguments += ("data.max_rows=200", "sft.max_length=96")
     process = start(*arguments, cwd=tmp_path, module="posttrain.pipeline")
-    wait_for(tmp_path / "outputs/demo/reward/checkpoint-10" / MANIFEST, process)
+    wait_for(tmp_path / "outputs/demo/reward/checkpoint-8" / MANIFEST, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = pipeline(*arguments)

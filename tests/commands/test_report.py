@@ -5,13 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Outcome
-from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
-from test_shipped import commands
+from conftest import ROOT, SHORT_PIPELINE, Posttrain, documented, manifest
 
 from posttrain import evaluate, export, report
 from posttrain.metrics.comparison import distinct, in_words, paired, sign_test
@@ -58,13 +55,8 @@ def test_what_fell_is_said_as_plainly_as_what_rose() -> None:
     assert lines[2].startswith("short shows no difference beyond chance: 1.000 → 1.000 (0 better, 0 worse")
 
 
-def test_a_pipeline_ends_in_an_evaluation_and_a_page(
-    pipeline: Pipeline,  # noqa: F811
-    entry: Callable[..., Outcome],
-) -> None:
-    done = pipeline(*SHORT)
-    assert done.code == 0, done
-    assert "report: outputs/demo/report.html" in done.out
+def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttrain) -> None:
+    assert "report: outputs/demo/report.html" in trained
     found = json.loads(Path("outputs/demo/evaluation.json").read_text())
     assert [each["policy"] for each in found] == [f"outputs/demo/{stage}" for stage in ("sft", "ppo", "dpo")]
     first, *others = (each["metrics"] for each in found)
@@ -80,8 +72,8 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
             assert 0 <= by["win_rate_low"] <= by["win_rate"] <= by["win_rate_high"] <= 1
             assert by["better"] + by["worse"] <= by["prompts"] == len(each["answers"])
     for words in ("correct", "style", "wins by correct", "wins by reward"):
-        assert words in done.out
-    assert "outputs/demo/ppo against outputs/demo/sft:\n" in done.out
+        assert words in trained
+    assert "outputs/demo/ppo against outputs/demo/sft:\n" in trained
 
     page = Path("outputs/demo/report.html").read_text()
     for words in (
@@ -94,7 +86,7 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     ):
         assert words in page, words
     assert "python -m posttrain.pipeline recipes=quickstart" in page
-    assert json.loads(Path("outputs/demo/sft/posttrain.json").read_text())["weights"]["model.safetensors"] in page
+    assert manifest("outputs/demo/sft")["weights"]["model.safetensors"] in page
     assert page.count("<svg") >= 6
     assert not re.search(r"(?:src|href)=\"(?!#)", page), "the page would fetch something"
     assert "<script" not in page
@@ -115,7 +107,7 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     assert repeated[1]["answers"] == found[1]["answers"]
     mains = {"evaluate": evaluate.main, "report": report.main, "export": export.main}
     for name, main in mains.items():
-        [line] = [line for line in commands(ROOT / "README.md") if line.startswith(f"posttrain {name} ")]
+        [line] = [line for line in documented(ROOT / "README.md") if line.startswith(f"posttrain {name} ")]
         shown = entry(main, *shlex.split(line)[2:])
         assert shown.code == 0, shown
     alone = entry(report.main, "outputs/demo/dpo")
@@ -123,9 +115,7 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(
     assert "Reward model" not in Path("outputs/demo/dpo/report.html").read_text()
 
 
-def test_text_of_models_and_data_cannot_write_the_page(tmp_path: Path, pipeline: Pipeline) -> None:  # noqa: F811
-    done = pipeline(*SHORT, "stages=[sft]")
-    assert done.code == 0, done
+def test_text_of_models_and_data_cannot_write_the_page(tmp_path: Path, trained: str) -> None:
     samples = tmp_path / "outputs/demo/sft/samples.json"
     content = json.loads(samples.read_text())
     content[0]["after"]["text"] = "<script>alert(1)</script>"
@@ -135,7 +125,7 @@ def test_text_of_models_and_data_cannot_write_the_page(tmp_path: Path, pipeline:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_wrong_folders_are_told(tmp_path: Path, entry: Callable[..., Outcome]) -> None:
+def test_wrong_folders_are_told(tmp_path: Path, entry: Posttrain) -> None:
     for arguments, told in (
         ((), "name a run's folder"),
         ((str(tmp_path / "nowhere"),), "no such folder"),
@@ -154,7 +144,7 @@ def test_the_report_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_sweep_is_drawn_on_what_is_possible(posttrain: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_sweep_ends_in_a_frontier_and_is_drawn_on_what_is_possible(posttrain: Posttrain, tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "def vowels(prompts, completions, **columns):\n"
         "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
@@ -163,6 +153,11 @@ def test_a_sweep_is_drawn_on_what_is_possible(posttrain: Callable[..., Outcome],
     more = ("stage.reward_functions=[my_rewards.vowels]", "trainer.max_steps=2", "data.max_rows=200")
     done = posttrain(*sweep, *more, "model.model_name_or_path=posttrain/tiny")
     assert done.code == 0, done
+    folder = Path("outputs/demo/ppo")
+    assert (folder / "stage.kl_coef=0.1/posttrain.json").is_file()
+    assert (folder / "stage.kl_coef=1/posttrain.json").is_file()
+    assert "KL from reference" in done.out
+    assert "KL from the reference" in (folder / "sweep.svg").read_text() or (folder / "sweep.svg").stat().st_size > 5000
     without = report.write_report(tmp_path / "outputs/demo").read_text()
     assert "best possible" not in without
     possible = [{"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 2.0}]
@@ -170,8 +165,9 @@ def test_a_sweep_is_drawn_on_what_is_possible(posttrain: Callable[..., Outcome],
     assert "best possible" in report.write_report(tmp_path / "outputs/demo").read_text()
 
 
-def test_policies_without_ppo_are_compared(pipeline: Pipeline) -> None:  # noqa: F811
-    done = pipeline(*SHORT, "stages=[sft,dpo]")
+def test_policies_without_ppo_are_compared(pipeline: Posttrain, trained: str) -> None:
+    Path("outputs/demo/evaluation.json").unlink()
+    done = pipeline(*SHORT_PIPELINE, "stages=[sft,dpo]")
     assert done.code == 0, done
     found = json.loads(Path("outputs/demo/evaluation.json").read_text())
     assert [each["policy"] for each in found] == ["outputs/demo/sft", "outputs/demo/dpo"]

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_pipeline import SHORT, Pipeline, pipeline  # noqa: F401  a fixture
-from test_sweeps import PPO, Posttrain, complete, prompts  # noqa: F401  a fixture
+from conftest import SHORT_PIPELINE, Posttrain
+from test_sweeps import PPO, complete, prompts  # noqa: F401  a fixture
 
 MIB = 2**20
 
@@ -26,10 +26,10 @@ def told(when: str, mebibytes: float, threads: int, files: int) -> None:
 
 
 @pytest.mark.slow
-def test_ten_pipelines_in_one_process(pipeline: Pipeline) -> None:  # noqa: F811
+def test_ten_pipelines_in_one_process(pipeline: Posttrain) -> None:
     found = []
     for number in range(10):
-        done = pipeline(*SHORT, f"run_name=soak{number}")
+        done = pipeline(*SHORT_PIPELINE, f"run_name=soak{number}")
         assert done.code == 0, done
         found.append(held())
     for number, state in enumerate(found):

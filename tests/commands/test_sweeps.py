@@ -1,21 +1,17 @@
 """Sweeps: a process for each point, failures that stay alone, skipped points, shared GPUs, accelerate, and Slurm."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Outcome, start, write_rows
-from test_resume import wait_for
+from conftest import Posttrain, manifest, start, wait_for, write_rows
+from hydra.core.plugins import Plugins
 
 from hydra_plugins.posttrain_launcher import share_out, visible_gpus
 
-Posttrain = Callable[..., Outcome]
 REWARDS = """
 import os, pathlib
 def short(prompts, completions, completion_ids, **columns):
@@ -80,14 +76,30 @@ def test_points_fail_alone_and_finished_ones_are_skipped(posttrain: Posttrain, p
     assert "rows are not the same" in changed.err
 
 
-def test_gpus_are_shared_out(posttrain: Posttrain, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_shared_out_and_the_objective_reaches_hydras_sweeper(
+    posttrain: Posttrain, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objective is what an optimising sweeper such as Optuna's reads."""
+    Plugins.instance()  # it imports all plugins once more
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    sweep, objectives = BasicSweeper.sweep, []
+
+    def kept(self: Any, arguments: Any) -> Any:
+        returns = sweep(self, arguments)
+        objectives.extend(each.return_value for batch in returns for each in batch)
+        return returns
+
+    monkeypatch.setattr(BasicSweeper, "sweep", kept)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert visible_gpus() == ["4", "5", "6", "7"]
-    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4,5", "hydra.launcher.n_jobs=2")
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4,5", "hydra.launcher.n_jobs=2", "data.test_size=8")
     assert done.code == 0, done
     assert "3 points, 2 at a time, 2 GPUs each" in done.out
     assert {line[1] for line in seen(prompts)} == {"4", "6"}
     assert "[stage.max_new_tokens=3] " in done.out
+    points = [manifest(prompts / f"outputs/demo/ppo/stage.max_new_tokens={n}") for n in (3, 4, 5)]
+    assert objectives == [point["metrics"]["penalised_reward"] for point in points]
 
 
 def test_share_out() -> None:
@@ -120,38 +132,6 @@ def test_a_signal_ends_every_point_with_a_checkpoint(prompts: Path, number: sign
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     for tokens in (4, 5):
         assert list((prompts / f"outputs/demo/ppo/stage.max_new_tokens={tokens}").glob("checkpoint-*/checkpoint.json"))
-
-
-def test_the_objective_reaches_hydras_sweeper(prompts: Path) -> None:
-    """What an optimising sweeper such as Optuna's reads."""
-    code = (
-        "import sys, json\n"
-        "from hydra.core.plugins import Plugins\n"
-        "Plugins.instance()  # it imports all plugins once more\n"
-        "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\n"
-        "sweep = BasicSweeper.sweep\n"
-        "def kept(self, arguments):\n"
-        "    returns = sweep(self, arguments)\n"
-        "    json.dump([r.return_value for batch in returns for r in batch], open('objectives.json', 'w'))\n"
-        "    return returns\n"
-        "BasicSweeper.sweep = kept\n"
-        "from posttrain.run import main\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-m", *PPO, "stage.max_new_tokens=3,4", "data.test_size=8"],
-        cwd=prompts,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    manifests = [
-        json.loads((prompts / f"outputs/demo/ppo/stage.max_new_tokens={n}/posttrain.json").read_text()) for n in (3, 4)
-    ]
-    found = json.loads((prompts / "objectives.json").read_text())
-    assert found == [manifest["metrics"]["penalised_reward"] for manifest in manifests]
 
 
 def test_points_as_jobs_of_submitit(posttrain: Posttrain, prompts: Path) -> None:

@@ -2,19 +2,13 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import STAGES, Posttrain, contents, write_rows
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from conftest import Outcome, write_rows
-
-Posttrain = Callable[..., Outcome]
-STAGES = ("sft", "reward", "dpo", "ppo")
 GOOD: dict[str, dict[str, Any]] = {
     "sft": {"instruction": "What is red?", "response": "A colour."},
     "reward": {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."},
@@ -78,14 +72,6 @@ FILES: dict[str, tuple[Callable[[str], bytes], str, str]] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
 def write_reward(folder: Path) -> None:
     (folder / "my_rewards.py").write_text("def constant(prompts, **rest):\n    return [1.0 for _ in prompts]\n")
 
@@ -101,8 +87,11 @@ def refused(posttrain: Posttrain, folder: Path, *arguments: str) -> str:
     return done.err
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", FILES)
+# pairs are read by the same code for reward and DPO
+READ = [(kind, stage) for kind in FILES for stage in STAGES if stage != "dpo" or kind == "column missing"]
+
+
+@pytest.mark.parametrize(("kind", "stage"), READ)
 def test_a_broken_data_file(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
     make, name, told = FILES[kind]
     (tmp_path / name).write_bytes(make(stage))

@@ -2,33 +2,28 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import LORA, Posttrain, contents, once
+from test_broken_input import cut
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from posttrain import configure, evaluate, export, report, run_stage
 
-from conftest import Outcome
-from test_broken_input import contents, cut
-
-from posttrain import evaluate, export, report
-
-Posttrain = Callable[..., Outcome]
-SHORT = ("+trainer.max_steps=1", "data.max_rows=60")
+SHORT = ("trainer.max_steps=1", "data.max_rows=60", "stage.max_length=96")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished SFT stage and a finished reward stage of one run, made once."""
-    from posttrain import configure, run_stage
 
-    folder = tmp_path_factory.mktemp("finished")
-    for stage in ("sft", "reward"):
-        lora = ("model.use_peft=true",) if stage == "reward" else ()
-        run_stage(configure(f"recipes=quickstart/{stage}", *SHORT, *lora, f"output_dir={folder}"))
-    return folder / "demo"
+    def make(folder: Path) -> None:
+        for stage in ("sft", "reward"):
+            lora = LORA if stage == "reward" else ()
+            run_stage(configure(f"recipes=quickstart/{stage}", *SHORT, *lora, f"output_dir={folder}"))
+
+    return once(tmp_path_factory, "handed-over", make) / "demo"
 
 
 def changed(stage: str, change: Callable[[Path], None], file: str) -> tuple[str, Callable[[Path], object], str]:
@@ -89,7 +84,7 @@ def test_a_damaged_hand_over(posttrain: Posttrain, tmp_path: Path, finished: Pat
     assert contents(tmp_path) == before
 
 
-def test_pages_and_exports_name_a_broken_file(entry: Callable[..., Outcome], tmp_path: Path, finished: Path) -> None:
+def test_pages_and_exports_name_a_broken_file(entry: Posttrain, tmp_path: Path, finished: Path) -> None:
     demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
     cut(demo / "reward/report_card.json")
     done = entry(report.main, "outputs/demo")
@@ -102,9 +97,7 @@ def test_pages_and_exports_name_a_broken_file(entry: Callable[..., Outcome], tmp
     assert not (tmp_path / "exported").exists()
 
 
-def test_what_has_changed_is_neither_evaluated_nor_exported(
-    entry: Callable[..., Outcome], tmp_path: Path, finished: Path
-) -> None:
+def test_what_has_changed_is_neither_evaluated_nor_exported(entry: Posttrain, tmp_path: Path, finished: Path) -> None:
     demo = Path(shutil.copytree(finished, tmp_path / "outputs/demo"))
     flip(demo / "reward/model/model.safetensors")
     told = "reward/model/model.safetensors has changed since its run wrote it"

@@ -1,14 +1,10 @@
 """Weights in bfloat16, quantised or not, with float32 or bfloat16 around them: every stage starts, learns and saves."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from conftest import QLORA, Posttrain, manifest
 
-Posttrain = Callable[..., Outcome]
-QLORA = ("model.use_peft=true", "model.load_in_4bit=true")
 PPO = (
     *("stage.reward_functions=[my_rewards.length]", "stage.max_new_tokens=8"),
     *("stage.rollout_batch_size=8", "stage.batch_size=2"),
@@ -22,8 +18,8 @@ def test_qlora_in_bfloat16(posttrain: Posttrain, tmp_path: Path, stage: str, pre
         "def length(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n"
     )
     done = posttrain(
-        *(f"recipes=quickstart/{stage}", "+trainer.max_steps=2", "data.max_rows=40", f"precision={precision}"),
-        *("model.dtype=bfloat16", *QLORA, *(PPO if stage == "ppo" else ())),
+        *(f"recipes=quickstart/{stage}", "trainer.max_steps=2", "data.max_rows=40", f"precision={precision}"),
+        *("model.dtype=bfloat16", "stage.max_length=64", *QLORA, *(PPO if stage == "ppo" else ())),
     )
     assert done.code == 0, done
-    assert json.loads(Path("outputs/demo", stage, "posttrain.json").read_text())["metrics"]["steps"] == 2
+    assert manifest(f"outputs/demo/{stage}")["metrics"]["steps"] == 2

@@ -1,12 +1,10 @@
 """The memory plan: against hand-counted weights, against torch's own tracker, and as the dry runs print it."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
-from test_pipeline import Pipeline, pipeline  # noqa: F401
+from conftest import Posttrain
 
 from posttrain import configure
 from posttrain.models.load import load_tokenizer
@@ -104,8 +102,8 @@ def test_accelerate_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (two.parts["weights"], two.parts["optimizer"]) == (one.parts["weights"] // 2, one.parts["optimizer"] // 2)
 
 
-def test_a_dry_run_of_the_whole_pipeline(pipeline: Pipeline, tmp_path: Path) -> None:  # noqa: F811
-    done: Outcome = pipeline("recipes=quickstart", "dry_run=true")
+def test_a_dry_run_of_the_whole_pipeline(pipeline: Posttrain, tmp_path: Path) -> None:
+    done = pipeline("recipes=quickstart", "dry_run=true", "data.max_rows=200")
     assert done.code == 0, done
     assert done.out.count("memory: about") == 4
     assert "in place of the SFT model that is still to come" in done.out
@@ -115,7 +113,7 @@ def test_a_dry_run_of_the_whole_pipeline(pipeline: Pipeline, tmp_path: Path) -> 
     assert not (tmp_path / "outputs").exists()
 
 
-def test_too_much_is_told(posttrain: Callable[..., Outcome]) -> None:
+def test_too_much_is_told(posttrain: Posttrain) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rows = 2 * (memory // 2**21)  # a row takes about 1.8 MiB
     done = posttrain("dry_run=true", f"stage.batch_size={rows}")

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
-from test_ppo import REWARD, SHORT, prompts  # noqa: F401  a fixture
+from conftest import REWARD, SHORT_PPO, Posttrain
 
 from posttrain.config.schema import PPOStage
 from posttrain.errors import PosttrainError
 from posttrain.rlhf.diagnostics import Alarms
 from posttrain.rlhf.ppo import PPOTrainer
-
-Posttrain = Callable[..., Outcome]
 
 
 def top_k(trainer: Any) -> None:
@@ -61,7 +58,7 @@ CAUSES = {
 @pytest.mark.parametrize(("break_it", "told"), CAUSES.values(), ids=CAUSES)
 def test_a_wrong_start_stops_the_run_and_names_its_cause(
     posttrain: Posttrain,
-    prompts: str,  # noqa: F811
+    prompts: str,
     monkeypatch: pytest.MonkeyPatch,
     break_it: Callable[[Any], None],
     told: str,
@@ -74,7 +71,7 @@ def test_a_wrong_start_stops_the_run_and_names_its_cause(
         break_it(self)
 
     monkeypatch.setattr(PPOTrainer, "__init__", broken)
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD)
     assert done.code == 1, done
     assert "PPO would start wrong" in done.err
     assert told in done.err
@@ -162,12 +159,12 @@ def test_a_policy_that_does_not_move_is_told_half_way() -> None:
 @pytest.mark.parametrize(("epochs", "told"), [("2", 1), ("0.5", 0)])
 def test_a_run_that_has_learned_nothing_says_so_at_its_end(
     posttrain: Posttrain,
-    prompts: str,  # noqa: F811
+    prompts: str,
     epochs: str,
     told: int,
 ) -> None:
     """Four rollouts, and one, after which nobody can tell."""
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.learning_rate=1e-9", f"stage.num_epochs={epochs}")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.learning_rate=1e-9", f"stage.num_epochs={epochs}")
     assert done.code == 0, done
     assert done.out.count("the policy is where it began") == told
     assert done.out.count("stage.learning_rate=1e-08") == told
@@ -180,9 +177,9 @@ def test_a_ceiling_is_an_error() -> None:
         watch(CALM | {"kl": 5.1})
 
 
-def test_an_alarm_reaches_the_screen_and_the_log(posttrain: Posttrain, prompts: str) -> None:  # noqa: F811
+def test_an_alarm_reaches_the_screen_and_the_log(posttrain: Posttrain, prompts: str) -> None:
     more = ("stage.reward_functions=[my_rewards.short]", "stage.kl_coef=0", "stage.learning_rate=3e-2")
-    done = posttrain("stage=ppo", prompts, *SHORT, *more, "stage.num_epochs=6")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, *more, "stage.num_epochs=6")
     assert done.code == 0, done
     assert "warning rollout " in done.out
     assert "rollout " in Path("outputs/demo/ppo/run.log").read_text()

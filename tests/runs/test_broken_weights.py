@@ -1,19 +1,15 @@
 """A step that breaks the weights ends the run there: no checkpoint of it, no NaN in the logs, and the cause named."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
-from test_launch import command, sources  # noqa: F401  a fixture
+from conftest import STAGES, Posttrain, command
 
 from posttrain.runs.checkpoint import checkpoints, newest_whole
 
-Posttrain = Callable[..., Outcome]
 # the learning rate is 0 in the first step; in the second, 1 - learning rate × decay is infinite
 BROKEN = ("+trainer.weight_decay=1e45", "stage.warmup_steps=4", "stage.batch_size=4", "trainer.save_steps=1")
-STAGES = ("sft", "reward", "dpo", "ppo")
 
 
 def no_nan(folder: Path) -> None:
@@ -24,7 +20,7 @@ def no_nan(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_that_breaks_the_weights_is_not_saved(posttrain: Posttrain, sources: Path, stage: str) -> None:  # noqa: F811
+def test_a_step_that_breaks_the_weights_is_not_saved(posttrain: Posttrain, sources: Path, stage: str) -> None:
     done = posttrain(*command(stage, "demo", *BROKEN))
     assert done.code == 1, done
     folder = Path("outputs/demo", stage)
@@ -40,7 +36,7 @@ def test_a_step_that_breaks_the_weights_is_not_saved(posttrain: Posttrain, sourc
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_that_give_nan_are_not_the_result_without_checkpoints_too(
     posttrain: Posttrain,
-    sources: Path,  # noqa: F811
+    sources: Path,
     stage: str,
 ) -> None:
     """They are finite, but what is computed of them in float16 overflows."""

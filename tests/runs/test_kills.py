@@ -9,8 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import same_weights, start
-from test_launch import command, sources  # noqa: F401  a fixture
+from conftest import command, same_weights, start
 
 KILLS = 20
 STEPS = 30
@@ -23,7 +22,7 @@ def newest(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
-def test_killed_at_any_moment_it_ends_the_same(sources: Path, stage: str) -> None:  # noqa: F811
+def test_killed_at_any_moment_it_ends_the_same(sources: Path, stage: str) -> None:
     arguments = [*command(stage, "whole"), "stage.batch_size=2", "trainer.save_steps=1"]
     arguments = [each.replace("trainer.max_steps=4", f"trainer.max_steps={STEPS}") for each in arguments]
     process = start(*arguments, cwd=sources)

@@ -6,46 +6,37 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, same_weights, start, write_rows
+from conftest import SHORT_PIPELINE, Posttrain, ended, launched, manifest, same_weights, start, wait_for, write_rows
 from filelock import FileLock
-from test_resume import wait_for
 
-from posttrain import evaluate, export, pipeline, report, run
+from posttrain import evaluate, export, report, run
 from posttrain.errors import ConfigError
+from posttrain.pipeline import main as pipeline_main
 from posttrain.pipeline import read_pipeline
 from posttrain.runs.folder import RunFolder, locked
 
-Entry = Callable[..., Outcome]
 RUN = ("trainer.max_steps=3", "trainer.save_steps=1", "stage.max_length=64", "stage.warmup_steps=0")
 SFT = Path("outputs/demo/sft")
 PAIRS = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(20)]
-PAIR = ("recipes=quickstart", "stages=[sft,dpo]", "trainer.max_steps=2", "data.max_rows=200")
-
-
-@pytest.fixture
-def pipe(entry: Entry) -> Entry:
-    """`posttrain pipeline <arguments>`."""
-    return partial(entry, pipeline.main)
+PAIR = (*SHORT_PIPELINE, "stages=[sft,dpo]", "trainer.max_steps=2")
 
 
 def beta(folder: Path) -> float:
-    return float(json.loads((folder / "posttrain.json").read_text())["config"]["stage"]["beta"])
+    return float(manifest(folder)["config"]["stage"]["beta"])
 
 
 def whole(folder: Path) -> bool:
     """Whether a folder holds a finished run whose every file is as it was written."""
-    manifest = RunFolder(folder).manifest()
-    return manifest is not None and not RunFolder(folder).damage(manifest)
+    found = RunFolder(folder).manifest()
+    return found is not None and not RunFolder(folder).damage(found)
 
 
-def test_what_a_pipeline_re_runs_is_moved_aside_and_still_of_use(pipe: Entry, entry: Entry) -> None:
-    assert pipe(*PAIR).code == 0
-    other = pipe(*PAIR, "dpo.beta=0.3", "dpo.learning_rate=1e-2")
+def test_what_a_pipeline_re_runs_is_moved_aside_and_still_of_use(pipeline: Posttrain, entry: Posttrain) -> None:
+    assert pipeline(*PAIR).code == 0
+    other = pipeline(*PAIR, "dpo.beta=0.3", "dpo.learning_rate=1e-2")
     assert other.code == 0, other
     [aside] = Path("outputs/demo/earlier").glob("dpo-*")
     assert f"it is moved to {aside}" in other.out.replace("\n", " ")
@@ -66,11 +57,11 @@ def test_what_a_pipeline_re_runs_is_moved_aside_and_still_of_use(pipe: Entry, en
     refused = entry(evaluate.main, policies, f"data.dataset_name={prompts}", "out=outputs/demo/evaluation.json")
     assert refused.code == 2, refused
     # and back: the old configuration is another one again, so both are kept
-    assert pipe(*PAIR).code == 0
+    assert pipeline(*PAIR).code == 0
     assert sorted(map(beta, Path("outputs/demo/earlier").glob("dpo-*"))) == [0.1, 0.3]
     assert same_weights(aside / "model", Path("outputs/demo/dpo/model"))
     finished = Path("outputs/demo/dpo/posttrain.json").stat().st_mtime_ns
-    bare = entry(pipeline.main)
+    bare = entry(pipeline_main)
     assert bare.code == 2, bare
     assert "outputs/demo/sft" in bare.err
     assert entry(run.main).code == 2
@@ -78,14 +69,14 @@ def test_what_a_pipeline_re_runs_is_moved_aside_and_still_of_use(pipe: Entry, en
 
 
 @pytest.mark.slow
-def test_the_points_of_a_sweep_stay_and_are_moved_aside_themselves(pipe: Entry) -> None:
+def test_the_points_of_a_sweep_stay_and_are_moved_aside_themselves(pipeline: Posttrain) -> None:
     sweep = ("-m", *PAIR, "dpo.beta=0.1,0.5")
-    assert pipe(*sweep).code == 0
-    assert pipe(*PAIR).code == 0, "a run of its own beside the points"
-    assert pipe(*PAIR, "dpo.beta=0.2").code == 0
+    assert pipeline(*sweep).code == 0
+    assert pipeline(*PAIR).code == 0, "a run of its own beside the points"
+    assert pipeline(*PAIR, "dpo.beta=0.2").code == 0
     points = sorted(path.name for path in Path("outputs/demo/dpo").glob("stage.beta=*"))
     assert points == ["stage.beta=0.1", "stage.beta=0.5"]
-    changed = pipe(*sweep, "sft.learning_rate=1e-3")
+    changed = pipeline(*sweep, "sft.learning_rate=1e-3")
     assert changed.code == 0, changed
     kept = sorted(path.name.rsplit("-", 1)[0] for path in Path("outputs/demo/earlier").iterdir() if path.is_dir())
     assert kept == ["dpo", "dpo-stage.beta=0.1", "dpo-stage.beta=0.5", "sft"]
@@ -93,8 +84,8 @@ def test_the_points_of_a_sweep_stay_and_are_moved_aside_themselves(pipe: Entry) 
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_re_run_leaves_the_old_result_or_the_new(pipe: Entry, tmp_path: Path) -> None:
-    assert pipe(*PAIR).code == 0
+def test_killed_at_any_moment_a_re_run_leaves_the_old_result_or_the_new(pipeline: Posttrain, tmp_path: Path) -> None:
+    assert pipeline(*PAIR).code == 0
     moments = random.Random(3)
     dpo = tmp_path / "outputs/demo/dpo"
     for number in range(3):
@@ -107,13 +98,13 @@ def test_killed_at_any_moment_a_re_run_leaves_the_old_result_or_the_new(pipe: En
         process.communicate()
         results = [dpo, *(tmp_path / "outputs/demo/earlier").glob("dpo-*")]
         assert [beta(folder) for folder in results if whole(folder)].count(0.1) == 1, "the first result is somewhere"
-    assert pipe(*PAIR, "dpo.beta=0.7").code == 0
+    assert pipeline(*PAIR, "dpo.beta=0.7").code == 0
     assert beta(dpo) == 0.7
     assert whole(dpo)
 
 
-def test_a_users_folder_beside_the_checkpoints_is_left_alone(posttrain: Entry, rows: Path, tmp_path: Path) -> None:
-    arguments = (f"data.dataset_name={rows}", *RUN, "trainer.max_steps=40")
+def test_a_users_folder_beside_the_checkpoints_is_left_alone(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
+    arguments = (f"data.dataset_name={rows}", *RUN, "trainer.max_steps=30")
     process = start(*arguments, cwd=tmp_path)
     wait_for(tmp_path / SFT / "checkpoint-2/checkpoint.json", process)
     process.send_signal(signal.SIGKILL)
@@ -133,7 +124,7 @@ def test_a_users_folder_beside_the_checkpoints_is_left_alone(posttrain: Entry, r
     assert (SFT / "checkpoint-notes/notes.txt").read_text() == "precious"
 
 
-def test_a_finished_run_without_its_model_is_not_called_complete(posttrain: Entry, rows: Path) -> None:
+def test_a_finished_run_without_its_model_is_not_called_complete(posttrain: Posttrain, rows: Path) -> None:
     arguments = (f"data.dataset_name={rows}", *RUN)
     assert posttrain(*arguments).code == 0
     weights = SFT / "model/model.safetensors"
@@ -152,7 +143,9 @@ def test_a_finished_run_without_its_model_is_not_called_complete(posttrain: Entr
     assert len(list(Path("outputs/demo/earlier").glob("sft-*"))) == 1
 
 
-def test_a_start_that_was_killed_or_failed_before_its_first_step_is_no_obstacle(posttrain: Entry, rows: Path) -> None:
+def test_a_start_that_was_killed_or_failed_before_its_first_step_is_no_obstacle(
+    posttrain: Posttrain, rows: Path
+) -> None:
     (SFT / "base").mkdir(parents=True)
     (SFT / "base/model.safetensors").write_text("half of it")
     arguments = (f"data.dataset_name={rows}", *RUN)
@@ -166,7 +159,9 @@ def test_a_start_that_was_killed_or_failed_before_its_first_step_is_no_obstacle(
     assert not Path("outputs/demo/earlier").exists(), "nothing was there to keep"
 
 
-def test_a_moved_a_renamed_and_a_copied_run_are_the_same_run(posttrain: Entry, entry: Entry, rows: Path) -> None:
+def test_a_moved_a_renamed_and_a_copied_run_are_the_same_run(
+    posttrain: Posttrain, entry: Posttrain, rows: Path
+) -> None:
     arguments = (f"data.dataset_name={rows}", *RUN, "model.use_peft=true")
     assert posttrain(*arguments, "run_name=a").code == 0
     pairs = write_rows(Path("pairs.jsonl"), PAIRS)
@@ -195,20 +190,20 @@ def test_a_moved_a_renamed_and_a_copied_run_are_the_same_run(posttrain: Entry, e
     assert posttrain(*dpo, "run_name=d", adapter).code == 0
 
 
-def test_the_same_folder_and_files_spelt_otherwise_are_the_same_run(pipe: Entry, tmp_path: Path) -> None:
+def test_the_same_folder_and_files_spelt_otherwise_are_the_same_run(pipeline: Posttrain, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "pairs.jsonl",
         PAIRS,
     )
-    again = ("recipes=quickstart", "stages=[sft,reward,dpo]", "trainer.max_steps=1", "data.max_rows=200")
-    assert pipe(*again, "data.preferences=pairs.jsonl").code == 0
-    done = pipe(*again, f"data.preferences={tmp_path}/pairs.jsonl", f"output_dir={tmp_path}/outputs")
+    again = (*SHORT_PIPELINE, "stages=[sft,reward,dpo]", "trainer.max_steps=1")
+    assert pipeline(*again, "data.preferences=pairs.jsonl").code == 0
+    done = pipeline(*again, f"data.preferences={tmp_path}/pairs.jsonl", f"output_dir={tmp_path}/outputs")
     assert done.code == 0, done
     assert done.out.count("already complete: ") == 3
     assert not Path("outputs/demo/earlier").exists()
 
 
-def test_an_edited_reward_function_is_another_run(posttrain: Entry, tmp_path: Path) -> None:
+def test_an_edited_reward_function_is_another_run(posttrain: Posttrain, tmp_path: Path) -> None:
     code = "def f(prompts, completions, **columns):\n    return [{} * len(c[0]['content']) for c in completions]\n"
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"What is {n}?"} for n in range(24)])
     (tmp_path / "r.py").write_text(code.format(1.0))
@@ -226,17 +221,16 @@ def test_an_edited_reward_function_is_another_run(posttrain: Entry, tmp_path: Pa
     assert "reward function f is not the same" in changed.err
 
 
-def test_one_pipeline_holds_all_of_its_stages(pipe: Entry, posttrain: Entry, tmp_path: Path) -> None:
+def test_one_pipeline_holds_all_of_its_stages(pipeline: Posttrain, posttrain: Posttrain, tmp_path: Path) -> None:
     process = start(*PAIR, "trainer.max_steps=200", cwd=tmp_path, module="posttrain.pipeline")
     wait_for(tmp_path / "outputs/demo/sft/posttrain.json", process)
-    for done in (pipe(*PAIR, "sft.learning_rate=1e-3"), posttrain("recipes=quickstart/sft", "overwrite=true")):
+    for done in (pipeline(*PAIR, "sft.learning_rate=1e-3"), posttrain("recipes=quickstart/sft", "overwrite=true")):
         assert done.code == 1, done
         assert "outputs/demo/sft is in use by another process" in done.err
     assert process.poll() is None, "the pipeline was over before the others began"
     process.kill()
     process.communicate()
-    manifest = json.loads(Path("outputs/demo/sft/posttrain.json").read_text())
-    assert manifest["config"]["stage"]["learning_rate"] == 4e-3
+    assert manifest(SFT)["config"]["stage"]["learning_rate"] == 4e-3
 
 
 def test_a_lock_may_be_taken_again_by_its_own_process_and_leaves_nothing(tmp_path: Path) -> None:
@@ -251,20 +245,18 @@ def test_a_lock_may_be_taken_again_by_its_own_process_and_leaves_nothing(tmp_pat
         pass
 
 
-def test_overwrite_on_two_processes_is_decided_once(rows: Path, tmp_path: Path) -> None:
-    from test_launch import ended, launched
-
+def test_overwrite_on_two_processes_is_decided_once(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
     arguments = (f"data.dataset_name={rows}", *RUN)
-    for more in ((), ("overwrite=true",)):
-        done = ended(launched(*arguments, *more, cwd=tmp_path))
-        assert done.code == 0, done
+    assert posttrain(*arguments).code == 0
+    done = ended(launched(*arguments, "overwrite=true", cwd=tmp_path))
+    assert done.code == 0, done
     assert whole(tmp_path / SFT)
     refused = ended(launched(*arguments, "stage.learning_rate=1e-3", cwd=tmp_path))
     assert refused.code != 0
     assert "stage.learning_rate was 0.0002, now 0.001" in refused.err
 
 
-def test_the_quickstarts_rows_are_never_trained_on_unasked(posttrain: Entry, rows: Path) -> None:
+def test_the_quickstarts_rows_are_never_trained_on_unasked(posttrain: Posttrain, rows: Path) -> None:
     mine = ("run_name=mine", *RUN)
     done = posttrain(f"data.dataset_name={rows}", *mine)
     assert done.code == 0, done
@@ -285,7 +277,7 @@ def test_the_quickstarts_rows_are_never_trained_on_unasked(posttrain: Entry, row
         assert posttrain(*shlex.split(hint)[2:], *RUN).code == 0
 
 
-def test_what_is_printed_can_be_pasted(posttrain: Entry) -> None:
+def test_what_is_printed_can_be_pasted(posttrain: Posttrain) -> None:
     short = (*RUN, "data.max_rows=120")
     done = posttrain("recipes=quickstart/sft", *short)
     assert "posttrain chat outputs/demo/sft" in done.out
@@ -297,18 +289,19 @@ def test_what_is_printed_can_be_pasted(posttrain: Entry) -> None:
     assert posttrain("stage=dpo", "run_name=bare", *short).code == 0, "a model of the quickstart needs no data named"
 
 
-def test_the_hint_of_a_sweeps_point_leads_to_that_point(posttrain: Entry, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_hint_of_a_sweeps_point_leads_to_that_point(
+    posttrain: Posttrain, capfd: pytest.CaptureFixture[str]
+) -> None:
     point = "outputs/demo/sft/stage.learning_rate=0.001"
     done = posttrain("recipes=quickstart/sft", *RUN, "stage.learning_rate=1e-3", f"hydra.run.dir='{point}'")
     assert done.code == 0, done
     [hint] = [line.strip() for line in done.out.splitlines() if "recipes=quickstart/dpo" in line]
     assert hint == f"posttrain run recipes=quickstart/dpo \"model.model_name_or_path='{point}'\""
     assert posttrain(*shlex.split(hint)[2:], *RUN, "data.max_rows=120").code == 0
-    inputs = json.loads(Path("outputs/demo/dpo/posttrain.json").read_text())["inputs"]
-    assert inputs["model"]["path"] == point
+    assert manifest("outputs/demo/dpo")["inputs"]["model"]["path"] == point
 
 
-def test_a_report_about_several_runs_is_no_part_of_any(posttrain: Entry, entry: Entry, rows: Path) -> None:
+def test_a_report_about_several_runs_is_no_part_of_any(posttrain: Posttrain, entry: Posttrain, rows: Path) -> None:
     for name in ("a", "b"):
         assert posttrain(f"data.dataset_name={rows}", *RUN, f"run_name={name}").code == 0
     assert entry(report.main, "outputs/a").code == 0

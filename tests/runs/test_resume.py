@@ -13,53 +13,60 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, same_weights, start, write_rows
+from conftest import (
+    LORA,
+    REWARD,
+    ROWS,
+    Posttrain,
+    computed,
+    logged,
+    manifest,
+    once,
+    same_weights,
+    start,
+    wait_for,
+    write_rows,
+)
 
+from posttrain import configure, run_stage
 from posttrain.runs.checkpoint import MANIFEST, fault, newest_whole, rotate
 
-Posttrain = Callable[..., Outcome]
 # three epochs, a checkpoint in the middle of each
 RUN = (
-    "+trainer.max_steps=26",
+    "trainer.max_steps=26",
     "trainer.save_steps=4",
     "trainer.logging_steps=1",
     "stage.warmup_steps=2",
     "stage.learning_rate=1e-3",
+    "stage.max_length=64",
 )
-LORA = ("model.use_peft=true", "model.lora_dropout=0.1")
+DROPOUT = (*LORA, "model.lora_dropout=0.1")
 SFT = Path("outputs/demo/sft")
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {path} after two minutes"
-        time.sleep(0.001)
+def arguments(rows: Path, *more: str, steps: int = 26) -> list[str]:
+    return [f"data.dataset_name={rows}", f"trainer.max_steps={steps}", *RUN[1:], *more]
 
 
-def arguments(rows: Path, *more: str) -> list[str]:
-    return [f"data.dataset_name={rows}", *RUN, *more]
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing has disturbed, made once."""
 
+    def make(folder: Path) -> None:
+        run_stage(configure(*arguments(write_rows(folder / "data.jsonl", ROWS)), f"output_dir={folder}"))
 
-TIMES = {"time", "step_time", "tokens_per_second", "train_runtime"}
-TIMES |= {f"train_{what}_per_second" for what in ("samples", "steps", "tokens")}
-
-
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """What a run has logged, and its manifest's numbers last; times and speeds apart."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines.append(json.loads((folder / "posttrain.json").read_text())["metrics"])
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return once(tmp_path_factory, "straight", make) / "demo/sft"
 
 
 @pytest.mark.parametrize(
-    "more", [(), LORA, ("trainer.gradient_accumulation_steps=2",)], ids=["full", "lora", "accumulate"]
+    "more", [(), DROPOUT, ("trainer.gradient_accumulation_steps=2",)], ids=["full", "lora", "accumulate"]
 )
 def test_killed_inside_a_save_and_started_again(
-    posttrain: Posttrain, rows: Path, tmp_path: Path, more: tuple[str, ...]
+    posttrain: Posttrain, rows: Path, straight: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    assert posttrain(*arguments(rows, *more, "output_dir=straight")).code == 0
+    if more:
+        assert posttrain(*arguments(rows, *more, "output_dir=straight")).code == 0
+        straight = Path("straight/demo/sft")
     process = start(*arguments(rows, *more), cwd=tmp_path)
     wait_for(tmp_path / SFT / "checkpoint-12", process)
     process.send_signal(signal.SIGKILL)
@@ -70,9 +77,9 @@ def test_killed_inside_a_save_and_started_again(
     assert done.code == 0, done
     assert "resuming from checkpoint-" in done.out
     assert "do not match" not in done.out + done.err
-    assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
-    assert [line["step"] for line in logged(SFT) if "loss" in line] == list(range(1, 27))
-    assert logged(SFT) == logged(Path("straight/demo/sft"))
+    assert same_weights(straight / "model", SFT / "model")
+    assert [line["step"] for line in computed(SFT) if "loss" in line] == list(range(1, 27))
+    assert computed(SFT) == computed(straight)
 
 
 # a log entry is made of five steps, and checkpoints lie in between; an evaluation falls on some of the checkpoints
@@ -90,7 +97,7 @@ def test_the_logs_of_a_killed_run_are_those_of_an_undisturbed_one(
     command = [*arguments(data, *LOGS, f"stage={stage}", "data.test_size=7")]
     assert posttrain(*command, "output_dir=straight").code == 0
     straight, folder = Path("straight/demo", stage), Path("outputs/demo", stage)
-    assert len([line for line in logged(straight) if "loss" in line]) == 5
+    assert len([line for line in computed(straight) if "loss" in line]) == 5
     for written, number in (("metrics.jsonl", signal.SIGKILL), (f"checkpoint-3/{MANIFEST}", signal.SIGTERM)):
         process = start(*command, cwd=tmp_path)
         wait_for(tmp_path / folder / written, process)
@@ -98,17 +105,19 @@ def test_the_logs_of_a_killed_run_are_those_of_an_undisturbed_one(
         process.communicate()
     assert not (folder / "posttrain.json").exists()
     assert posttrain(*command).code == 0
-    assert logged(folder) == logged(straight)
-    assert len({json.dumps(line) for line in logged(folder)}) == len(logged(folder))
+    assert computed(folder) == computed(straight)
+    assert same_weights(straight / "model", folder / "model")
+    assert len({json.dumps(line) for line in computed(folder)}) == len(computed(folder))
 
     (folder / "posttrain.json").unlink()  # killed at the very end: nothing is left to train
     shutil.rmtree(folder / "model")
     assert posttrain(*command).code == 0
-    assert logged(folder) == logged(straight)
+    assert computed(folder) == computed(straight)
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_143(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
-    assert posttrain(*arguments(rows, "output_dir=straight")).code == 0
+def test_sigterm_writes_a_checkpoint_and_exits_143(
+    posttrain: Posttrain, rows: Path, straight: Path, tmp_path: Path
+) -> None:
     process = start(*arguments(rows), cwd=tmp_path)
     wait_for(tmp_path / SFT / "checkpoint-8" / MANIFEST, process)
     process.send_signal(signal.SIGTERM)
@@ -122,7 +131,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(posttrain: Posttrain, rows: P
     assert faults == []
     assert f"step {newest.name.removeprefix('checkpoint-')} of 26" in err
     assert posttrain(*arguments(rows)).code == 0
-    assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+    assert same_weights(straight / "model", SFT / "model")
 
 
 def test_an_interruption_says_what_it_has_interrupted(rows: Path, tmp_path: Path) -> None:
@@ -146,9 +155,9 @@ def test_an_interruption_says_what_it_has_interrupted(rows: Path, tmp_path: Path
     assert f"by a second signal in the middle of a step; {newest.name} stands" in err
 
 
-def test_killed_after_the_last_step_and_before_the_end(posttrain: Posttrain, rows: Path) -> None:
+def test_killed_after_the_last_step_and_before_the_end(posttrain: Posttrain, rows: Path, straight: Path) -> None:
     """Nothing is left to train, in the middle of an epoch, too: no further step is taken."""
-    assert posttrain(*arguments(rows)).code == 0
+    shutil.copytree(straight, SFT)
     before = (SFT / "model" / "model.safetensors").read_bytes()
     (SFT / "posttrain.json").unlink()
     shutil.rmtree(SFT / "model")
@@ -156,12 +165,11 @@ def test_killed_after_the_last_step_and_before_the_end(posttrain: Posttrain, row
     assert done.code == 0, done
     assert "resuming from checkpoint-26" in done.out
     assert (SFT / "model" / "model.safetensors").read_bytes() == before
-    found = json.loads((SFT / "posttrain.json").read_text())
-    assert found["metrics"]["steps"] == 26
+    assert manifest(SFT)["metrics"]["steps"] == 26
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(posttrain: Posttrain, rows: Path) -> None:
-    short = [word for word in arguments(rows) if "max_steps" not in word] + ["+trainer.max_steps=2"]
+    short = arguments(rows, steps=2)
     assert posttrain(*short).code == 0
     bad = write_rows(rows.parent / "bad.jsonl", [{"instruction": "a"}])
     done = posttrain(*short, f"data.dataset_name={bad}", "overwrite=true")
@@ -171,16 +179,20 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(posttrain: Post
 
 
 @pytest.fixture
-def interrupted(rows: Path, tmp_path: Path) -> Path:
-    """A run that was killed after its second checkpoint."""
-    process = start(*arguments(rows, "trainer.save_total_limit=4"), cwd=tmp_path)
-    wait_for(tmp_path / SFT / "checkpoint-8" / MANIFEST, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for checkpoint in (tmp_path / SFT).glob("checkpoint-*"):
-        if checkpoint.name not in ("checkpoint-4", "checkpoint-8"):
-            shutil.rmtree(checkpoint)
-    return tmp_path / SFT
+def interrupted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a run that was killed after its second checkpoint."""
+
+    def make(folder: Path) -> None:
+        data = write_rows(folder / "data.jsonl", ROWS)
+        process = start(*arguments(data, "trainer.save_total_limit=4"), cwd=folder)
+        wait_for(folder / SFT / "checkpoint-8" / MANIFEST, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for checkpoint in (folder / SFT).glob("checkpoint-*"):
+            if checkpoint.name not in ("checkpoint-4", "checkpoint-8"):
+                shutil.rmtree(checkpoint)
+
+    return Path(shutil.copytree(once(tmp_path_factory, "interrupted", make) / SFT, tmp_path / SFT))
 
 
 BREAKS: dict[str, Callable[[Path], Any]] = {
@@ -211,7 +223,7 @@ def test_a_checkpoint_with_any_fault_is_passed_over(interrupted: Path, tmp_path:
 
 
 def test_a_broken_checkpoint_is_told_and_the_one_before_it_is_used(
-    posttrain: Posttrain, rows: Path, interrupted: Path
+    posttrain: Posttrain, rows: Path, straight: Path, interrupted: Path
 ) -> None:
     (interrupted / "checkpoint-8" / "optimizer.pt").unlink()
     (interrupted / "checkpoint-999").mkdir()
@@ -225,8 +237,7 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_is_used(
     assert "checkpoint-9 is not resumed from: no checkpoint.json: it was not finished" in done.out
     assert not (interrupted / "checkpoint-9").exists()
     assert "resuming from checkpoint-4" in done.out
-    assert posttrain(*arguments(rows, "output_dir=straight")).code == 0
-    assert same_weights(Path("straight/demo/sft/model"), SFT / "model")
+    assert same_weights(straight / "model", SFT / "model")
 
 
 def test_checkpoints_are_rotated_by_step_never_by_the_clock(
@@ -276,7 +287,7 @@ def test_other_hyperparameters_data_or_weights_are_refused_by_name(
 
 
 def test_a_finished_run_says_so_and_is_not_touched(posttrain: Posttrain, rows: Path) -> None:
-    short = [word for word in arguments(rows) if "max_steps" not in word] + ["+trainer.max_steps=2"]
+    short = arguments(rows, steps=2)
     assert posttrain(*short).code == 0
     written = (SFT / "model" / "model.safetensors").stat().st_mtime_ns
     done = posttrain(*short)
@@ -323,7 +334,7 @@ def test_a_second_start_of_a_running_run_is_refused(posttrain: Posttrain, rows: 
 FULL_DISKS = {
     "base": (1_000_000, ()),
     "checkpoint-4": (4_000_000, ()),
-    "adapter": (4_000_000, (*LORA, "model.lora_r=500", "trainer.save_strategy=no", "+trainer.optim=sgd")),
+    "adapter": (4_000_000, (*DROPOUT, "model.lora_r=500", "trainer.save_strategy=no", "+trainer.optim=sgd")),
 }
 
 
@@ -331,13 +342,7 @@ FULL_DISKS = {
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
     rows: Path, tmp_path: Path, written: str, limit: int, more: tuple[str, ...]
 ) -> None:
-    import resource
-
-    def small() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = start(*arguments(rows, *more), cwd=tmp_path, preexec_fn=small)
+    process = start(*arguments(rows, *more), cwd=tmp_path, file_size=limit)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert f" while writing {tmp_path / SFT / written} (" in err
@@ -374,34 +379,25 @@ PPO = (
     "stage.ppo_epochs=3",
     "stage.max_new_tokens=6",
     "stage.max_length=64",
-    "stage.num_epochs=3",
+    "stage.num_epochs=2",
     "stage.learning_rate=1e-3",
     "stage.kl_controller=adaptive",
     "stage.kl_target=0.01",
     "stage.kl_horizon=50",
-    "stage.reward_functions=[my_rewards.even]",
+    REWARD,
     "trainer.save_total_limit=3",
     "trainer.logging_steps=4",
 )
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> None:
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {'very ' * (n % 3)}{n}."} for n in range(14)])
-    (tmp_path / "my_rewards.py").write_text(
-        "def even(completion_ids, **columns):\n"
-        "    return [float(sum(token % 2 == 0 for token in ids)) for ids in completion_ids]\n"
-    )
-
-
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_every_file_has_the_mode_that_the_umask_gives(
-    posttrain: Posttrain, rows: Path, prompts: None, stage: str
+    posttrain: Posttrain, rows: Path, prompts: str, stage: str
 ) -> None:
-    command = arguments(rows) if stage == "sft" else [*PPO, "trainer.save_steps=6"]
+    command = arguments(rows, steps=4) if stage == "sft" else [*PPO, "trainer.save_steps=6", "trainer.max_steps=6"]
     mask = os.umask(0o027)
     try:
-        assert posttrain(*command, *LORA).code == 0
+        assert posttrain(*command, *DROPOUT).code == 0
     finally:
         os.umask(mask)
     files = [path for path in Path("outputs").rglob("*") if path.is_file()]
@@ -411,21 +407,29 @@ def test_every_file_has_the_mode_that_the_umask_gives(
     assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): "0o640" for path in files}
 
 
-# 10 prompts and rollouts of 8: 2 rollouts of 6 steps in each of 3 passes; 13 lies inside the third rollout
+# 12 prompts and rollouts of 8: 2 rollouts of 6 steps in each of 2 passes; 13 lies inside the third rollout
 KILLS = {
     "full, before the first checkpoint": ((), 0),
     "full, between rollouts": ((), 6),
     "full, inside a rollout": ((), 13),
-    "full, before the end": ((), 35),
-    "lora, inside a rollout": (("model.use_peft=true",), 21),
+    "full, before the end": ((), 23),
+    "lora, inside a rollout": (LORA, 15),
 }
 
 
 @pytest.mark.parametrize(("more", "step"), KILLS.values(), ids=KILLS)
 def test_ppo_killed_at_any_step_ends_with_the_same_weights(
-    posttrain: Posttrain, prompts: None, tmp_path: Path, more: tuple[str, ...], step: int
+    posttrain: Posttrain,
+    prompts: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    more: tuple[str, ...],
+    step: int,
 ) -> None:
-    assert posttrain(*PPO, *more, "trainer.save_steps=1", "output_dir=straight").code == 0
+    def make(folder: Path) -> None:
+        assert posttrain(*PPO, *more, "trainer.save_steps=1", f"output_dir={folder}").code == 0
+
+    straight = once(tmp_path_factory, f"straight-ppo-{len(more)}", make) / "demo/ppo"
     process = start(*PPO, *more, "trainer.save_steps=1", cwd=tmp_path)
     written = f"checkpoint-{step}/{MANIFEST}" if step else "metrics.jsonl"
     wait_for(tmp_path / "outputs/demo/ppo" / written, process)
@@ -436,18 +440,18 @@ def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     done = posttrain(*PPO, *more, "trainer.save_steps=1")
     assert done.code == 0, done
     assert ("resuming from checkpoint-" in done.out) == (step > 0)
-    assert same_weights(Path("straight/demo/ppo/model"), Path("outputs/demo/ppo/model"))
-    assert logged(Path("outputs/demo/ppo")) == logged(Path("straight/demo/ppo"))
-    rollouts = [Path(folder, "demo/ppo/rollouts.jsonl").read_text() for folder in ("straight", "outputs")]
-    assert rollouts[0] == rollouts[1]
+    folder = Path("outputs/demo/ppo")
+    assert same_weights(straight / "model", folder / "model")
+    assert computed(folder) == computed(straight)
+    assert (folder / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()
 
 
 def test_an_epochs_last_checkpoint_holds_what_is_logged_once_an_epoch(posttrain: Posttrain, rows: Path) -> None:
     """Nine steps an epoch: killed right after the checkpoint at the end of one, and of the last one."""
     by_epoch = ("trainer.eval_strategy=epoch", "+trainer.logging_strategy=epoch", "trainer.save_steps=9")
-    command = [word for word in arguments(rows, *by_epoch, "stage.num_epochs=3") if "max_steps" not in word]
+    command = arguments(rows, *by_epoch, "stage.num_epochs=3", steps=-1)
     assert posttrain(*command).code == 0
-    undisturbed = logged(SFT)
+    undisturbed = computed(SFT)
     assert [(line["step"], "loss" in line) for line in undisturbed[1:7]] == [
         (step, is_loss) for step in (9, 18, 27) for is_loss in (True, False)
     ]
@@ -460,11 +464,11 @@ def test_an_epochs_last_checkpoint_holds_what_is_logged_once_an_epoch(posttrain:
         done = posttrain(*command)
         assert done.code == 0, done
         assert f"resuming from checkpoint-{step}" in done.out
-        assert logged(SFT) == undisturbed
+        assert computed(SFT) == undisturbed
 
 
 def test_an_evaluation_that_a_signal_has_put_off_is_made_after_the_resume(
-    posttrain: Posttrain, prompts: None, tmp_path: Path
+    posttrain: Posttrain, prompts: str, tmp_path: Path
 ) -> None:
     """SIGTERM comes in the rollout after step 6, and the evaluation is due after step 7."""
     command = (*PPO, "trainer.save_steps=30", "trainer.eval_strategy=steps", "trainer.eval_steps=7")
@@ -483,7 +487,7 @@ def test_an_evaluation_that_a_signal_has_put_off_is_made_after_the_resume(
     assert posttrain(*stopping).code == 143
     assert [path.name for path in Path("outputs/demo/ppo").glob("checkpoint-*")] == ["checkpoint-7"]
     assert posttrain(*stopping).code == 0
-    assert logged(Path("outputs/demo/ppo")) == logged(Path("straight/demo/ppo"))
+    assert computed(Path("outputs/demo/ppo")) == computed(Path("straight/demo/ppo"))
 
 
 BEST = (
@@ -493,26 +497,25 @@ BEST = (
 # stage -> (its command, a metric that is lowest in the beginning, and its name in the manifest)
 BEST_OF = {
     "sft": (("data.dataset_name=data.jsonl", *RUN, "stage.learning_rate=0.3"), "eval_loss", "eval_loss"),
-    "ppo": ((*PPO, *LORA, "stage.num_epochs=2"), "eval_kl", "kl"),
+    "ppo": ((*PPO, *DROPOUT), "eval_kl", "kl"),
 }
 
 
 @pytest.mark.parametrize("stage", BEST_OF)
 def test_the_best_checkpoint_is_the_result_after_a_kill_too(
-    posttrain: Posttrain, rows: Path, prompts: None, stage: str
+    posttrain: Posttrain, rows: Path, prompts: str, stage: str
 ) -> None:
     command, metric, name = BEST_OF[stage]
     command = (*command, *BEST, f"trainer.metric_for_best_model={metric}")
     done = posttrain(*command)
     assert done.code == 0, done
     folder = Path("outputs/demo", stage)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(folder)
     values = {line["step"]: line[metric] for line in lines if metric in line and line["step"] > 0}
     best = min(values, key=lambda step: values[step])
     assert f"the result is the best checkpoint: checkpoint-{best}, {metric}" in done.out
     assert best < max(values), "the last checkpoint is the best: this shows nothing"
-    manifest = json.loads((folder / "posttrain.json").read_text())
-    assert manifest["metrics"][name] == pytest.approx(values[best])
+    assert manifest(folder)["metrics"][name] == pytest.approx(values[best])
 
     (folder / "posttrain.json").unlink()
     shutil.move(folder / "model", "straight")

@@ -1,114 +1,44 @@
 """PPO through the real entry point: its roles, its rewards, every hyperparameter, what it tells and what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, write_rows
+from conftest import LORA, QLORA, REWARD, SHORT_PPO, Posttrain, logged, manifest, once, read_rows, write_rows
 
-Posttrain = Callable[..., Outcome]
-LORA = ("model.use_peft=true",)
-SHORT = (
-    "stage.rollout_batch_size=8",
-    "stage.num_mini_batches=2",
-    "stage.ppo_epochs=2",
-    "stage.max_new_tokens=6",
-    "stage.max_length=64",
-    "stage.learning_rate=1e-3",
-    "stage.num_epochs=2",
-    "data.test_size=4",
-    "trainer.logging_steps=1",
-    "trainer.save_strategy=no",
-)
-REWARD = "stage.reward_functions=[my_rewards.even]"
-FUNCTIONS = """
-import math
-
-def even(prompts, completions, completion_ids, **columns):
-    return [float(sum(token % 2 == 0 for token in ids)) for ids in completion_ids]
-
-def short(prompts, completions, **columns):
-    return [-float(len(completion[0]["content"])) for completion in completions]
-
-def sometimes(prompts, completions, **columns):
-    return [1.0 if "1" in prompt[-1]["content"] else None for prompt in prompts]
-
-def broken(prompts, completions, **columns):
-    return [math.nan] * len(prompts)
-
-def infinite(prompts, completions, **columns):
-    return [math.inf] * len(prompts)
-
-def huge(prompts, completions, **columns):
-    return [(-1) ** number * 1e38 for number, _ in enumerate(prompts)]
-
-def constant(prompts, completions, **columns):
-    return [3.0] * len(prompts)
-
-def few(prompts, completions, **columns):
-    return [3.0]
-
-def narrow(prompts, completions):
-    return [3.0] * len(prompts)
-
-def wanted(prompts, completions, wish, **columns):
-    return [float(each == "much") for each in wish]
-
-def leaves(prompts, completions, **columns):
-    raise SystemExit(0)
-
-def leaves_later(prompts, completions, **columns):
-    for prompt in prompts:
-        raise SystemExit(0)
-        yield 1.0
-
-async def slow(prompts, completions, **columns):
-    return [0.5] * len(prompts)
-"""
+PPO = Path("outputs/demo/ppo")
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    """Sixteen prompts of different lengths, and my_rewards.py beside them."""
-    (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
-    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
-    rows = [{"prompt": f"Say {'very ' * (n % 4)}{n}.", "wish": "much" if n % 2 else "little"} for n in range(16)]
-    return f"data.dataset_name={write_rows(tmp_path / 'prompts.jsonl', rows)}"
-
-
-@pytest.fixture
-def models(posttrain: Posttrain, rows: Path, tmp_path: Path) -> Callable[..., None]:
-    """Train outputs/demo/sft and outputs/demo/reward, a few steps each."""
+def models(
+    posttrain: Posttrain, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., None]:
+    """Put outputs/demo/sft and outputs/demo/reward there, of a few steps each, trained once for each kind."""
     pairs = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No {n} for you."} for n in range(40)]
     write_rows(tmp_path / "pairs.jsonl", pairs)
+    short = ("trainer.max_steps=3", "stage.learning_rate=1e-2", "stage.warmup_steps=0", "stage.max_length=64")
 
-    def train(*more: str) -> None:
-        short = ("+trainer.max_steps=3", "stage.learning_rate=1e-2", "stage.warmup_steps=0", "stage.max_length=64")
-        done = posttrain(f"data.dataset_name={rows}", *short)
-        assert done.code == 0, done
-        done = posttrain("stage=reward", "data.dataset_name=pairs.jsonl", "data.test_size=8", *short, *more)
-        assert done.code == 0, done
+    def put(*more: str) -> None:
+        def make(folder: Path) -> None:
+            run = (*short, f"output_dir={folder}")
+            done = posttrain(f"data.dataset_name={rows}", *run)
+            assert done.code == 0, done
+            done = posttrain("stage=reward", "data.dataset_name=pairs.jsonl", "data.test_size=8", *run, *more)
+            assert done.code == 0, done
 
-    return train
+        shutil.copytree(once(tmp_path_factory, f"models-{len(more)}", make), "outputs")
 
-
-def manifest(stage: str = "ppo") -> dict[str, Any]:
-    return json.loads(Path(f"outputs/demo/{stage}/posttrain.json").read_text())
-
-
-def logged(run: str = "demo") -> list[dict[str, Any]]:
-    lines = Path(f"outputs/{run}/ppo/metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return put
 
 
 ROLES = {
     "full": ((), (), "4 models in memory", "the reward model, all weights"),
     "lora-shared": (LORA, LORA, "1 model in memory", "the reward model, an adapter on the same base"),
     "lora-separate": ((), LORA, "2 models in memory", "an adapter on the same base"),
-    "qlora": ((*LORA, "model.load_in_4bit=true"), (*LORA, "model.load_in_4bit=true"), "1 model in memory", "adapter"),
+    "qlora": (QLORA, QLORA, "1 model in memory", "adapter"),
 }
 
 
@@ -123,7 +53,7 @@ def test_ppo_takes_both_models_of_the_run(
     critic: str,
 ) -> None:
     models(*reward)
-    done = posttrain("stage=ppo", prompts, *SHORT, "stage.gate=warn", *ppo)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.gate=warn", *ppo)
     assert done.code == 0, done
     assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
     assert held in done.out
@@ -133,22 +63,25 @@ def test_ppo_takes_both_models_of_the_run(
     )
     assert "PPO will optimise its mistakes (stage.gate=warn)" in done.out
     assert "step 0: probability ratio within 0.0e+00 of 1, KL within" in done.out
-    inputs = manifest()["inputs"]
+    inputs = manifest(PPO)["inputs"]
     assert inputs["model"]["stage"] == "sft"
     assert inputs["reward_model"]["stage"] == "reward"
-    assert inputs["reward_model"]["weights"]["model.safetensors"] == manifest("reward")["weights"]["model.safetensors"]
-    metrics = manifest()["metrics"]
+    assert (
+        inputs["reward_model"]["weights"]["model.safetensors"]
+        == manifest("outputs/demo/reward")["weights"]["model.safetensors"]
+    )
+    metrics = manifest(PPO)["metrics"]
     assert metrics["kl_before"] == pytest.approx(0, abs=1e-6)
     assert metrics["kl"] > 0
-    rollouts = [line for line in logged() if "reward_std" in line]
+    rollouts = [line for line in logged(PPO) if "reward_std" in line]
     assert len(rollouts) == 4  # 12 prompts are one rollout and a half, twice
     assert rollouts[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert rollouts[0]["kl_k3"] == pytest.approx(0, abs=1e-6)
     for name in ("entropy", "response_length", "ended_by_eos", "explained_variance", "kl_coef"):
         assert all(name in line for line in rollouts), name
     for name in ("policy_loss", "value_loss", "clip_fraction", "approx_kl"):
-        assert any(name in line for line in logged()), name
-    samples = [json.loads(line) for line in Path("outputs/demo/ppo/rollouts.jsonl").read_text().splitlines()]
+        assert any(name in line for line in logged(PPO)), name
+    samples = read_rows(PPO / "rollouts.jsonl")
     assert {sample["rollout"] for sample in samples} == {0, 1, 2, 3}
     assert {"prompt", "answer", "reward", "kl", "tokens", "ended"} <= samples[0].keys()
     assert Path("outputs/demo/ppo/curves.svg").is_file()
@@ -165,36 +98,36 @@ def test_an_adapter_scores_as_the_merged_reward_model(
             for file in Path("outputs/demo/reward/adapter").iterdir():
                 file.unlink()
         inputs = ("model.model_name_or_path=outputs/demo/sft", "stage.reward_model=outputs/demo/reward")
-        done = posttrain("stage=ppo", prompts, *SHORT, *LORA, *inputs, "stage.gate=warn", f"run_name={run}")
+        done = posttrain("stage=ppo", prompts, *SHORT_PPO, *LORA, *inputs, "stage.gate=warn", f"run_name={run}")
         assert done.code == 0, done
         assert ("1 model in memory" if run == "shared" else "2 models in memory") in done.out
-        found.append(next(line["reward"] for line in logged(run) if "reward_std" in line))
+        found.append(next(line["reward"] for line in logged(f"outputs/{run}/ppo") if "reward_std" in line))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert abs(found[0]) > 1e-3
 
 
 def test_functions_are_told_before_they_are_run_and_see_all_columns(posttrain: Posttrain, prompts: str) -> None:
     functions = "stage.reward_functions=[my_rewards.even,my_rewards.py:wanted,my_rewards.sometimes,my_rewards.slow]"
-    done = posttrain("stage=ppo", prompts, *SHORT, functions, "stage.reward_weights=[1,10,100,0]")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, functions, "stage.reward_weights=[1,10,100,0]")
     assert done.code == 0, done
     assert "stage.reward_functions: even from " in done.out
     assert f"stage.reward_functions: wanted from {Path.cwd()}/my_rewards.py" in done.out
     assert "ppo/base, all weights, with a new head that begins at 0" in done.out
-    samples = [json.loads(line) for line in Path("outputs/demo/ppo/rollouts.jsonl").read_text().splitlines()]
+    samples = read_rows(PPO / "rollouts.jsonl")
     for sample in samples:
         asked = sample["prompt"][-1]["content"]
         assert sample["wanted"] == float(int(asked.strip(".").split()[-1]) % 2)
         assert sample["slow"] == 0.5
         applies = 100.0 if "1" in asked else 0.0
         assert sample["reward"] == pytest.approx(sample["even"] + 10 * sample["wanted"] + applies)
-    assert any(line.get("reward/even") is not None for line in logged())
+    assert any(line.get("reward/even") is not None for line in logged(PPO))
 
 
 def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain(
         "stage=ppo",
         prompts,
-        *SHORT,
+        *SHORT_PPO,
         REWARD,
         "stage.num_epochs=20",
         "stage.kl_coef=0",
@@ -202,7 +135,7 @@ def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts:
         "stage.missing_eos_penalty=0",
     )
     assert done.code == 0, done
-    metrics = manifest()["metrics"]
+    metrics = manifest(PPO)["metrics"]
     assert metrics["reward"] > metrics["reward_before"] + 1
     assert metrics["kl"] > 1
 
@@ -230,14 +163,15 @@ WRONG = {
 
 @pytest.mark.parametrize(("function", "code", "told"), WRONG.values(), ids=WRONG)
 def test_a_wrong_reward_stops_the_run(posttrain: Posttrain, prompts: str, function: str, code: int, told: str) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT, f"stage.reward_functions=[{function}]")
+    Path("exits.py").write_text("import sys\nsys.exit(0)\n")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, f"stage.reward_functions=[{function}]")
     assert done.code == code, done
     assert told in done.err
     assert not Path("outputs/demo/ppo/posttrain.json").exists()
 
 
 def test_a_constant_reward_is_told(posttrain: Posttrain, prompts: str) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_functions=[my_rewards.constant]")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_functions=[my_rewards.constant]")
     assert done.code == 0, done
     assert "all answers of a rollout got the same reward (3)" in done.out
 
@@ -245,23 +179,23 @@ def test_a_constant_reward_is_told(posttrain: Posttrain, prompts: str) -> None:
 def test_ppo_without_a_reward_or_with_a_wrong_one_is_refused(
     posttrain: Posttrain, models: Callable[..., None], prompts: str
 ) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO)
     assert done.code == 2, done
     assert "stage=ppo needs a reward, and outputs/demo/reward is not there" in done.err
     models()
-    done = posttrain("stage=ppo", prompts, *SHORT)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO)
     assert done.code == 2, done
     assert "is not fit to be optimised against" in done.err
     assert "go on with stage.gate=warn" in done.err
-    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_model=outputs/demo/sft")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_model=outputs/demo/sft")
     assert done.code == 2, done
     assert "stage.reward_model=outputs/demo/sft is a run of stage=sft, not of reward" in done.err
-    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_model=outputs/demo/sft/model/")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_model=outputs/demo/sft/model/")
     assert done.code == 2, done
-    done = posttrain("stage=ppo", prompts, *SHORT, "stage.reward_model=./nowhere")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_model=./nowhere")
     assert done.code == 2, done
     assert "stage.reward_model=./nowhere: no such folder" in done.err
-    done = posttrain("stage=ppo", prompts, *SHORT, "stage.gate=warn", "stage.reward_weights=[1,2]")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.gate=warn", "stage.reward_weights=[1,2]")
     assert done.code == 2, done
     assert "stage.reward_weights has 2 numbers for 1 rewards" in done.err
 
@@ -280,31 +214,31 @@ REFUSED = {
 
 @pytest.mark.parametrize(("more", "told"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_work_is_refused(posttrain: Posttrain, prompts: str, more: tuple[str, ...], told: str) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, *more)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, *more)
     assert done.code == 2, done
     assert told in done.err
 
 
 def test_a_column_named_like_an_argument_is_refused(posttrain: Posttrain, prompts: str, tmp_path: Path) -> None:
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}.", "completions": "x"} for n in range(16)])
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD)
     assert done.code == 2, done
     assert "column 'completions' has the name of something else that reward functions are handed" in done.err
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.eval_reward_functions=[my_rewards.slow]")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.eval_reward_functions=[my_rewards.slow]")
     assert done.code == 2, done
     assert "slow is async; only rewards may be" in done.err
 
 
 def test_long_prompts_are_counted_and_few_ones_told(posttrain: Posttrain, prompts: str) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.max_length=22", "stage.rollout_batch_size=16")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.max_length=22", "stage.rollout_batch_size=16")
     assert done.code == 0, done
     assert "their prompt alone fills stage.max_length=22, of which stage.max_new_tokens=6 are kept free" in done.out
     assert "prompts are fewer than stage.rollout_batch_size=16: some are answered more than once" in done.out
-    assert manifest()["metrics"]["steps"] > 0
+    assert manifest(PPO)["metrics"]["steps"] > 0
 
 
 def test_a_dry_run_shows_the_plan(posttrain: Posttrain, prompts: str) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "dry_run=true")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "dry_run=true")
     assert done.code == 0, done
     assert "rollout: 8 prompts answered, learned from in 2 passes of 2 updates" in done.out
     assert "batch: 4 per device × 1 accumulation × 1 device = 4 episodes per update" in done.out
@@ -314,20 +248,10 @@ def test_a_dry_run_shows_the_plan(posttrain: Posttrain, prompts: str) -> None:
 
 def test_a_ceiling_stops_the_run(posttrain: Posttrain, prompts: str) -> None:
     more = ("stage.learning_rate=1e-2", "stage.kl_ceiling=0.01", "stage.kl_coef=0")
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, *more)
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, *more)
     assert done.code == 1, done
     assert "above stage.kl_ceiling=0.01" in done.err
     assert "stage.kl_coef=" in done.err
-
-
-def test_a_sweep_ends_in_a_frontier(posttrain: Posttrain, prompts: str) -> None:
-    done = posttrain("-m", "stage=ppo", prompts, *SHORT, REWARD, "stage.num_epochs=1", "stage.kl_coef=0.05,0.2")
-    assert done.code == 0, done
-    folder = Path("outputs/demo/ppo")
-    assert (folder / "stage.kl_coef=0.05/posttrain.json").is_file()
-    assert (folder / "stage.kl_coef=0.2/posttrain.json").is_file()
-    assert "KL from reference" in done.out
-    assert "KL from the reference" in (folder / "sweep.svg").read_text() or (folder / "sweep.svg").stat().st_size > 5000
 
 
 # Each hyperparameter, flipped, must change what is computed: (base, flip). What it changes is looked at as a whole:
@@ -375,10 +299,12 @@ def test_every_hyperparameter_reaches_the_computation(
 ) -> None:
 
     def numbers(name: str, *more: str) -> str:
-        settings = (*SHORT, REWARD, "stage.num_epochs=1", "data.test_size=0", *base, *more)
+        settings = (*SHORT_PPO, REWARD, "stage.num_epochs=1", "data.test_size=0", *base, *more)
         done = posttrain("stage=ppo", prompts, *settings, f"run_name={name}")
         assert done.code == 0, done
-        return json.dumps([line | {"step_time": 0, "time": ""} for line in logged(name) if "train_loss" not in line])
+        return json.dumps(
+            [line | {"step_time": 0, "time": ""} for line in logged(f"outputs/{name}/ppo") if "train_loss" not in line]
+        )
 
     if base not in BASES:
         BASES[base] = numbers("base")
@@ -388,9 +314,11 @@ def test_every_hyperparameter_reaches_the_computation(
 
 
 def test_the_critic_warms_up_alone(posttrain: Posttrain, prompts: str) -> None:
-    done = posttrain("stage=ppo", prompts, *SHORT, REWARD, "stage.critic_warmup_steps=1000", "stage.learning_rate=1e-2")
+    done = posttrain(
+        "stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.critic_warmup_steps=1000", "stage.learning_rate=1e-2"
+    )
     assert done.code == 0, done
-    rollouts = [line for line in logged() if "reward_std" in line]
+    rollouts = [line for line in logged(PPO) if "reward_std" in line]
     assert all(line["kl"] == 0 for line in rollouts)  # the policy has not moved
     assert rollouts[-1]["explained_variance"] != 0  # the critic has
 
@@ -425,13 +353,13 @@ def test_answers_of_several_turns_and_a_reward_model_with_another_tokenizer(
     write_rows(tmp_path / "turns.jsonl", rows)
     models()
     more = ("data.dataset_name=turns.jsonl", "stage.reward_model=./other", "stage.max_length=100")
-    done = posttrain("stage=ppo", *SHORT, *more)
+    done = posttrain("stage=ppo", *SHORT_PPO, *more)
     assert done.code == 0, done
     assert "no report card says whether it is fit" in done.out
     assert "has a tokenizer of its own; answers are decoded and put through its chat template" in done.out
     assert "the reward model has 24 positions" in done.out
     assert "critic = outputs/demo/sft/model, all weights" in done.out
-    sample = json.loads(Path("outputs/demo/ppo/rollouts.jsonl").read_text().splitlines()[0])
+    sample = read_rows(PPO / "rollouts.jsonl")[0]
     text = tokenizer.apply_chat_template(
         [*sample["prompt"], {"role": "assistant", "content": sample["answer"]}], tokenize=False
     )

@@ -9,25 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, same_weights, start, write_rows
-from test_resume import wait_for
+from conftest import (
+    LORA,
+    QLORA,
+    SHORT,
+    Posttrain,
+    logged,
+    manifest,
+    once,
+    read_rows,
+    same_weights,
+    start,
+    wait_for,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain import compute_dpo_loss
 from posttrain.config.reserved import LOSS_OPTIONS
 from posttrain.runs.checkpoint import MANIFEST
 
-Posttrain = Callable[..., Outcome]
-SHORT = (
-    "+trainer.max_steps=4",
-    "trainer.logging_steps=1",
-    "stage.learning_rate=1e-3",
-    "data.max_rows=60",
-    "data.test_size=20",
+FEW = (
+    *(*SHORT, "stage.max_length=64", "stage.learning_rate=1e-3", "trainer.eval_steps=2"),
+    *("data.max_rows=60", "data.test_size=20"),
 )
-SFT = ("+trainer.max_steps=3", "stage.learning_rate=1e-2", "stage.warmup_steps=0")
-LORA = ("model.use_peft=true",)
-QLORA = (*LORA, "model.load_in_4bit=true")
+DPO = Path("outputs/demo/dpo")
 
 
 @pytest.fixture
@@ -37,15 +43,13 @@ def pairs(tmp_path: Path) -> str:
     return f"data.dataset_name={write_rows(tmp_path / 'pairs.jsonl', rows)}"
 
 
-def manifest(stage: str) -> dict[str, Any]:
-    return json.loads(Path(f"outputs/demo/{stage}/posttrain.json").read_text())
-
-
-@pytest.mark.parametrize("more", [(), LORA, QLORA], ids=["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=pytest.mark.real_process), LORA, QLORA], ids=["full", "lora", "qlora"]
+)
 def test_reward_ends_in_a_model_that_scores_when_loaded(
     posttrain: Posttrain, pairs: str, more: tuple[str, ...]
 ) -> None:
-    done = posttrain("stage=reward", pairs, *SHORT, *more)
+    done = posttrain("stage=reward", pairs, *FEW, *more)
     assert done.code == 0, done
     assert "warning stage=reward expects an SFT model" in done.out
     assert "read again, its scores are within" in done.out
@@ -60,7 +64,7 @@ def test_reward_ends_in_a_model_that_scores_when_loaded(
         assert words in done.out
     card = json.loads(Path("outputs/demo/reward/report_card.json").read_text())
     assert card["pairs"] == 20
-    assert card["accuracy"] == manifest("reward")["metrics"]["accuracy"]
+    assert card["accuracy"] == manifest("outputs/demo/reward")["metrics"]["accuracy"]
     model = AutoModelForSequenceClassification.from_pretrained("outputs/demo/reward/model")
     assert model.config.num_labels == 1
     assert model.config.pad_token_id not in (None, model.config.eos_token_id)
@@ -77,8 +81,8 @@ def test_held_out_numbers_are_means_over_all_pairs_whatever_the_batch_size(
     found = []
     for size in (2, 7):
         more = (f"+trainer.per_device_eval_batch_size={size}", f"output_dir=by_{size}", "data.test_size=7")
-        assert posttrain(f"stage={stage}", data, *SHORT[:-1], *more).code == 0
-        lines = [json.loads(line) for line in Path(f"by_{size}/demo/{stage}/metrics.jsonl").read_text().splitlines()]
+        assert posttrain(f"stage={stage}", data, *FEW, *more).code == 0
+        lines = logged(f"by_{size}/demo/{stage}")
         found.append([{name: line[name] for name in line if name.startswith("eval_")} for line in lines])
     small, whole = ([line for line in lines if "eval_loss" in line] for lines in found)
     assert len(small) == len(whole) > 1
@@ -108,7 +112,7 @@ def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
         return look(folder, rows)
 
     monkeypatch.setattr(saving, "_scores_in_a_new_process", after_a_change)
-    done = posttrain("stage=reward", pairs, *SHORT)
+    done = posttrain("stage=reward", pairs, *FEW)
     assert done.code == 1, done
     assert "gives other scores than the model that was trained" in done.err
     assert not Path("outputs/demo/reward/posttrain.json").exists()
@@ -117,16 +121,15 @@ def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
 def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path, pairs: str) -> None:
 
     def first_loss(run: str) -> float:
-        lines = [json.loads(line) for line in Path(f"outputs/{run}/reward/metrics.jsonl").read_text().splitlines()]
-        return next(float(line["loss"]) for line in lines if "loss" in line)
+        return next(float(line["loss"]) for line in logged(f"outputs/{run}/reward") if "loss" in line)
 
     losses = []
     for number, more in enumerate(((), ("+trainer.center_rewards_coefficient=0.5",))):
-        assert posttrain("stage=reward", pairs, *SHORT, *more, f"run_name=run{number}").code == 0
+        assert posttrain("stage=reward", pairs, *FEW, *more, "trainer.max_steps=1", f"run_name=run{number}").code == 0
         losses.append(first_loss(f"run{number}"))
-    rows = [json.loads(line) | {"margin": 3.0} for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    rows = [row | {"margin": 3.0} for row in read_rows(tmp_path / "pairs.jsonl")]
     write_rows(tmp_path / "pairs.jsonl", rows)
-    assert posttrain("stage=reward", pairs, *SHORT, "run_name=run2").code == 0
+    assert posttrain("stage=reward", pairs, *FEW, "trainer.max_steps=1", "run_name=run2").code == 0
     losses.append(first_loss("run2"))
     assert losses[1] > losses[0]
     assert losses[2] > losses[0] + 1  # -log σ(0 - 3) is 3.05 where -log σ(0) is 0.69
@@ -136,41 +139,54 @@ def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path
     "more", [(), LORA, QLORA, ("+trainer.precompute_ref_log_probs=true",)], ids=["full", "lora", "qlora", "precomputed"]
 )
 def test_dpo_starts_at_ln_2_from_its_own_reference(posttrain: Posttrain, pairs: str, more: tuple[str, ...]) -> None:
-    done = posttrain("stage=dpo", pairs, *SHORT, *more)
+    done = posttrain("stage=dpo", pairs, *FEW, *more)
     assert done.code == 0, done
     assert "warning stage=dpo expects an SFT model" in done.out
     assert "policy = " in done.out
     assert "reference = " in done.out
     assert "step 0: policy and reference agree within" in done.out
-    found = manifest("dpo")["metrics"]
+    found = manifest(DPO)["metrics"]
     assert found["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
     assert found["kl_before"] == pytest.approx(0, abs=1e-4)
     assert found["eval_loss"] < found["eval_loss_before"]
     assert found["accuracy"] > 0.5
-    lines = [json.loads(line) for line in Path("outputs/demo/dpo/metrics.jsonl").read_text().splitlines()]
-    assert any("eval_kl" in line and "eval_chosen_logp_change" in line for line in lines)
+    assert any("eval_kl" in line and "eval_chosen_logp_change" in line for line in logged(DPO))
+
+
+@pytest.fixture
+def sft(posttrain: Posttrain, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Put a finished SFT stage into outputs/demo, trained once for each kind."""
+    short = ("trainer.max_steps=3", "stage.learning_rate=1e-2", "stage.warmup_steps=0", "stage.max_length=64")
+
+    def put(*more: str) -> None:
+        def make(folder: Path) -> None:
+            assert posttrain(f"data.dataset_name={rows}", *short, *more, f"output_dir={folder}").code == 0
+
+        shutil.copytree(once(tmp_path_factory, f"sft-{len(more)}", make), "outputs")
+
+    return put
 
 
 CHAINS = [((), ()), (LORA, LORA), (LORA, ()), ((), LORA)]
 
 
-@pytest.mark.parametrize(("sft", "dpo"), CHAINS, ids=["full-full", "lora-lora", "lora-full", "full-lora"])
+@pytest.mark.parametrize(("first", "then"), CHAINS, ids=["full-full", "lora-lora", "lora-full", "full-lora"])
 def test_in_every_chain_the_reference_is_the_sft_model(
-    posttrain: Posttrain, rows: Path, pairs: str, sft: tuple[str, ...], dpo: tuple[str, ...]
+    posttrain: Posttrain, sft: Callable[..., None], pairs: str, first: tuple[str, ...], then: tuple[str, ...]
 ) -> None:
-    assert posttrain(f"data.dataset_name={rows}", *SFT, *sft).code == 0
-    done = posttrain("stage=dpo", pairs, *SHORT, *dpo)
+    sft(*first)
+    done = posttrain("stage=dpo", pairs, *FEW, *then, "trainer.max_steps=1", "data.test_size=4")
     assert done.code == 0, done
     assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
     assert "first loss 0.693147" in done.out
-    inputs = manifest("dpo")["inputs"]["model"]
+    inputs = manifest(DPO)["inputs"]["model"]
     assert inputs["stage"] == "sft"
-    assert inputs["weights"]["model.safetensors"] == manifest("sft")["weights"]["model.safetensors"]
+    assert inputs["weights"]["model.safetensors"] == manifest("outputs/demo/sft")["weights"]["model.safetensors"]
 
 
-def test_an_adapter_folder_can_be_the_model(posttrain: Posttrain, rows: Path, pairs: str) -> None:
-    assert posttrain(f"data.dataset_name={rows}", *SFT, *LORA).code == 0
-    done = posttrain("stage=dpo", "model.model_name_or_path=outputs/demo/sft/adapter", pairs, *SHORT)
+def test_an_adapter_folder_can_be_the_model(posttrain: Posttrain, sft: Callable[..., None], pairs: str) -> None:
+    sft(*LORA)
+    done = posttrain("stage=dpo", "model.model_name_or_path=outputs/demo/sft/adapter", pairs, *FEW, "data.test_size=4")
     assert done.code == 0, done
     assert "first loss 0.693147" in done.out
     merged, started = (
@@ -180,8 +196,8 @@ def test_an_adapter_folder_can_be_the_model(posttrain: Posttrain, rows: Path, pa
     torch.testing.assert_close(merged(ids).logits, started(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_as_the_model_is_told(posttrain: Posttrain, rows: Path, pairs: str) -> None:
-    assert posttrain(f"data.dataset_name={rows}", *SFT).code == 0
+def test_a_checkpoint_as_the_model_is_told(posttrain: Posttrain, sft: Callable[..., None], pairs: str) -> None:
+    sft()
     newest = max(Path("outputs/demo/sft").glob("checkpoint-*"))
     done = posttrain("stage=dpo", f"model.model_name_or_path={newest}", pairs, "dry_run=true")
     assert done.code == 0, done
@@ -203,7 +219,7 @@ def test_a_wrong_reference_stops_the_run_and_is_named(
         return loaded
 
     monkeypatch.setattr(dpo, "load_causal_lm", changed)
-    done = posttrain("stage=dpo", pairs, *SHORT)
+    done = posttrain("stage=dpo", pairs, *FEW)
     assert done.code == 1, done
     assert "the reference is not the model that this stage starts from" in done.err
     assert not Path("outputs/demo/dpo/posttrain.json").exists()
@@ -216,14 +232,15 @@ LOSSES += ["apo_zero", "apo_down", "discopop", "sigmoid,sft", "sigmoid_norm"]
 @pytest.mark.parametrize("kind", LOSSES)
 def test_every_loss_of_trl_is_passed_through(posttrain: Posttrain, pairs: str, kind: str) -> None:
     smoothing = 0.1 if kind in LOSS_OPTIONS["label_smoothing"] else 0
-    done = posttrain("stage=dpo", pairs, *SHORT, f"+trainer.loss_type=[{kind}]", f"trainer.label_smoothing={smoothing}")
+    more = ("trainer.max_steps=2", "data.test_size=4", f"trainer.label_smoothing={smoothing}")
+    done = posttrain("stage=dpo", pairs, *FEW, *more, f"+trainer.loss_type=[{kind}]")
     assert done.code == 0, done
-    assert math.isfinite(manifest("dpo")["metrics"]["eval_loss"])
+    assert math.isfinite(manifest(DPO)["metrics"]["eval_loss"])
 
 
 def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pairs: str) -> None:
     """On held-out pairs of a trained policy; and a case by hand."""
-    done = posttrain("stage=dpo", pairs, *SHORT)
+    done = posttrain("stage=dpo", pairs, *FEW)
     assert done.code == 0, done
     from transformers import AutoTokenizer
 
@@ -238,7 +255,7 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
     import posttrain.cli.command as compose
     from posttrain.data.formats import read_preferences
 
-    config = compose.read_command(["stage=dpo", pairs, *SHORT]).config
+    config = compose.read_command(["stage=dpo", pairs, *FEW]).config
     test = read_preferences(config.data).test
     logps = []
     for model in (policy, reference):
@@ -251,33 +268,32 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
             completions = [whole[len(prompt) :] for whole, prompt in zip(ids, prompts, strict=True)]
             logps.append(completion_logps(model, prompts, completions, tokenizer.pad_token_id))
     loss, _, _ = compute_dpo_loss(*logps, beta=0.1)
-    assert float(loss.mean()) == pytest.approx(manifest("dpo")["metrics"]["eval_loss"], abs=1e-5)
+    assert float(loss.mean()) == pytest.approx(manifest(DPO)["metrics"]["eval_loss"], abs=1e-5)
     hand, chosen, rejected = compute_dpo_loss(*(torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.0)), beta=0.5)
     assert (float(chosen), float(rejected)) == (0.5, -0.5)
     assert float(hand) == pytest.approx(math.log(1 + math.exp(-1)))
 
 
-def test_an_unfinished_sft_run_is_not_started_from(posttrain: Posttrain, rows: Path, pairs: str) -> None:
-    assert posttrain(f"data.dataset_name={rows}", "+trainer.max_steps=2").code == 0
+def test_an_unfinished_sft_run_is_not_started_from(posttrain: Posttrain, sft: Callable[..., None], pairs: str) -> None:
+    sft()
     Path("outputs/demo/sft/posttrain.json").unlink()
-    done = posttrain("stage=dpo", pairs, *SHORT)
+    done = posttrain("stage=dpo", pairs, *FEW)
     assert done.code == 2, done
     assert "outputs/demo/sft has not finished" in done.err
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
-@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
-def test_killed_and_resumed_bitwise(
-    posttrain: Posttrain, tmp_path: Path, pairs: str, stage: str, more: tuple[str, ...]
-) -> None:
+def test_killed_and_resumed_bitwise(posttrain: Posttrain, tmp_path: Path, pairs: str, stage: str) -> None:
+    """With LoRA; tests/runs/test_resume.py has the same with all weights."""
     run = [
         f"stage={stage}",
         pairs,
-        "+trainer.max_steps=16",
+        "trainer.max_steps=16",
         "trainer.save_steps=4",
+        "stage.max_length=64",
         "stage.learning_rate=1e-3",
         "data.test_size=10",
-        *more,
+        *LORA,
     ]
     assert posttrain(*run, "output_dir=straight").code == 0
     process = start(*run, cwd=tmp_path)
@@ -291,7 +307,7 @@ def test_killed_and_resumed_bitwise(
 
 
 def test_a_beta_sweep_has_a_table_and_a_picture(posttrain: Posttrain, pairs: str) -> None:
-    done = posttrain("-m", "stage=dpo", "stage.beta=0.05,0.3", pairs, *SHORT)
+    done = posttrain("-m", "stage=dpo", "stage.beta=0.05,0.3", pairs, *FEW, "trainer.max_steps=2", "data.test_size=4")
     assert done.code == 0, done
     table = done.out[done.out.index("sweep: outputs/demo/dpo") :]
     for words in (
@@ -324,6 +340,6 @@ def test_message_lists_with_system_prompts_and_several_turns(posttrain: Posttrai
     ]
     write_rows(tmp_path / "chat.jsonl", rows)
     for stage in ("reward", "dpo"):
-        done = posttrain(f"stage={stage}", "data.dataset_name=chat.jsonl", "+trainer.max_steps=2")
+        done = posttrain(f"stage={stage}", "data.dataset_name=chat.jsonl", "trainer.max_steps=2", "stage.max_length=96")
         assert done.code == 0, done
     shutil.rmtree("outputs")

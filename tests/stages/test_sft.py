@@ -2,22 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import Outcome, write_rows
+from conftest import SHORT, Posttrain, logged, manifest, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Posttrain = Callable[..., Outcome]
-SHORT = ("+trainer.max_steps=4", "trainer.logging_steps=1")
-
-
-def manifest(folder: str = "outputs/demo/sft") -> dict[str, Any]:
-    return json.loads((Path(folder) / "posttrain.json").read_text())
+SFT = Path("outputs/demo/sft")
+SMALL = (*SHORT, "stage.max_length=96", "data.max_rows=120")
 
 
 def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
@@ -39,7 +33,7 @@ def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "run.json", "run.log", "metrics.jsonl", "samples.json", "model", "posttrain.json"} <= names
     assert not list(folder.rglob("training_args.bin"))
-    found = manifest()
+    found = manifest(SFT)
     assert found["stage"] == "sft"
     assert found["metrics"]["steps"] == 4
     assert found["metrics"]["eval_loss"] < found["metrics"]["eval_loss_before"]
@@ -47,8 +41,7 @@ def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
     assert set(found["weights"]) >= {"model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert found["versions"]["trl"].startswith("1.16")
     assert yaml.safe_load((folder / "config.yaml").read_text())["stage"]["learning_rate"] == 2e-4
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert sum("loss" in line for line in lines) == 4
+    assert sum("loss" in line for line in logged(folder)) == 4
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens(posttrain: Posttrain, rows: Path) -> None:
@@ -57,7 +50,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(posttrain: Posttrain, rows: P
     test = write_rows(
         rows.parent / "test.jsonl", [{"instruction": "Say a.", "response": "a"}, long, long | {"input": "x"}]
     )
-    done = posttrain(f"data.dataset_name={rows}", f"data.dataset_test_split={test}", *SHORT, "stage.batch_size=2")
+    done = posttrain(f"data.dataset_name={rows}", f"data.dataset_test_split={test}", *SMALL, "stage.batch_size=2")
     assert done.code == 0, done
     model = AutoModelForCausalLM.from_pretrained("outputs/demo/sft/model")
     tokenizer = AutoTokenizer.from_pretrained("outputs/demo/sft/model")
@@ -74,13 +67,13 @@ def test_the_held_out_loss_is_the_mean_over_tokens(posttrain: Posttrain, rows: P
             logits = model(torch.tensor([start + answer])).logits[0, len(start) - 1 : -1]
         total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
         count += len(answer)
-    assert manifest()["metrics"]["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert manifest(SFT)["metrics"]["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["lora", "qlora"])
 def test_lora_ends_in_a_merged_model_and_an_adapter(posttrain: Posttrain, quantised: bool) -> None:
     more = ["model.load_in_4bit=true"] if quantised else []
-    done = posttrain("model.use_peft=true", "stage.learning_rate=1e-2", "stage.warmup_steps=0", *SHORT, *more)
+    done = posttrain("model.use_peft=true", "stage.learning_rate=1e-2", "stage.warmup_steps=0", *SMALL, *more)
     assert done.code == 0, done
     folder = Path("outputs/demo/sft")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
@@ -97,7 +90,7 @@ def test_packing_keeps_rows_apart(posttrain: Posttrain) -> None:
 
     from posttrain.stages.sft import pad_packed
 
-    done = posttrain("+trainer.packing=true", *SHORT)
+    done = posttrain("+trainer.packing=true", *SMALL)
     assert done.code == 0, done
     assert "packed rows per update" in done.out
     model = AutoModelForCausalLM.from_pretrained("outputs/demo/sft/model").eval()
@@ -133,7 +126,7 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(posttrain: Posttrain, tmp_p
 
 
 def test_a_sweep_has_a_folder_for_each_point_and_a_table(posttrain: Posttrain) -> None:
-    done = posttrain("-m", "stage.learning_rate=1e-4,4e-4", *SHORT)
+    done = posttrain("-m", "stage.learning_rate=1e-4,4e-4", *SMALL)
     assert done.code == 0, done
     losses = [
         manifest(f"outputs/demo/sft/stage.learning_rate={rate}")["metrics"]["eval_loss"]
@@ -146,7 +139,7 @@ def test_a_sweep_has_a_folder_for_each_point_and_a_table(posttrain: Posttrain) -
 
 def test_a_sweep_goes_on_after_a_failed_point(posttrain: Posttrain, rows: Path) -> None:
     (rows.parent / "bad.jsonl").write_text('{"instruction": "a"}\n')
-    done = posttrain("-m", f"data.dataset_name={rows.parent / 'bad.jsonl'},{rows}", *SHORT)
+    done = posttrain("-m", f"data.dataset_name={rows.parent / 'bad.jsonl'},{rows}", *SMALL)
     assert done.code == 1, done
     assert "bad.jsonl line 1: no 'response'" in done.err
     assert "complete" in done.out
@@ -183,7 +176,7 @@ def test_what_cannot_work_is_refused_with_exit_code_2(
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(posttrain: Posttrain) -> None:
     done = posttrain(
-        "stage.learning_rate=900", "stage.warmup_steps=0", "+trainer.max_grad_norm=0", "+trainer.max_steps=60"
+        "stage.learning_rate=900", "stage.warmup_steps=0", "+trainer.max_grad_norm=0", "trainer.max_steps=60"
     )
     assert done.code == 1, done
     assert "stopped before the optimizer step" in done.err or "left weights" in done.err
@@ -206,15 +199,15 @@ def test_warnings_tell_what_would_go_unseen(posttrain: Posttrain, rows: Path) ->
 
 
 def test_trackers_write_where_they_are_told(posttrain: Posttrain) -> None:
-    done = posttrain("trainer.report_to=tensorboard", *SHORT)
+    done = posttrain("trainer.report_to=tensorboard", *SMALL)
     assert done.code == 0, done
     assert list(Path("outputs/demo/sft/runs").rglob("events.out.tfevents.*"))
 
 
 def test_low_memory_trains_with_checkpointed_activations_and_an_8_bit_optimizer(posttrain: Posttrain) -> None:
-    done = posttrain("trainer=low_memory", *SHORT)
+    done = posttrain("trainer=low_memory", *SMALL)
     assert done.code == 0, done
-    assert manifest()["config"]["trainer"]["optim"] == "paged_adamw_8bit"
+    assert manifest(SFT)["config"]["trainer"]["optim"] == "paged_adamw_8bit"
 
 
 def test_a_model_on_the_hub_that_cannot_be_had_is_named(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
@@ -225,7 +218,7 @@ def test_a_model_on_the_hub_that_cannot_be_had_is_named(posttrain: Posttrain, ro
 
 
 def test_bf16_trains_on_a_cpu_when_asked(posttrain: Posttrain) -> None:
-    done = posttrain("precision=bf16", *SHORT)
+    done = posttrain("precision=bf16", *SMALL)
     assert done.code == 0, done
     assert "precision: bf16" in done.out
-    assert math.isfinite(manifest()["metrics"]["eval_loss"])
+    assert math.isfinite(manifest(SFT)["metrics"]["eval_loss"])
