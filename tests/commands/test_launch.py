@@ -12,6 +12,7 @@ from conftest import (
     LORA,
     ROOT,
     SHORT_PIPELINE,
+    Outcome,
     Posttrain,
     command,
     computed,
@@ -30,38 +31,53 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 NO_DROPOUT = (*LORA, "model.lora_dropout=0")
 
 
-def check_agreement(posttrain: Posttrain, folder: Path, stage: str, *more: str) -> None:
+SEVERAL = """
+import json, sys
+from posttrain import run
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        run.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def several(folder: Path, *commands: list[str]) -> Outcome:
+    """Several runs in one launch, as a pipeline has them."""
+    (folder / "several.py").write_text(SEVERAL)
+    return ended(launched(json.dumps(commands), cwd=folder, module="several"))
+
+
+def check_agreement(posttrain: Posttrain, folder: Path, *runs: tuple[str, tuple[str, ...]]) -> None:
     """Four rows an update in one process, and two in each of two: the same losses and weights."""
-    one = posttrain(*command(stage, "one", "stage.batch_size=4", *more))
-    assert one.code == 0, one
-    two = ended(launched(*command(stage, "two", "stage.batch_size=2", *more), cwd=folder))
+    two = several(folder, *(command(stage, "two", "stage.batch_size=2", *more) for stage, more in runs))
     assert two.code == 0, two
     assert "find_unused_parameters" not in two.err
-    assert two.out.count("device: cpu") == two.out.count("saved model: read again") == 1
-    assert "× 2 devices = 4" in two.out
-    left, right = (folder / "outputs" / name / stage for name in ("one", "two"))
-    expected = {path.name for path in left.iterdir()}
-    assert {path.name for path in right.iterdir()} == expected
-    first, second = weights(left / "model"), weights(right / "model")
-    start = weights(left / "base")
-    apart = max(float((weight - second[name]).abs().max()) for name, weight in first.items())
-    moved = max(float((weight - start[name]).abs().max()) for name, weight in first.items() if name in start)
-    assert apart < 1e-6
-    assert moved > 20 * apart
-    for a, b in zip(logged(left), logged(right), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:  # seven held-out rows: the last of them are read by both processes
-            if name in ("loss", "grad_norm") or name.startswith("eval_"):
-                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
+    assert two.out.count("device: cpu") == two.out.count("saved model: read again") == len(runs)
+    assert two.out.count("× 2 devices = 4") == len(runs)
+    for stage, more in runs:
+        one = posttrain(*command(stage, "one", "stage.batch_size=4", *more))
+        assert one.code == 0, one
+        left, right = (folder / "outputs" / name / stage for name in ("one", "two"))
+        expected = {path.name for path in left.iterdir()}
+        assert {path.name for path in right.iterdir()} == expected
+        first, second = weights(left / "model"), weights(right / "model")
+        start = weights(left / "base")
+        apart = max(float((weight - second[name]).abs().max()) for name, weight in first.items())
+        moved = max(float((weight - start[name]).abs().max()) for name, weight in first.items() if name in start)
+        assert apart < 1e-6
+        assert moved > 20 * apart
+        for a, b in zip(logged(left), logged(right), strict=True):
+            assert a.keys() == b.keys()
+            for name in a:  # seven held-out rows: the last of them are read by both processes
+                if name in ("loss", "grad_norm") or name.startswith("eval_"):
+                    assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_two_processes_learn_what_one_learns(posttrain: Posttrain, sources: Path, stage: str) -> None:
-    check_agreement(posttrain, sources, stage)
-
-
-def test_with_lora_too(posttrain: Posttrain, sources: Path) -> None:
-    check_agreement(posttrain, sources, "reward", *NO_DROPOUT)
+def test_two_processes_learn_what_one_learns(posttrain: Posttrain, sources: Path) -> None:
+    check_agreement(posttrain, sources, ("sft", ()), ("dpo", ()), ("reward", NO_DROPOUT))
 
 
 @pytest.mark.slow
@@ -71,26 +87,24 @@ def test_with_lora_too(posttrain: Posttrain, sources: Path) -> None:
     ids=["sft lora", "reward full", "dpo lora", "dpo precomputed"],
 )
 def test_every_way_of_training(posttrain: Posttrain, sources: Path, stage: str, more: tuple[str, ...]) -> None:
-    check_agreement(posttrain, sources, stage, *more)
+    check_agreement(posttrain, sources, (stage, more))
 
 
 def interrupted(stage: str, folder: Path, *more: str) -> None:
     """Killed with its second checkpoint written, started again: weights and logs of an undisturbed run, bit for bit."""
     arguments = ("stage.batch_size=2", "trainer.save_steps=1", "trainer.logging_steps=3", *more)
-    whole = ended(launched(*command(stage, "whole", *arguments), cwd=folder))
-    assert whole.code == 0, whole
-    longer = launched(*command(stage, "cut", *arguments), cwd=folder)
+    cut, whole = (command(stage, name, *arguments) for name in ("cut", "whole"))
+    longer = launched(*cut, cwd=folder)
     wait_for(folder / f"outputs/cut/{stage}/checkpoint-2/checkpoint.json", longer)
     os.killpg(longer.pid, signal.SIGKILL)
     longer.communicate()
-    again = ended(launched(*command(stage, "cut", *arguments), cwd=folder))
+    again = several(folder, cut, whole)
     assert again.code == 0, again
     assert "find_unused_parameters" not in again.err
     assert "resuming from checkpoint-" in again.out or "already complete" in again.out, again
     first, second = (weights(folder / f"outputs/{name}/{stage}/model") for name in ("whole", "cut"))
     assert all(bool((first[name] == second[name]).all()) for name in first)
-    straight, resumed = (computed(folder / f"outputs/{name}/{stage}") for name in ("whole", "cut"))
-    assert straight == resumed
+    assert computed(folder / f"outputs/whole/{stage}") == computed(folder / f"outputs/cut/{stage}")
 
 
 def test_ppo_on_two_processes_resumes(sources: Path) -> None:

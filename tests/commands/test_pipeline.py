@@ -118,7 +118,8 @@ def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Posttrain
 
 
 def test_a_sweep_trains_the_stages_before_it_once(pipeline: Posttrain) -> None:
-    done = pipeline("-m", *SHORT_PIPELINE, "stages=[sft,dpo]", "dpo.beta=0.1,0.5")
+    small = ("trainer.max_steps=2", "dpo.data.test_size=8")
+    done = pipeline("-m", *SHORT_PIPELINE, *small, "stages=[sft,dpo]", "dpo.beta=0.1,0.5")
     assert done.code == 0, done
     assert Path("outputs/demo/dpo/stage.beta=0.1/posttrain.json").is_file()
     assert Path("outputs/demo/dpo/stage.beta=0.5/posttrain.json").is_file()

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,8 @@ def test_a_sweep_ends_in_a_frontier_and_is_drawn_on_what_is_possible(posttrain: 
 
 
 def test_policies_without_ppo_are_compared(pipeline: Posttrain, trained: str) -> None:
+    for stage in ("reward", "ppo"):
+        shutil.rmtree(f"outputs/demo/{stage}")
     Path("outputs/demo/evaluation.json").unlink()
     done = pipeline(*SHORT_PIPELINE, "stages=[sft,dpo]")
     assert done.code == 0, done

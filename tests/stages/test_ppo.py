@@ -256,6 +256,8 @@ def test_a_ceiling_stops_the_run(posttrain: Posttrain, prompts: str) -> None:
 
 # Each hyperparameter, flipped, must change what is computed: (base, flip). What it changes is looked at as a whole:
 # the numbers of all rollouts and updates.
+FAST = ("stage.learning_rate=1e-2", "stage.value_learning_rate=1e-2")
+ADAPTIVE = ("stage.kl_horizon=10", "stage.kl_controller=adaptive", "stage.num_epochs=2")
 FLIPS = {
     "learning_rate": ((), "stage.learning_rate=2e-3"),
     "temperature": ((), "stage.temperature=0.5"),
@@ -263,24 +265,21 @@ FLIPS = {
     "num_mini_batches": ((), "stage.num_mini_batches=1"),
     "rollout_batch_size": ((), "stage.rollout_batch_size=16"),
     "max_new_tokens": ((), "stage.max_new_tokens=5"),
-    "clip_ratio": (("stage.learning_rate=1e-2",), "stage.clip_ratio=0.01"),
+    "clip_ratio": (FAST, "stage.clip_ratio=0.01"),
     "entropy_coef": ((), "stage.entropy_coef=1.0"),
     "gamma": ((), "stage.gamma=0.5"),
     "lam": ((), "stage.lam=0.1"),
     "whiten_advantages": ((), "stage.whiten_advantages=false"),
     "whiten_rewards": ((), "stage.whiten_rewards=true"),
     "vf_coef": ((), "stage.vf_coef=0.9"),
-    "cliprange_value": (("stage.value_learning_rate=1e-2",), "stage.cliprange_value=null"),
+    "cliprange_value": (FAST, "stage.cliprange_value=null"),
     "value_learning_rate": ((), "stage.value_learning_rate=1e-1"),
     "critic_warmup_steps": ((), "stage.critic_warmup_steps=4"),
-    "kl_coef": (("stage.learning_rate=1e-2",), "stage.kl_coef=5"),
-    "kl_estimator": (("stage.learning_rate=1e-2", "stage.kl_coef=5"), "stage.kl_estimator=k3"),
-    "kl_controller": (("stage.kl_horizon=10",), "stage.kl_controller=adaptive"),
-    "kl_target": (
-        ("stage.kl_horizon=10", "stage.kl_controller=adaptive", "stage.num_epochs=2"),
-        "stage.kl_target=1e-4",
-    ),
-    "kl_horizon": (("stage.kl_controller=adaptive",), "stage.kl_horizon=10"),
+    "kl_coef": (FAST, "stage.kl_coef=5"),
+    "kl_estimator": (FAST, "stage.kl_estimator=k3"),
+    "kl_controller": (ADAPTIVE, "stage.kl_controller=fixed"),
+    "kl_target": (ADAPTIVE, "stage.kl_target=1e-4"),
+    "kl_horizon": (ADAPTIVE, "stage.kl_horizon=10000"),
     "reward_scale": (("stage.whiten_advantages=false",), "stage.reward_scale=10"),
     "reward_clip": ((), "stage.reward_clip=0.5"),
     "length_penalty": ((), "stage.length_penalty=1"),
