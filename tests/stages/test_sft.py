@@ -50,7 +50,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(posttrain: Posttrain, rows: P
     test = write_rows(
         rows.parent / "test.jsonl", [{"instruction": "Say a.", "response": "a"}, long, long | {"input": "x"}]
     )
-    done = posttrain(f"data.dataset_name={rows}", f"data.dataset_test_split={test}", *SMALL, "stage.batch_size=2")
+    done = posttrain(f"data.dataset_name={rows}", f"data.dataset_test_split={test}", *SHORT, "stage.batch_size=2")
     assert done.code == 0, done
     model = AutoModelForCausalLM.from_pretrained("outputs/demo/sft/model")
     tokenizer = AutoTokenizer.from_pretrained("outputs/demo/sft/model")
