@@ -103,16 +103,25 @@ def test_every_relative_link_points_at_a_file(page: Path) -> None:
     assert not [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
-def test_the_other_commands_are_those_of_the_readme() -> None:
-    """tests/test_report.py runs evaluate, report and export as README has them."""
+def test_the_other_commands_are_read_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_report.py also runs evaluate, report and export as README has them."""
     from posttrain.chat import read_chat
+    from posttrain.cli.command import read_command, read_words
+    from posttrain.evaluate import read_evaluation
 
-    found = {line for page in DOCUMENTS for line in commands(page) if line.startswith("posttrain ")}
-    found = {line for line in found if line.split()[1] not in ("run", "pipeline")}
-    assert found <= set(commands(ROOT / "README.md"))
-    for line in found:
-        if line.startswith("posttrain chat"):
-            assert read_chat(shlex.split(line)[2:])
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "mine.jsonl", [{"prompt": "Say 1."}])
+    read = {
+        "evaluate": lambda words: read_command(read_evaluation(words)[2], to_come=None),
+        "chat": read_chat,
+        "report": lambda words: read_words(words, ["out"]),
+        "export": lambda words: read_words(words, ["to", "push_to_hub", "private"]),
+    }
+    lines = {line for page in DOCUMENTS for line in commands(page) if line.startswith("posttrain ")}
+    found = [shlex.split(line)[1:] for line in lines if line.split()[1] not in ("run", "pipeline")]
+    assert {name for name, *_ in found} == read.keys()
+    for name, *words in found:
+        assert read[name](words)
 
 
 @pytest.mark.parametrize("command", runs())
