@@ -62,7 +62,7 @@ class ProcessLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run every point that is not complete yet; a failed one is told, and the others go on."""
+        """Run every point that is not complete yet; a failed one is reported, and the others go on."""
         from posttrain.cli.launching import launch_command
         from posttrain.console import say
 
@@ -93,10 +93,10 @@ class ProcessLauncher(Launcher):
         HydraConfig.instance().set_config(config)  # the folder's name is made of it
         name = str(OmegaConf.select(config, "hydra.sweep.subdir"))
         folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))) / name
-        told: Any = OmegaConf.to_container(config.hydra.overrides.task)
+        overrides: Any = OmegaConf.to_container(config.hydra.overrides.task)
         given = command.parse(entry.typed).config_dir
         quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-        words = [*(accelerate or [sys.executable]), "-m", "posttrain.run", *told, f"hydra.run.dir='{quoted}'"]
+        words = [*(accelerate or [sys.executable]), "-m", "posttrain.run", *overrides, f"hydra.run.dir='{quoted}'"]
         return _Point(name, folder, config, [*words, *(["--config-dir", given] if given else [])])
 
     def _run(self, point: _Point, slots: "queue.Queue[list[str]]", prefixed: bool) -> None:
@@ -104,8 +104,8 @@ class ProcessLauncher(Launcher):
         from posttrain.console import fail, say
         from posttrain.errors import AlreadyToldError
 
-        told: Any = OmegaConf.to_container(point.config.hydra.overrides.task)
-        point.result.overrides = told
+        overrides: Any = OmegaConf.to_container(point.config.hydra.overrides.task)
+        point.result.overrides = overrides
         point.result.status = JobStatus.FAILED
         point.result.return_value = AlreadyToldError("stopped")
         if self.stopped is not None:

@@ -16,8 +16,8 @@ from posttrain.cli import completion
 from posttrain.cli.command import parse, read_words
 from posttrain.cli.entry import entry_point, guarded
 from posttrain.cli.help import COMMANDS, overview, recipe_lines
-from posttrain.config.check import nearest
-from posttrain.config.schema import STAGE_SCHEMAS
+from posttrain.config.stages import STAGES
+from posttrain.config.suggest import nearest
 from posttrain.console import say, show_table
 from posttrain.errors import ConfigError
 from posttrain.runs.folder import versions
@@ -45,7 +45,7 @@ def main() -> None:
 def _refuse(word: str) -> None:
     if "=" in word:
         raise ConfigError(f"posttrain needs a command first: posttrain run {' '.join(sys.argv[1:])}")
-    if word in STAGE_SCHEMAS:
+    if word in STAGES:
         raise ConfigError(f"{word} is a stage: posttrain run stage={word}")
     raise ConfigError(f"{word} is not one of {', '.join(COMMANDS)}{nearest(word, COMMANDS)}")
 

@@ -17,7 +17,6 @@ examples:
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from posttrain.cli.command import configure, read_words
 from posttrain.cli.entry import entry_point
@@ -27,6 +26,7 @@ from posttrain.devices import process_state
 from posttrain.errors import ConfigError
 from posttrain.models.load import load_causal_lm, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
+from posttrain.values import JsonObject
 
 NUMBERS = {"temperature": 0.7, "max_new_tokens": 256.0}
 
@@ -68,7 +68,7 @@ class Talker:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, text: str, numbers: dict[str, float]) -> str:
-        """Ask, write the answer to standard output as it is made, and keep both in the conversation."""
+        """Ask, write the completion to standard output as it is made, and keep both in the conversation."""
         import torch
         from transformers import TextStreamer
 
@@ -80,7 +80,7 @@ class Talker:
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
-        sampled: dict[str, Any] = {"do_sample": False}
+        sampled: JsonObject = {"do_sample": False}
         if numbers["temperature"] > 0:
             sampled = {"do_sample": True, "temperature": numbers["temperature"]}
         with torch.no_grad():

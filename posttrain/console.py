@@ -2,7 +2,6 @@
 
 import logging
 import logging.handlers
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ HARMLESS = (
     "`loss_type=None` was set in the config",  # transformers' own default for GPT-2
     "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",  # tied to the embeddings
     "The tokenizer has new PAD/BOS/EOS tokens",  # posttrain has set and saved them already
-    "The following generation flags are not valid",  # sampling settings that a greedy answer does not use
+    "The following generation flags are not valid",  # sampling settings that a greedy completion does not use
     "Failed to load CPU gemm_4bit_forward from kernels-community",  # the built-in kernel serves
     "`gradient_checkpointing` is deprecated",  # TRL's own default still uses that name
     "`is_gradient_checkpointing` is deprecated",
@@ -30,9 +29,6 @@ HARMLESS = (
     "The following arguments do not match the ones in the `trainer_state.json`",
     "'pin_memory' argument is set as true but no accelerator is found",
 )
-
-
-SHARES = {"accuracy", "ended_by_eos", "distinct_1", "distinct_2"}  # metrics that are shown as percentages
 
 
 # Characters that a terminal obeys, and what is shown in their place: data and models may hold any.
@@ -174,10 +170,3 @@ def logging_to_console(verbose: bool = True) -> Iterator[Callable[[Path], None]]
             root.removeHandler(handler)
             handler.close()
         root.setLevel(level)
-
-
-def number(name: str, value: float | None) -> str:
-    """A metric for a table: shares as percentages, what is missing as nothing."""
-    if value is None or math.isnan(value):
-        return ""
-    return f"{value:.1%}" if name in SHARES else f"{value:.4f}"

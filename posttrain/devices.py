@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from posttrain.errors import ConfigError, PosttrainError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 T = TypeVar("T")
@@ -18,6 +19,17 @@ def process_state() -> "PartialState":
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available() or cpu_only())
+
+
+def setup_device() -> "torch.device":
+    """The device of this process: the accelerator that accelerate gives it, or the CPU."""
+    device: torch.device = process_state().device
+    return device
+
+
+def world_size() -> int:
+    """How many processes were started, known before torch is imported."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_main_process(decide: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""The failures that a user is told about in one paragraph, and the exit code of each."""
+"""The errors that are printed in one paragraph instead of a traceback, and the exit code of each."""
 
 from collections.abc import Sequence
 
@@ -26,10 +26,10 @@ class DataError(PosttrainError, ValueError):
 
 
 class AlreadyToldError(PosttrainError):
-    """A point of a sweep has failed and told so; the sweep goes on, and ends with exit code 1."""
+    """A point of a sweep has failed and printed its error; the sweep goes on, and ends with exit code 1."""
 
 
-class Stopped(PosttrainError):  # noqa: N818, an orderly end is no error
+class Stopped(PosttrainError):  # noqa: N818, an orderly end is not an error
     """A signal ended the run after its checkpoint was written (exit code 128 + signal)."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -18,21 +18,21 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
+from posttrain.config.stages import STAGES
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.resolve import adapter_base, input_hashes, parent_of
 from posttrain.paths import PACKAGE
 from posttrain.runs.folder import MANIFEST, PARTS, RunFolder
+from posttrain.values import JsonObject
 
 TOLERANCE = 1e-3
 CARD = "README.md"
-TAGS = {"sft": "sft", "reward": "reward-trainer", "ppo": "ppo", "dpo": "dpo"}
 
 
 def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
@@ -54,7 +54,7 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
     return folder, options
 
 
-def model_card(manifest: dict[str, Any]) -> str:
+def model_card(manifest: JsonObject) -> str:
     """A card in the Hub's format: metadata, lineage, numbers, settings and versions."""
     base = manifest["config"]["model"]["base_model"]
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, (int, float))}
@@ -65,13 +65,13 @@ def model_card(manifest: dict[str, Any]) -> str:
         manifest=manifest,
         stage=manifest["stage"],
         base=None if base.startswith("posttrain/") or Path(base).exists() else base,
-        tag=TAGS[manifest["stage"]],
+        spec=STAGES[manifest["stage"]],
         metrics=metrics,
         settings={name: value for name, value in manifest["config"]["stage"].items() if value is not None},
     )
 
 
-def check_merge(folder: Path, manifest: dict[str, Any]) -> float | None:
+def check_merge(folder: Path, manifest: JsonObject) -> float | None:
     """The largest relative difference of logits between the merged model and base with adapter; None without one.
 
     Raises:
@@ -82,7 +82,7 @@ def check_merge(folder: Path, manifest: dict[str, Any]) -> float | None:
     from transformers import AutoModelForCausalLM
 
     adapter = folder / "adapter"
-    if not (adapter / "adapter_config.json").is_file() or manifest["stage"] == "reward":
+    if not (adapter / "adapter_config.json").is_file() or STAGES[manifest["stage"]].is_classifier:
         return None
     base = adapter_base(adapter)
     merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()

@@ -27,18 +27,16 @@ from posttrain import run
 from posttrain.cli.command import named_stages, parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import refuse_sweep_under_accelerate
-from posttrain.config.schema import DATA_FORMATS, STAGE_SCHEMAS, Config
-from posttrain.console import is_main_process, number, say, show_table
+from posttrain.config.schema import Config
+from posttrain.config.stages import EVALUATED_AS, FORMATS, INSTRUCTIONS, STAGES, followers
+from posttrain.console import is_main_process, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.models.resolve import data_required, with_inputs
+from posttrain.metrics.catalogue import formatted, label
+from posttrain.models.resolve import data_required, resolve
 from posttrain.report import write_report
 from posttrain.runs.folder import MANIFEST, locked, run_path
-from posttrain.stages import STAGES
 
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
-SWEPT = ("ppo", "dpo")  # stages that nothing is built on
-# the number that tells a newcomer what a stage did
-HEADLINES = {"sft": "eval_loss", "reward": "accuracy", "ppo": "reward", "dpo": "accuracy"}
 
 
 @dataclass
@@ -65,11 +63,11 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         if override.key_or_group in ("stage", "data"):
             problems[
                 f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(STAGES)}], "
-                f"set data with data.instructions=, data.preferences=, data.prompts="
+                f"set data with {', '.join(f'data.{name}=' for name in FORMATS)}"
             ] = None
     for place, stage in enumerate(stages):
         own, sweeps = _command(line.overrides, stage, stages)
-        if sweeps and stage not in SWEPT:
+        if sweeps and followers(stage):
             problems[
                 f"a sweep over {stage} would train everything after it again for each point; sweep it alone: "
                 f"posttrain run -m stage={stage} …"
@@ -88,7 +86,8 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     if any(override.is_sweep_override() for override in line.overrides) and not line.multirun and not line.prints:
         problems["a key has several values: add -m to sweep over them, or quote the value"] = None
     if line.multirun and not any(step.sweeps for step in steps):
-        problems["-m sweeps over nothing; give a key of ppo or dpo several values"] = None
+        last = " or ".join(name for name in STAGES if not followers(name))
+        problems[f"-m sweeps over nothing; give a key of {last} several values"] = None
     if problems:
         raise ConfigError(*problems)
     return steps
@@ -104,7 +103,7 @@ def _command(overrides: Sequence[Override], stage: str, stages: Sequence[str]) -
             own.append(translated)
     # an earlier result may be moved aside where the command says what is to come in its place
     named = {override.key_or_group.split(".")[-1] for override in overrides}
-    if named & {"recipes", "dataset_name", *(each.name for each in DATA_FORMATS.values())}:
+    if named & {"recipes", "dataset_name", *FORMATS}:
         own.insert(1, "move_aside=true")
     return own, sweeps
 
@@ -115,7 +114,7 @@ def _in_words_of(stage: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        data = f"data.{DATA_FORMATS[stage].name}"
+        data = f"data.{STAGES[stage].data_format.name}"
         texts = [text.replace("stage.", f"{stage}.").replace("data.dataset_name", data) for text in error.problems]
         raise ConfigError(*texts) from error
 
@@ -130,12 +129,12 @@ def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | N
     if name == "recipes":
         return f"recipes={value}/{stage}" if value not in ("null", "") else None
     first, _, rest = name.partition(".")
-    if first in STAGE_SCHEMAS:
+    if first in STAGES:
         if first != stage:
             return None
         return f"{prefix}{rest if rest.split('.')[0] in SECTIONS else f'stage.{rest}'}={value}"
-    if first == "data" and rest in [each.name for each in DATA_FORMATS.values()]:
-        return f"data.dataset_name={value}" if rest == DATA_FORMATS[stage].name else None
+    if first == "data" and rest in FORMATS:
+        return f"data.dataset_name={value}" if rest == STAGES[stage].data_format.name else None
     if name == "model.model_name_or_path" and stage != stages[0]:
         return None  # where the pipeline starts; what comes after starts from what it makes
     return str(override.input_line)
@@ -194,11 +193,12 @@ def show_pipeline(done: Sequence[Finished]) -> None:
     """What each stage has done, in a line."""
     rows = []
     for each in done:
-        name = HEADLINES[each.stage]
-        label = STAGES[each.stage].shown[name]
+        name = STAGES[each.stage].headline
         before, after = (each.metrics.get(key) for key in (f"{name}_before", name))
-        numbers = " → ".join(number(name, value) for value in (before, after) if value is not None)
-        rows.append((each.stage, label if numbers else "sweep", numbers, f"{each.seconds:.0f} s", str(each.folder)))
+        numbers = " → ".join(formatted(name, value) for value in (before, after) if value is not None)
+        rows.append(
+            (each.stage, label(name) if numbers else "sweep", numbers, f"{each.seconds:.0f} s", str(each.folder))
+        )
     show_table("pipeline", ("stage", "", "", "took", "folder"), rows)
 
 
@@ -208,23 +208,26 @@ def main() -> None:
 
 
 def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> None:
-    """Put SFT, PPO and DPO side by side on PPO's held-out prompts, where there are any."""
+    """Put the policies side by side on held-out prompts, where there are any."""
     from posttrain.evaluate import evaluate_into
 
     folders = {each.stage: str(each.folder) for each in done if each.metrics}
-    policies = [folders[stage] for stage in ("sft", "ppo", "dpo") if stage in folders]
-    if "sft" not in folders or len(policies) < 2:
+    policies = [folders[name] for name, spec in STAGES.items() if name in folders and not spec.is_classifier]
+    trained_first = next(spec.name for spec in STAGES.values() if spec.data_format is INSTRUCTIONS)
+    if trained_first not in folders or len(policies) < 2:
         return
     overrides = parse(arguments).overrides
     names = {override.key_or_group for override in overrides}
-    if "ppo" not in folders and not names & {"recipes", "data.prompts"}:
-        say("no evaluation: name prompts to answer with data.prompts=<source>")
+    prompts, online = EVALUATED_AS.data_format.name, EVALUATED_AS.name
+    if online not in folders and not names & {"recipes", f"data.{prompts}"}:
+        say(f"no evaluation: name prompts to completion with data.{prompts}=<source>")
         return
     single = [override for override in overrides if not override.is_sweep_override()]
-    ppo, sft = (
-        read_command(_command(single, stage, ("sft", stage))[0], list(STAGES)).config for stage in ("ppo", "sft")
+    asked, said = (
+        read_command(_command(single, stage, (trained_first, stage))[0], list(STAGES)).config
+        for stage in (online, trained_first)
     )
-    evaluate_into(with_inputs(ppo, to_come=("reward",))[0], policies, with_inputs(sft)[0].data)
+    evaluate_into(resolve(asked, STAGES).config, policies, resolve(said).config.data)
 
 
 def _main(arguments: Sequence[str]) -> None:

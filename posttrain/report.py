@@ -13,7 +13,6 @@ examples:
 
 import sys
 from collections.abc import Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +20,20 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
-from posttrain.console import number, say
+from posttrain.config.stages import STAGES, followers
+from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
+from posttrain.metrics.catalogue import formatted, label, with_gold_apart
+from posttrain.metrics.charts import Chart, Series, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import MANIFEST, read_json, read_lines
-from posttrain.stages import STAGES
+from posttrain.values import JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
-TITLES = {
-    "sft": "Supervised fine-tuning",
-    "reward": "Reward model",
-    "ppo": "PPO",
-    "dpo": "DPO",
-}
-# what is drawn of each stage: (title, unit, series of metrics.jsonl)
-CURVES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
-    "sft": [("loss per token", ("loss", "eval_loss"))],
-    "reward": [("loss (Bradley–Terry)", ("loss", "eval_loss"))],
-    "ppo": [
-        ("reward", ("reward", "eval_reward")),
-        ("gold reward", ("eval_gold",)),
-        ("KL from the reference (nats per answer)", ("kl", "eval_kl")),
-        ("response length (tokens)", ("response_length", "eval_response_length")),
-        ("entropy (nats per token)", ("entropy",)),
-        ("explained variance of the critic", ("explained_variance",)),
-    ],
-    "dpo": [
-        ("loss", ("loss", "eval_loss")),
-        ("accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
-        ("KL from the reference (nats per answer)", ("eval_kl",)),
-    ],
-}
 SAMPLES = 4
 ANSWERS = 6  # of the evaluation, side by side
 
@@ -75,58 +53,11 @@ def stage_folders(path: Path) -> list[Path]:
     found = [path / stage for stage in STAGES if (path / stage / MANIFEST).is_file()]
     found += [point.parent for stage in (*STAGES, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
     if not found:
-        raise ConfigError(f"{path}: no finished stage is there ({MANIFEST} ends one)")
+        raise ConfigError(f"{path} is not a finished run (no {MANIFEST} in it or in its folders)")
     return found
 
 
-def chart(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], labels: Sequence[str] = ()) -> str:
-    """A small line chart as SVG whose colours serve on light and dark pages; `labels` name the points of a frontier."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    grey = "#808080"
-    style: Any = {
-        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), grey),
-        **{"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "svg.hashsalt": title},
-        **{"axes.spines.top": False, "axes.spines.right": False},
-    }
-    with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(3.7, 2.3), layout="constrained")
-        for (label, points), (colour, marker) in zip(series, (("#4c8dd6", ""), ("#e08a2e", "o")), strict=False):
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
-        for (x, y), label in zip(series[-1][1] if labels else [], labels, strict=False):
-            axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axes.set_title(title, fontsize=10)
-        if len([points for _, points in series if points]) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        if labels:
-            axes.set_xlabel("KL from the reference (nats per answer)")
-            axes.margins(0.2)
-        written = StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    drawn = written.getvalue()
-    return drawn[drawn.index("<svg") :]
-
-
-def _curves(stage: str, entries: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for title, names in CURVES[stage]:
-        series = [
-            (
-                "held out" if name.startswith("eval_") else "training",
-                [(entry["step"], entry[name]) for entry in entries if name in entry],
-            )
-            for name in names
-        ]
-        if any(len(points) > 1 for _, points in series):
-            both = series if len(series) == 2 else [("", []), *series] if names[0].startswith("eval_") else series
-            yield chart(title, both)
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in node.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -134,7 +65,7 @@ def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _stage(folder: Path) -> dict[str, Any]:
+def _stage(folder: Path) -> JsonObject:
     manifest = _json(folder / MANIFEST)
     name, metrics = manifest["stage"], manifest["metrics"]
     log = folder / "run.log"
@@ -147,17 +78,17 @@ def _stage(folder: Path) -> dict[str, Any]:
     rollouts = read_lines(folder / "rollouts.jsonl")
     return {
         "name": name,
-        "title": TITLES[name] + ("" if "=" not in folder.name else f", {folder.name}"),
+        "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
         "anchor": folder.name,
         "point": "=" in folder.name,
         "folder": str(folder),
         "manifest": manifest,
         "numbers": [
-            (label, number(key, metrics.get(f"{key}_before")), number(key, metrics.get(key)))
-            for key, label in comparison.shown_apart(STAGES[name].shown, metrics).items()
+            (label(key), formatted(key, metrics.get(f"{key}_before")), formatted(key, metrics.get(key)))
+            for key in with_gold_apart(STAGES[name].shown, metrics)
             if key in metrics
         ],
-        "curves": list(_curves(name, read_lines(folder / "metrics.jsonl"))),
+        "curves": [draw([each]) for each in curves(STAGES[name].charts, read_lines(folder / "metrics.jsonl"))],
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
         "rollouts": rollouts[:2] + rollouts[-4:] if len(rollouts) > 6 else rollouts,
@@ -172,25 +103,25 @@ def _stage(folder: Path) -> dict[str, Any]:
     }
 
 
-def _frontiers(path: Path, stages: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each point of a sweep gained, over the KL that it cost.
+def _frontiers(path: Path, stages: Sequence[JsonObject]) -> Iterator[str]:
+    """What each point of a sweep gained, over the KL that it spent.
 
     Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
     as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
     """
-    for name, key in (("ppo", "reward"), ("ppo", "gold"), ("dpo", "accuracy")):
-        points = [s for s in stages if s["name"] == name and s["point"] and "kl" in s["manifest"]["metrics"]]
-        points = [point for point in points if key in point["manifest"]["metrics"]]
+    for spec, key in [(each, key) for each in STAGES.values() for key in each.frontier]:
+        points = [s for s in stages if s["name"] == spec.name and s["point"]]
+        points = [point for point in points if {"kl", key} <= point["manifest"]["metrics"].keys()]
         points.sort(key=lambda point: point["manifest"]["metrics"]["kl"])
         if len(points) > 1:
+            theory = [(each["kl"], each[key]) for each in _json(path / spec.name / FRONTIER) or [] if key in each]
             places = [(p["manifest"]["metrics"]["kl"], p["manifest"]["metrics"][key]) for p in points]
-            labels = [point["anchor"].removeprefix("stage.") for point in points]
-            theory = [(each["kl"], each[key]) for each in _json(path / name / FRONTIER) or [] if key in each]
-            series = [("best possible", theory), ("measured", places)]
-            yield chart(f"{TITLES[name]}: {STAGES[name].shown[key]}", series, labels)
+            series = [Series("best possible", theory), Series("measured", places, True)]
+            names = [point["anchor"].removeprefix("stage.") for point in points]
+            yield draw([Chart(f"{spec.title}: {label(key)}", series, label("kl"), names)])
 
 
-def _evaluation(path: Path) -> dict[str, Any] | None:
+def _evaluation(path: Path) -> JsonObject | None:
     found = _json(path / comparison.FILE)
     if not found:
         return None
@@ -206,6 +137,12 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
             for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
         ],
     }
+
+
+def _columns() -> list[list[str]]:
+    """The stages from left to right, each after what it follows; those that nothing follows stand last, together."""
+    inner = [[spec.name] for spec in STAGES.values() if followers(spec.name)]
+    return [*inner, [spec.name for spec in STAGES.values() if not followers(spec.name)]]
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
@@ -227,7 +164,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(runs=runs, order=list(STAGES), titles=TITLES)
+    page = environment.get_template("report.html.jinja").render(runs=runs, columns=_columns())
     names = "-".join(path.resolve().name for path in paths)
     file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{names}.html"))
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:

@@ -8,32 +8,34 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from posttrain.cli.entry import command_line
 from posttrain.cli.next_steps import next_commands, quoted, relative
 from posttrain.config.check import to_dict
-from posttrain.config.schema import Config, PPOStage
-from posttrain.console import is_main_process, logging_to_console, number, say, show_table, warn
-from posttrain.data.sources import is_local_data
-from posttrain.devices import on_main_process
+from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES, OnlineStage
+from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
+from posttrain.data.sources import Given, is_local_data
+from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
-from posttrain.metrics.comparison import shown_apart
+from posttrain.metrics.catalogue import formatted, label, with_gold_apart
+from posttrain.metrics.charts import curves, draw
 from posttrain.metrics.trackers import Cells, log_tables
 from posttrain.models.generate import panel
 from posttrain.models.load import load_tokenizer, prepare_base
 from posttrain.models.resolve import (
+    Resolved,
     all_reward_functions,
     code_hashes,
-    input_folders,
     input_hashes,
     is_local_model,
     parent_of,
+    resolve,
     weight_hashes,
-    with_inputs,
 )
 from posttrain.models.saving import save_model
 from posttrain.paths import EMBEDDED
@@ -41,13 +43,22 @@ from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, write_atomically
-from posttrain.runs.folder import RunFolder, State, locked, remove_if_empty, run_path, versions
+from posttrain.runs.folder import RunFolder, State, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
-from posttrain.stages import STAGES
-from posttrain.stages.base import Judgement, Prepared, Work
+from posttrain.stages.base import EvalResult, StageContext, StageData, stage_named
+from posttrain.values import JsonObject
 
-PANEL_SIZE = 64  # held-out prompts that a stage may have answered
+if TYPE_CHECKING:
+    import pandas
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from posttrain.data.formats import Example
+    from posttrain.runs.safe_trainer import SafeTrainer
+
+PANEL_SIZE = 64  # held-out prompts that a stage may have completed
 PANEL_SHOWN = 3
+TRAIN, EVAL = "train_dataset", "eval_dataset"  # what rows that a Python caller brings are called
 
 
 @dataclass
@@ -57,15 +68,31 @@ class Result:
     folder: Path
     model: Path
     metrics: dict[str, float]
-    objective: float
+    objective: float  # the metric that a sweep compares
+
+    @property
+    def history(self) -> "pandas.DataFrame":
+        """What was logged, a row for each line of metrics.jsonl."""
+        import pandas
+
+        return pandas.DataFrame(read_lines(RunFolder(self.folder).metrics))
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The finished model and its tokenizer, as anyone would load them from `model`."""
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        manifest = RunFolder(self.folder).manifest()
+        assert manifest is not None
+        scores = STAGES[manifest["stage"]].is_classifier
+        kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        return kind.from_pretrained(self.model), AutoTokenizer.from_pretrained(self.model)
 
 
 @contextlib.contextmanager
-def _network_only_where_needed(config: Config, to_come: Collection[str]) -> Iterator[None]:
+def _network_only_where_needed(config: Config, has_rows: bool) -> Iterator[None]:
     """No telemetry ever, and no look at the Hub when model and data are here; what the user set stays."""
     wanted = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    resolved, _ = with_inputs(config, to_come)
-    if is_local_model(resolved.model) and is_local_data(resolved.data):
+    if is_local_model(config.model) and (has_rows or is_local_data(config.data)):
         wanted["HF_HUB_OFFLINE"] = "1"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -76,10 +103,19 @@ def _network_only_where_needed(config: Config, to_come: Collection[str]) -> Iter
             del os.environ[name]
 
 
-def run_stage(config: Config, path: Path | None = None, to_come: Collection[str] = ()) -> Result | None:
+def run_stage(
+    config: Config,
+    path: Path | None = None,
+    to_come: Collection[str] = (),
+    *,
+    train_dataset: "Dataset | None" = None,
+    eval_dataset: "Dataset | None" = None,
+    callbacks: "Sequence[TrainerCallback]" = (),
+) -> Result | None:
     """Run the stage that `config` describes, in the folder `path` if it is given; None for a dry run.
 
-    A dry run does without what the stages `to_come` will make.
+    Rows of `train_dataset` and `eval_dataset`, in the stage's documented format, stand in for data.dataset_name;
+    without `eval_dataset`, data.test_size holds some out. A dry run does without what the stages `to_come` will make.
 
     Raises:
         ConfigError, DataError: before any weight is loaded.
@@ -87,16 +123,24 @@ def run_stage(config: Config, path: Path | None = None, to_come: Collection[str]
         PosttrainError: the run failed, and why.
     """
     folder = RunFolder(path or run_path(config))
+    given = {} if train_dataset is None else {TRAIN: train_dataset}
+    if eval_dataset is not None:
+        given[EVAL] = eval_dataset
+    if given:
+        held_out = EVAL if eval_dataset is not None else None
+        data = replace(config.data, dataset_name=TRAIN, dataset_train_split=TRAIN, dataset_test_split=held_out)
+        config = replace(config, data=data)
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_network_only_where_needed(config, to_come))
+            resolved = resolve(config, to_come)
+            stack.enter_context(_network_only_where_needed(resolved.config, bool(given)))
             open_log = stack.enter_context(logging_to_console(verbose=not config.dry_run))
             if config.dry_run:
-                _dry_run(config, to_come)
+                _dry_run(resolved, given)
                 return None
             on_main_process(lambda: stack.enter_context(locked(folder.path)))
             stack.enter_context(_leaving_no_trace(folder))
-            return _run(config, folder, open_log)
+            return _run(resolved, folder, open_log, given, callbacks)
     finally:
         if is_main_process():
             remove_if_empty(folder.path)  # Hydra makes it before it is known whether a run begins
@@ -113,109 +157,121 @@ def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
             shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def _dry_run(config: Config, to_come: Collection[str]) -> None:
+def _dry_run(resolved: Resolved, given: Given) -> None:
     """Everything that can be known without loading a model."""
-    config, why = with_inputs(config, to_come)
-    tokenizer, prepared = _prepare(config, why, "sft" not in to_come)
-    show_dry_run(config, prepared, _processes())
-    answer = config.stage.max_new_tokens if isinstance(config.stage, PPOStage) else 0
-    longest = config.stage.max_length if config.trainer.get("packing") else max(prepared.train.lengths) + answer
-    show_memory(config, tokenizer, longest, answer, _processes())
+    config = resolved.config
+    tokenizer, data = _prepare(resolved, given)
+    show_dry_run(config, data, world_size())
+    completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
+    longest = config.stage.max_length if config.trainer.get("packing") else max(data.train.lengths) + completion
+    show_memory(config, tokenizer, longest, completion, world_size())
     say("dry run: nothing was trained or written")
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _prepare(config: Config, why: str, expects_sft: bool = True) -> tuple[Any, Prepared]:
+def _prepare(resolved: Resolved, given: Given) -> tuple["PreTrainedTokenizerBase", StageData]:
+    config = resolved.config
     chosen = config.model.start
     random = config.model.from_scratch or chosen == EMBEDDED
-    say(f"model: {chosen} ({why}{', random weights' if random else ''})")
-    if expects_sft and config.stage.name != "sft" and chosen == config.model.base_model:
+    say(f"model: {chosen} ({resolved.why}{', random weights' if random else ''})")
+    before = next(iter(STAGES[config.stage.name].follows), None)
+    if before is not None and before not in resolved.to_come and chosen == config.model.base_model:
         warn(
-            f"stage={config.stage.name} expects an SFT model, and {config.output_dir}/{config.run_name}/sft is not "
-            f"there: run stage=sft run_name={config.run_name} first, or name one with model.model_name_or_path=…"
+            f"stage={config.stage.name} expects a model from stage={before}, and "
+            f"{config.output_dir}/{config.run_name}/{before} is not there: run stage={before} "
+            f"run_name={config.run_name} first, or name one with model.model_name_or_path=…"
         )
     if (Path(chosen) / CHECKPOINT).is_file():
         warn(f"{chosen} is a checkpoint from inside a run, not the result of one; that is {Path(chosen).parent}")
     tokenizer, notes = load_tokenizer(config.model)
     for note in notes:
         say(note)
-    return tokenizer, STAGES[config.stage.name].prepare(config, tokenizer)
+    return tokenizer, stage_named(config.stage.name).prepare(config, tokenizer, given)
 
 
-def _identity(config: Config, prepared: Prepared) -> dict[str, Any]:
+def _identity(resolved: Resolved, prepared: StageData) -> JsonObject:
+    config = resolved.config
     return {
         "config": to_dict(config),
         "data": {"fingerprint": prepared.splits.fingerprint()},
-        **{name: input_hashes(folder) for name, folder in input_folders(config).items()},
+        **{name: input_hashes(folder) for name, folder in resolved.folders.items()},
         "chat_template": hashlib.sha256(str(prepared.encoder.tokenizer.chat_template).encode()).hexdigest(),
         "code": code_hashes(all_reward_functions(config)),
-        "processes": _processes(),
+        "processes": world_size(),
         "versions": versions(),
     }
 
 
-def _run(config: Config, folder: RunFolder, open_log: Callable[[Path], None]) -> Result:
-    config, why = with_inputs(config)
-    stage = STAGES[config.stage.name]
-    tokenizer, prepared = _prepare(config, why)
-    identity = _identity(config, prepared)
+def _run(
+    resolved: Resolved,
+    folder: RunFolder,
+    open_log: Callable[[Path], None],
+    given: Given,
+    callbacks: "Sequence[TrainerCallback]",
+) -> Result:
+    config = resolved.config
+    stage, spec = stage_named(config.stage.name), STAGES[config.stage.name]
+    # 1. read the data, and see what is in the folder already
+    tokenizer, data = _prepare(resolved, given)
+    identity = _identity(resolved, data)
     state = on_main_process(lambda: folder.claim(identity, config.overwrite, config.move_aside))
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
         say(f"already complete: {folder.path}, and nothing has changed (finished {manifest['finished']})")
-        return _result(folder, manifest["metrics"], stage.objective)
+        return _result(folder, manifest["metrics"], spec.objective)
     checkpoint = on_main_process(lambda: _begin(folder, identity, state))
     open_log(folder.log)
-    show_data(config, prepared)
+    show_data(config, data)
 
+    # 2. load, and prove that the start is right
     base = prepare_base(config.model, tokenizer, folder.base)
-    loaded = stage.load(config, tokenizer, base)
-    trainer = stage.build(config, prepared, loaded, tokenizer, folder.path)
+    rows = data.test.rows if data.test else data.train.rows
+    shown = panel(rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
+    context = StageContext(config, data, shown, base, folder)
+    trainer = stage.build(context, stage.load(config, tokenizer, base))
     show_progress(trainer, folder.metrics, checkpoint)
-    _check_start(config, identity)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    _check_start(resolved, identity)
     folder.trains = True
     parameters = list(trainer.model.parameters())
     counts = (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-    show_plan(config, prepared, _processes(), len(trainer.train_dataset), counts)
+    show_plan(config, data, world_size(), len(trainer.train_dataset), counts)
     say(f"device: {trainer.args.device}, precision: {trainer.accelerator.mixed_precision.replace('no', 'fp32')}")
+    stage.preflight(context, trainer)
+    before = stage.evaluate_model(context, trainer)
 
-    rows = prepared.test.rows if prepared.test else prepared.train.rows
-    shown = panel(rows, prepared.encoder, PANEL_SIZE, prepared.room - prepared.new_tokens)
-    work = Work(config, prepared, trainer, shown, base, folder)
-    stage.preflight(work)
-    before = stage.judge(work)
-
+    # 3. train
     tokens_per_second = _train(trainer, checkpoint)
 
+    # 4. evaluate, save, and only then call it finished
     say("training is done; evaluating and saving")
-    after = stage.judge(work)
+    after = stage.evaluate_model(context, trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
         **({"train_loss": losses[-1]} if losses else {}),
         **{f"{name}_before": value for name, value in before.metrics.items() if not math.isnan(value)},
         **{name: value for name, value in after.metrics.items() if not math.isnan(value)},
         "tokens_per_second": tokens_per_second,
-        "trained_tokens": trainer.trained_tokens or round(prepared.train.loss_tokens * trainer.state.epoch),
+        "trained_tokens": trainer.trained_tokens or round(data.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
     }
     save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
         for name, content in {**after.files, **_samples(shown, before, after)}.items():
             write_atomically(folder.path / name, json.dumps(content, indent=1, ensure_ascii=False))
-        if stage.draw is not None:
-            stage.draw(folder)
+        if spec.is_online:
+            charts = list(curves(spec.charts, read_lines(folder.metrics)))
+            if charts:
+                write_atomically(folder.curves, draw(charts))
         log_tables(trainer, _tables(shown, before, after))
-        folder.finish(_manifest(config, prepared, identity, metrics))
+        folder.finish(_manifest(resolved, data, identity, metrics))
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
-    return _result(folder, metrics, stage.objective)
+    return _result(folder, metrics, spec.objective)
 
 
-def _begin(folder: RunFolder, identity: dict[str, Any], state: State) -> Path | None:
+def _begin(folder: RunFolder, identity: JsonObject, state: State) -> Path | None:
     """Write down what the run is; returns the checkpoint to go on from."""
     checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
     for fault in faults:
@@ -226,18 +282,18 @@ def _begin(folder: RunFolder, identity: dict[str, Any], state: State) -> Path | 
     return checkpoint
 
 
-def _check_start(config: Config, identity: dict[str, Any]) -> None:
+def _check_start(resolved: Resolved, identity: JsonObject) -> None:
     """What has been loaded is what was hashed: another command may have replaced it meanwhile.
 
     Raises:
         PosttrainError: it is not.
     """
-    for name, folder in input_folders(config).items():
+    for name, folder in resolved.folders.items():
         if weight_hashes(folder) != identity[name]:
             raise PosttrainError(f"{folder} has changed while this stage loaded it; start the same command again")
 
 
-def _train(trainer: Any, checkpoint: Path | None) -> float:
+def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
     """Train to the end, from the checkpoint if there is one; returns tokens per second.
 
     Raises:
@@ -265,29 +321,29 @@ def _train(trainer: Any, checkpoint: Path | None) -> float:
     return float(tokens / (time.monotonic() - started))
 
 
-def _tell_best(trainer: Any) -> None:
+def _tell_best(trainer: "SafeTrainer") -> None:
     if trainer.args.load_best_model_at_end:
         best, name = Path(trainer.state.best_model_checkpoint).name, trainer.args.metric_for_best_model
         say(f"the result is the best checkpoint: {best}, {name} {trainer.state.best_metric:.4g}")
 
 
-def _samples(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, Any]:
+def _samples(shown: "Sequence[Example]", before: EvalResult, after: EvalResult) -> JsonObject:
     """The prompt panel as samples.json."""
     return (
         {
             "samples.json": [
                 {"prompt": row.prompt, "reference": row.reference, "before": old._asdict(), "after": new._asdict()}
-                for row, old, new in zip(shown, before.answers, after.answers, strict=False)
+                for row, old, new in zip(shown, before.completions, after.completions, strict=False)
             ]
         }
-        if after.answers
+        if after.completions
         else {}
     )
 
 
-def _tables(shown: list[Any], before: Judgement, after: Judgement) -> dict[str, Cells]:
-    answered = zip(shown, before.answers, after.answers, strict=False)
-    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in answered]
+def _tables(shown: "Sequence[Example]", before: EvalResult, after: EvalResult) -> dict[str, Cells]:
+    completed = zip(shown, before.completions, after.completions, strict=False)
+    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed]
     return {
         "samples": Cells(("prompt", "before", "after"), samples),
         "report card": Cells(("", "value"), after.table),
@@ -298,13 +354,14 @@ def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Res
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
 
 
-def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+def _manifest(resolved: Resolved, data: StageData, identity: JsonObject, metrics: JsonObject) -> JsonObject:
     import torch
 
+    config = resolved.config
     names = {"model": config.model.start}
-    if isinstance(config.stage, PPOStage):
+    if isinstance(config.stage, OnlineStage):
         names["reward_model"] = str(config.stage.reward_model)
-    parents = {name: parent_of(folder) for name, folder in input_folders(config).items()}
+    parents = {name: parent_of(folder) for name, folder in resolved.folders.items()}
     return {
         "format": 1,
         "stage": config.stage.name,
@@ -316,9 +373,9 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
             for name, parent in parents.items()
         },
         "data": {
-            "sources": prepared.splits.sources,
-            "counts": {name: asdict(counts) for name, counts in prepared.splits.counts.items()},
-            "notes": prepared.splits.notes,
+            "sources": data.splits.sources,
+            "counts": {name: asdict(counts) for name, counts in data.splits.counts.items()},
+            "notes": data.splits.notes,
             **identity["data"],
         },
         "metrics": metrics,
@@ -329,16 +386,21 @@ def _manifest(config: Config, prepared: Prepared, identity: dict[str, Any], metr
 
 
 def _show_result(
-    config: Config, folder: RunFolder, metrics: dict[str, Any], shown: list[Any], before: Judgement, after: Judgement
+    config: Config,
+    folder: RunFolder,
+    metrics: JsonObject,
+    shown: "Sequence[Example]",
+    before: EvalResult,
+    after: EvalResult,
 ) -> None:
     rows: list[tuple[str, ...]] = []
-    for name, label in shown_apart(STAGES[config.stage.name].shown, after.metrics).items():
-        values = [number(name, judgement.metrics.get(name)) for judgement in (before, after)]
+    for name in with_gold_apart(STAGES[config.stage.name].shown, after.metrics):
+        values = [formatted(name, result.metrics.get(name)) for result in (before, after)]
         if any(values):
-            rows.append((label, *values))
+            rows.append((label(name), *values))
     show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
-    answered = list(zip(shown, before.answers, after.answers, strict=False))
-    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in answered[:PANEL_SHOWN]]
+    completed = list(zip(shown, before.completions, after.completions, strict=False))
+    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
     if samples:
         cells = [tuple(map(_short, each)) for each in samples]
         show_table("sample completions", ("prompt", "before", "after"), cells)
@@ -350,7 +412,7 @@ def _show_result(
         ("model", relative(folder.model)),
     ]
     show_table("result", ("", ""), more, headed=False)
-    if answered:
+    if completed:
         say(f"try it:\n  posttrain chat {quoted(relative(folder.path))}")
     following = next_commands(config, folder.path)
     if following:

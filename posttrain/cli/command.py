@@ -16,11 +16,13 @@ from yaml import YAMLError
 
 from posttrain import paths
 from posttrain.cli.files import check_files, hydra_problems
-from posttrain.config.check import check, nearest
-from posttrain.config.schema import STAGE_SCHEMAS, Config
+from posttrain.config.check import check
+from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES
+from posttrain.config.suggest import nearest
 from posttrain.data.sources import check_source
 from posttrain.errors import ConfigError
-from posttrain.models.resolve import input_folders, with_data, with_models
+from posttrain.models.resolve import resolve, with_data, with_models
 from posttrain.runs.folder import check_path
 
 OmegaConf.register_new_resolver("posttrain_point", lambda name: name.replace("+", "").replace("/", "_"), replace=True)
@@ -74,7 +76,7 @@ def parse(arguments: Sequence[str]) -> Line:
     """Take apart the command line of an entry point whose words go to Hydra.
 
     Raises:
-        ConfigError: a flag is unknown, a word is no override, or --config-dir is no folder.
+        ConfigError: a flag is unknown, a word is not an override, or --config-dir is not a folder.
     """
     flags = _flags(arguments)
     if flags.config_dir is not None and not Path(flags.config_dir).is_dir():
@@ -126,18 +128,18 @@ def named_stages(overrides: Sequence[Override]) -> list[str]:
             value = override.value()
             names = [str(name) for name in value] if isinstance(value, list) else _values(override)
             if not names:
-                raise ConfigError(f"{override.input_line} names no stage; it may name {', '.join(STAGE_SCHEMAS)}")
+                raise ConfigError(f"{override.input_line} names no stage; it may name {', '.join(STAGES)}")
             for name in names:
-                if name not in STAGE_SCHEMAS:
-                    known = ", ".join(STAGE_SCHEMAS)
-                    text = f"{override.key_or_group}={name} is not one of {known}{nearest(name, STAGE_SCHEMAS)}"
+                if name not in STAGES:
+                    known = ", ".join(STAGES)
+                    text = f"{override.key_or_group}={name} is not one of {known}{nearest(name, STAGES)}"
                     raise ConfigError(text)
             named += names
-    return [name for name in STAGE_SCHEMAS if name in named]
+    return [name for name in STAGES if name in named]
 
 
 def groups(config_dir: str | None) -> dict[str, list[str]]:
-    """Config group -> its options, those of --config-dir among them; what others start from is no option."""
+    """Config group -> its options, those of --config-dir among them; a base that others start from is not one."""
     found: dict[str, list[str]] = {}
     own = [paths.RECIPES, *(folder for folder in sorted(paths.CONF.iterdir()) if folder.is_dir())]
     more = [folder for folder in Path(config_dir).iterdir() if folder.is_dir()] if config_dir else []
@@ -234,10 +236,8 @@ def _compose_all(
 def _check_inputs(config: Config, to_come: Collection[str] | None) -> None:
     """Refuse a source, a model or a run folder that cannot be, before anything slow is imported."""
     check_path(config)
-    resolved, _ = with_models(config, STAGE_SCHEMAS if to_come is None else to_come)
-    if to_come is not None:
-        input_folders(resolved)
-    check_source(with_data(resolved).data)
+    found = with_data(with_models(config, STAGES)[0]) if to_come is None else resolve(config, to_come).config
+    check_source(found.data)
 
 
 def read_command(arguments: Sequence[str], to_come: Collection[str] | None = ()) -> Command:

@@ -10,7 +10,7 @@ import hydra
 
 from posttrain import paths
 from posttrain.cli.help import COMMANDS, recipe_lines
-from posttrain.config.schema import DATA_FORMATS, STAGE_SCHEMAS
+from posttrain.config.stages import FORMATS, STAGES
 from posttrain.errors import ConfigError
 
 SECTIONS = ("data.", "trainer.", "model.")
@@ -37,12 +37,12 @@ def complete(arguments: Sequence[str]) -> None:
 def _of_pipeline(word: str, arguments: Sequence[str]) -> list[str]:
     """The keys of a stage under its name, and what goes to all stages."""
     stage, dot, rest = word.partition(".")
-    if dot and stage in STAGE_SCHEMAS:
+    if dot and stage in STAGES:
         own = [match.removeprefix("stage.") for match in _matches([f"stage={stage}", f"stage.{rest}"], arguments)]
         others = [match for match in _matches([f"stage={stage}", rest], arguments) if match.startswith(SECTIONS)]
         return [f"{stage}.{match}" for match in own + others]
-    mine = ["stages=", *(f"{name}." for name in STAGE_SCHEMAS)]
-    mine += [f"data.{name}=" for name in dict.fromkeys(each.name for each in DATA_FORMATS.values())]
+    mine = ["stages=", *(f"{name}." for name in STAGES)]
+    mine += [f"data.{name}=" for name in FORMATS]
     others = [match for match in _matches([word], arguments) if not match.startswith(("stage", "data"))]
     return [match for match in mine if match.startswith(word)] + others
 

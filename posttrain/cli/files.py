@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
@@ -112,9 +111,9 @@ def _below(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith((f"{prefix}.", f"{prefix}/")) for prefix in prefixes)
 
 
-def _values(node: DictConfig) -> Iterator[tuple[str, Any]]:
+def _values(node: DictConfig) -> Iterator[tuple[str, object]]:
     plain = OmegaConf.to_container(node, resolve=False)
-    waiting: list[tuple[str, Any]] = [("hydra", plain)]
+    waiting: list[tuple[str, object]] = [("hydra", plain)]
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, dict) and value:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain import paths
-from posttrain.config.check import nearest
+from posttrain.config.suggest import nearest
 from posttrain.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def launch_command(name: str, gpus: int = 0) -> list[str]:
     """`accelerate launch` with a shipped configuration or a file, on a free port; `gpus`: as many processes.
 
     Raises:
-        ConfigError: there is no such configuration.
+        ConfigError: the configuration does not exist.
     """
     shipped = {file.stem: file for file in paths.ACCELERATE_CONFIGS.glob("*.yaml")}
     file = shipped.get(name, Path(name))
@@ -41,8 +41,8 @@ def refuse_sweep_under_accelerate(module: str, arguments: Sequence[str]) -> None
         ConfigError: with the command that does what was meant.
     """
     if under_accelerate():
-        told = " ".join(argument for argument in arguments if argument not in ("-m", "--multirun"))
+        words = " ".join(argument for argument in arguments if argument not in ("-m", "--multirun"))
         raise ConfigError(
             "-m does not work under accelerate launch; let the sweep start accelerate for each point: "
-            f"python -m {module} -m {told} hydra.launcher.accelerate_config=<name or file>"
+            f"python -m {module} -m {words} hydra.launcher.accelerate_config=<name or file>"
         )

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from posttrain import paths
 from posttrain.cli import entry
-from posttrain.config.schema import DATA_FORMATS, Config
+from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES, StageSpec, followers
 from posttrain.models.resolve import of_quickstart
 from posttrain.runs.folder import run_path
 
-FOLLOWING = {"sft": ("reward", "dpo"), "reward": ("ppo",)}
 # words of a command that hold for the stages after it, too
 CARRIED = ("run_name", "output_dir", "precision", "seed", "model")
 NAMES_A_MODEL = ("model.model_name_or_path", "model.model_revision", "model.from_scratch", "model.chat_template_path")
@@ -31,22 +31,23 @@ def next_commands(config: Config, folder: Path) -> list[str]:
     if entry.name == "pipeline":
         return []
     typed = entry.typed if entry.name else [f"run_name={config.run_name}", f"output_dir={config.output_dir}"]
-    return [_command(config, folder, stage, typed) for stage in FOLLOWING.get(config.stage.name, ())]
+    return [_command(config, folder, spec, typed) for spec in followers(config.stage.name)]
 
 
-def _command(config: Config, folder: Path, stage: str, typed: list[str]) -> str:
+def _command(config: Config, folder: Path, spec: StageSpec, typed: list[str]) -> str:
     pairs = [word.lstrip("+").partition("=")[::2] for word in typed if "=" in word]
+    scores = STAGES[config.stage.name].is_classifier
     config_dir = typed[typed.index("--config-dir") + 1] if "--config-dir" in typed else None
-    recipe = _recipe(dict(pairs).get("recipes", ""), stage, config_dir)
-    words = [f"recipes={recipe}" if recipe else f"stage={stage}"]
+    recipe = _recipe(dict(pairs).get("recipes", ""), spec.name, config_dir)
+    words = [f"recipes={recipe}" if recipe else f"stage={spec.name}"]
     words += [f"{key}={value}" for key, value in pairs if key.split(".")[0] in CARRIED and key not in NAMES_A_MODEL]
     if folder.absolute() != run_path(config).absolute():  # a point of a sweep
-        key = "stage.reward_model" if config.stage.name == "reward" else "model.model_name_or_path"
+        key = "stage.reward_model" if scores else "model.model_name_or_path"
         words.append(f"{key}='{relative(folder)}'")
-        if config.stage.name == "reward":
+        if scores:
             words.append(f"model.model_name_or_path='{config.model.start}'")
-    if recipe is None and not of_quickstart(config.model.start if config.stage.name == "reward" else str(folder)):
-        words.append(f"data.dataset_name={DATA_FORMATS[stage].name}.jsonl")
+    if recipe is None and not of_quickstart(config.model.start if scores else str(folder)):
+        words.append(f"data.dataset_name={spec.data_format.name}.jsonl")
     if recipe and config_dir:
         words += ["--config-dir", config_dir]
     return " ".join(["posttrain run", *map(quoted, words)])

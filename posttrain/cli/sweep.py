@@ -1,22 +1,26 @@
-"""The points of a sweep, told from their folders alone: which are complete, and what came of them."""
+"""The points of a sweep, read from their folders: which are complete, and their metrics."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from posttrain.cli.command import Command
 from posttrain.config.check import check, to_dict
+from posttrain.config.stages import STAGES
 from posttrain.console import say, show_table
 from posttrain.data.sources import data_files, is_local_data
-from posttrain.models.resolve import all_reward_functions, code_hashes, input_folders, weight_hashes, with_inputs
+from posttrain.metrics.catalogue import label
+from posttrain.metrics.charts import Chart, Series, draw
+from posttrain.models.resolve import all_reward_functions, code_hashes, resolve, weight_hashes
 from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object, sha256_of
-from posttrain.stages import STAGES
+from posttrain.values import JsonObject
 
 PICTURE = "sweep.svg"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> JsonObject:
     return read_object(file, (), f"delete {file.parent} to train this point again") or {}
 
 
@@ -28,10 +32,11 @@ def is_complete(folder: Path, composed: DictConfig) -> bool:
     manifest, recorded = _read(folder / MANIFEST), _read(folder / IDENTITY)
     if not manifest or not recorded:
         return False
-    config, _ = with_inputs(check(composed))
+    resolved = resolve(check(composed))
+    config = resolved.config
     if config.overwrite or not is_local_data(config.data):
         return False
-    folders = input_folders(config).items()
+    folders = resolved.folders.items()
     now = {**recorded, "config": to_dict(config), **{name: weight_hashes(folder) for name, folder in folders}}
     try:
         now["code"] = code_hashes(all_reward_functions(config))
@@ -85,36 +90,22 @@ def show_sweep(command: Command) -> None:
     rows.sort(
         key=lambda row: [(0, float(cell), "") if _is_number(cell) else (1, 0.0, cell) for cell in row[: len(keys)]]
     )
-    show_table(f"sweep: {folder}/<point>", (*keys, *(swept[name] for name in names), "state"), rows)
+    show_table(f"sweep: {folder}/<point>", (*keys, *map(label, names), "state"), rows)
     finished = [(_values(point), metrics) for point, metrics in found if metrics is not None]
     if len(finished) > 1 and names:
-        _draw(finished, {name: swept[name] for name in names}, folder / PICTURE)
+        (folder / PICTURE).write_text(draw(list(_charts(finished, names))), encoding="utf-8")
         say(f"picture: {folder / PICTURE}")
 
 
-def _draw(points: list[tuple[dict[str, str], dict[str, float]]], names: dict[str, str], file: Path) -> None:
-    """One panel a metric, over KL where the stage measures it (the trade-off), else over the points in order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    over_kl = "kl" in names
-    shown = [name for name in names if name != "kl"]
-    labels = [", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items()) for values, _ in points]
-    order = sorted(range(len(points)), key=lambda i: points[i][1]["kl"] if over_kl else i)
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.4), layout="constrained", squeeze=False)
-    for axes, name in zip(panels[0], shown, strict=True):
-        x = [points[i][1]["kl"] if over_kl else position for position, i in enumerate(order)]
-        y = [points[i][1].get(name, float("nan")) for i in order]
-        axes.plot(x, y, marker="o")
-        if over_kl:
-            for at, height, i in zip(x, y, order, strict=True):
-                axes.annotate(labels[i], (at, height), xytext=(4, 4), textcoords="offset points", fontsize=8)
-            axes.set_xlabel("KL from the reference (nats per answer)")
-        else:
-            axes.set_xticks(x, [labels[i] for i in order], rotation=30, ha="right", fontsize=8)
-        axes.set_title(names[name], fontsize=10)
-        axes.margins(0.25)
-    figure.savefig(file)
-    pyplot.close(figure)
+def _charts(points: list[tuple[dict[str, str], dict[str, float]]], metrics: list[str]) -> Iterator[Chart]:
+    """One chart a metric, over KL where the stage measures it (the trade-off), else over the points in order."""
+    over_kl = "kl" in metrics
+    if over_kl:
+        points = sorted(points, key=lambda point: point[1]["kl"])
+    names = [", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items()) for values, _ in points]
+    for key in metrics:
+        places = [
+            (found["kl"] if over_kl else place, found.get(key, math.nan)) for place, (_, found) in enumerate(points)
+        ]
+        if key != "kl":
+            yield Chart(label(key), [Series("", places, True)], label("kl") if over_kl else "point", names)

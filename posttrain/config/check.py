@@ -5,7 +5,6 @@ dataclasses, whichever file, `+key` or `++key` a value came from, and reports al
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import operator
@@ -18,17 +17,18 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
-from posttrain.config.reserved import LOSS_OPTIONS, reserved_arguments
-from posttrain.config.schema import COLUMN_SCHEMAS, STAGE_SCHEMAS, Config, StageConfig, renamed
-from posttrain.config.trl_fields import Argument, dpo_losses, trainer_arguments
+from posttrain.config.reserved import ALWAYS
+from posttrain.config.schema import Config, StageConfig, renamed
+from posttrain.config.stages import STAGES, StageSpec
+from posttrain.config.suggest import nearest, one_of
+from posttrain.config.trl_fields import Argument, trainer_arguments
 from posttrain.errors import ConfigError
+from posttrain.values import JsonObject
 
 OmegaConf.register_new_resolver("posttrain_root", lambda: str(paths.ROOT), replace=True)
 
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
-# what hyperparameters are called elsewhere, to suggest the right name
-_ELSEWHERE = {"lr": "learning_rate", "bs": "batch_size", "epochs": "num_epochs", "max_seq_length": "max_length"}
 _SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password)$", re.IGNORECASE)
 _NOT_SECRET = {"eos_token", "pad_token"}
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
@@ -42,7 +42,7 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
+def _leaves(node: object, path: str = "") -> typing.Iterator[tuple[str, object]]:
     if isinstance(node, dict) and node:
         for name, value in node.items():
             yield from _leaves(value, f"{path}.{name}" if path else str(name))
@@ -50,10 +50,10 @@ def _leaves(node: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def _schema_keys(schema: type, path: str = "") -> dict[str, dataclasses.Field[Any]]:
+def _schema_keys(schema: type, path: str = "") -> dict[str, dataclasses.Field[object]]:
     """Every leaf of a dataclass by its dotted path."""
     hints = typing.get_type_hints(schema)
-    keys: dict[str, dataclasses.Field[Any]] = {}
+    keys: dict[str, dataclasses.Field[object]] = {}
     for item in dataclasses.fields(schema):
         here = f"{path}{item.name}"
         if dataclasses.is_dataclass(hints[item.name]):
@@ -61,20 +61,6 @@ def _schema_keys(schema: type, path: str = "") -> dict[str, dataclasses.Field[An
         else:
             keys[here] = item
     return keys
-
-
-def nearest(word: str, words: typing.Iterable[str]) -> str:
-    """'; did you mean …?' with the closest known name, or nothing."""
-    words = list(words)
-    section, _, name = word.rpartition(".")
-    word = f"{section or 'stage'}.{_ELSEWHERE[name]}" if name in _ELSEWHERE else word
-    # the last part alone, too, so that a key put into the wrong section finds its own
-    # of a short word one wrong letter is a third
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) > 5 else 0.6)
-    if not close:
-        tails = {other.rsplit(".", 1)[-1]: other for other in words}
-        close = [tails[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.8)]
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _limit_problem(path: str, value: Any, limits: typing.Mapping[str, Any]) -> str | None:
@@ -87,13 +73,13 @@ def _limit_problem(path: str, value: Any, limits: typing.Mapping[str, Any]) -> s
         if name in limits and not holds(value, limits[name]):
             return f"{path}={value:g} must be {name.replace('_', ' ')} {limits[name]}"
     if "choices" in limits and value not in limits["choices"]:
-        return _one_of(path, value, limits["choices"])
+        return one_of(path, value, limits["choices"])
     if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
         return f"{path}={value!r} may hold letters, digits, '.', '_' and '-' only"
     return None
 
 
-def _secret_problem(path: str, value: Any) -> str | None:
+def _secret_problem(path: str, value: object) -> str | None:
     """A secret on the command line or in a file would end in logs and folders; the value is never repeated."""
     name = path.rsplit(".", 1)[-1]
     if _SECRET.search(name) and name not in _NOT_SECRET:
@@ -105,14 +91,10 @@ def _secret_problem(path: str, value: Any) -> str | None:
     return None
 
 
-def _one_of(path: str, value: Any, choices: typing.Sequence[str]) -> str:
-    return f"{path}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
-
-
-def _type_problem(path: str, value: Any, argument: Argument) -> str | None:
-    """Compare a trainer value with what TRL's source says of it; a type that is no plain one is left to TRL."""
+def _type_problem(path: str, value: object, argument: Argument) -> str | None:
+    """Compare a trainer value with what TRL's source declares; a type that is not a plain one is left to TRL."""
     if argument.choices:
-        return None if value is None or value in argument.choices else _one_of(path, value, argument.choices)
+        return None if value is None or value in argument.choices else one_of(path, value, argument.choices)
     parts = [part.strip() for part in re.sub(r"\[[^\]]*\]", "", argument.annotation).split("|")]
     if not all(part in _PLAIN_TYPES for part in parts):
         return None
@@ -122,16 +104,18 @@ def _type_problem(path: str, value: Any, argument: Argument) -> str | None:
     return f"{path}={value!r} must be {argument.annotation.replace(' | ', ' or ')}"
 
 
-def trackers(report_to: Any) -> list[str]:
+def trackers(report_to: str | list[str] | None) -> list[str]:
     """The trackers that trainer.report_to names."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     return [name for name in names if name != "none"]
 
 
-def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterator[str]:
-    fields = trainer_arguments(stage.name)
+def _check_trainer(stage: StageConfig, trainer: JsonObject) -> typing.Iterator[str]:
+    spec = STAGES[stage.name]
+    fields = trainer_arguments(*spec.trl_config)
     ours = renamed(stage)
-    reserved = reserved_arguments(stage.name)
+    reserved = ALWAYS | dict(spec.reserved)
+    own = [f"stage.{item.name}" for item in dataclasses.fields(stage)]
     for name, value in trainer.items():
         path = f"trainer.{name}"
         if name in ours:
@@ -140,7 +124,7 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
             yield f"{path} cannot be set: {reserved[name]}"
         elif name not in fields:
             known = [f"trainer.{other}" for other in fields if other not in ours and other not in reserved]
-            close = nearest(path, known + [f"stage.{other}" for other in ours.values()])
+            close = nearest(path, known + own)
             yield f"{path} is unknown for stage={stage.name}{close}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{path}={value} must be a finite number"
@@ -148,28 +132,15 @@ def _check_trainer(stage: StageConfig, trainer: dict[str, Any]) -> typing.Iterat
             yield problem
     for name in trackers(trainer.get("report_to")):
         if name not in TRACKERS:
-            yield _one_of("trainer.report_to", name, ["none", *TRACKERS])
+            yield one_of("trainer.report_to", name, ["none", *TRACKERS])
         elif importlib.util.find_spec(name) is None:
             yield f"trainer.report_to={name}: not installed; pip install 'posttrain[trackers]'"
-    if stage.name == "dpo":
-        given = trainer.get("loss_type") or "sigmoid"
-        losses = given if isinstance(given, list) else [given]
-        for name in losses:
-            if name not in dpo_losses():
-                yield _one_of("trainer.loss_type", name, dpo_losses())
-        for name, readers in LOSS_OPTIONS.items():
-            if trainer.get(name) and not set(readers) & set(losses):
-                told = ", ".join(readers)
-                yield f"trainer.{name} is read by trainer.loss_type={told} only, not by {', '.join(losses)}"
-        if "f_alpha_divergence_coef" in trainer and trainer.get("f_divergence_type") != "alpha_divergence":
-            yield "trainer.f_alpha_divergence_coef is read by trainer.f_divergence_type=alpha_divergence only"
+    yield from spec.check_trainer(trainer)
     if trainer.get("packing_strategy", "bfd") != "bfd":
         yield (
             f"trainer.packing_strategy={trainer['packing_strategy']} lets rows see each other or cuts them; "
             "only bfd keeps them apart"
         )
-    if stage.name == "sft" and trainer.get("padding_free") and not trainer.get("packing"):
-        yield "trainer.padding_free=true needs trainer.packing=true"
     for name in ("gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "eval_steps"):
         value = trainer.get(name)
         if isinstance(value, (int, float)) and value <= 0:
@@ -206,7 +177,7 @@ def check(composed: DictConfig) -> Config:
     Raises:
         ConfigError: with every unknown key, wrong type, value out of range, secret and missing key, a line each.
     """
-    problems: list[str] = []
+    # 1. which stage it is, and so which keys there are
     try:
         ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=False)
@@ -214,66 +185,73 @@ def check(composed: DictConfig) -> Config:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     stage_name = plain.get("stage", {}).get("name") if isinstance(plain.get("stage"), dict) else None
-    if stage_name not in STAGE_SCHEMAS:
-        raise ConfigError(f"stage={stage_name} is not one of {', '.join(STAGE_SCHEMAS)}")
+    if stage_name not in STAGES:
+        raise ConfigError(f"stage={stage_name} is not one of {', '.join(STAGES)}")
+    spec = STAGES[stage_name]
     schema = OmegaConf.structured(Config)
-    schema.stage = OmegaConf.structured(STAGE_SCHEMAS[stage_name])
-    schema.data.columns = OmegaConf.structured(COLUMN_SCHEMAS[stage_name])
-    keys = _schema_keys(Config) | _schema_keys(STAGE_SCHEMAS[stage_name], "stage.")
-    keys |= _schema_keys(COLUMN_SCHEMAS[stage_name], "data.columns.")
-    del keys["stage"], keys["data.columns"]
+    schema.stage = OmegaConf.structured(spec.schema)
+    schema.data.columns = OmegaConf.structured(spec.columns)
+    keys = _schema_keys(Config) | _schema_keys(spec.schema, "stage.") | _schema_keys(spec.columns, "data.columns.")
     trainer = plain.pop("trainer", None)
-    for path, value in [*_leaves(plain), *_leaves(trainer, "trainer")]:
-        if "_target_" in path.split("."):
-            problems.append(f"{path}: a configuration cannot name code to run")
-        elif problem := _secret_problem(path, value):
-            problems.append(problem)
-        elif path == "trainer" or path.startswith("trainer."):
-            continue
-        elif path not in keys:
-            if path.split(".")[0] == "recipes":
-                problems.append("the first line of a recipe must be `# @package _global_`")
-                continue
-            known = [*keys, *(f"trainer.{name}" for name in trainer_arguments(stage_name))]
-            known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes"]
-            problems.append(f"{path} is unknown for stage={stage_name}{nearest(path, known)}")
-        elif value == MISSING:
-            problems.append(f"{path} is required")
-        else:
-            try:
-                OmegaConf.update(schema, path, value)
-            except (OmegaConfBaseException, ValueError):
-                wanted = str(keys[path].type).removeprefix("<class '").removesuffix("'>").replace(" | ", " or ")
-                problems.append(f"{path}={value!r} must be {wanted.replace('None', 'null')}")
-                continue
-            checked = OmegaConf.select(schema, path)
-            if problem := _limit_problem(path, checked, keys[path].metadata):
-                problems.append(problem)
-    present = {path for path, _ in _leaves(plain)}
-    missing = [path for path in keys if path not in present and path != "trainer"]
-    gone = {path.split(".")[0] for path in missing} - {path.split(".")[0] for path in present}
-    problems += [f"{section} is missing" for section in sorted(gone)]
-    problems += [f"{path} is missing" for path in missing if path.split(".")[0] not in gone]
+    # 2. each value alone
+    leaves = [*_leaves(plain), *_leaves(trainer, "trainer")]
+    problems = [text for path, value in leaves if (text := _leaf_problem(path, value, schema, keys, spec)) is not None]
+    problems += _missing(keys, {path for path, _ in _leaves(plain)})
     if trainer is None:
         problems.append("trainer is missing; trainer={} sets nothing")
-    if not problems:
-        schema.trainer = trainer
-        config = typing.cast(Config, OmegaConf.to_object(schema))
-        problems = [*_check_trainer(config.stage, config.trainer), *_check_together(config)]
-        if not problems:
-            return config
-    elif isinstance(trainer, dict):
-        stage = STAGE_SCHEMAS[stage_name](name=stage_name)
-        problems += _check_trainer(stage, trainer)
-    raise ConfigError(*problems)
+    elif problems:
+        problems += _check_trainer(spec.schema(name=stage_name), trainer) if isinstance(trainer, dict) else []
+    if problems:
+        raise ConfigError(*problems)
+    # 3. what values are together
+    schema.trainer = trainer
+    config = typing.cast(Config, OmegaConf.to_object(schema))
+    problems = [*_check_trainer(config.stage, config.trainer), *_check_together(config)]
+    if problems:
+        raise ConfigError(*problems)
+    return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def _leaf_problem(
+    path: str, value: object, schema: DictConfig, keys: dict[str, dataclasses.Field[object]], spec: StageSpec
+) -> str | None:
+    """What is wrong with one value; a value that is right is put into `schema`."""
+    if "_target_" in path.split("."):
+        return f"{path}: a configuration cannot name code to run"
+    if problem := _secret_problem(path, value):
+        return problem
+    if path == "trainer" or path.startswith("trainer."):
+        return None
+    if path.split(".")[0] == "recipes":
+        return "the first line of a recipe must be `# @package _global_`"
+    if path not in keys:
+        known = [*keys, *(f"trainer.{name}" for name in trainer_arguments(*spec.trl_config))]
+        known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes"]
+        return f"{path} is unknown for stage={spec.name}{nearest(path, known)}"
+    if value == MISSING:
+        return f"{path} is required"
+    try:
+        OmegaConf.update(schema, path, value)
+    except (OmegaConfBaseException, ValueError):
+        wanted = str(keys[path].type).removeprefix("<class '").removesuffix("'>").replace(" | ", " or ")
+        return f"{path}={value!r} must be {wanted.replace('None', 'null')}"
+    return _limit_problem(path, OmegaConf.select(schema, path), keys[path].metadata)
+
+
+def _missing(keys: typing.Iterable[str], present: set[str]) -> list[str]:
+    """The keys that a configuration lacks; of a section that it lacks as a whole, the section's name alone."""
+    missing = [path for path in keys if path not in present and path != "trainer"]
+    gone = {path.split(".")[0] for path in missing} - {path.split(".")[0] for path in present}
+    alone = [f"{path} is missing" for path in missing if path.split(".")[0] not in gone]
+    return [*(f"{section} is missing" for section in sorted(gone)), *alone]
+
+
+def to_dict(config: Config) -> JsonObject:
     """The configuration as plain values, for files and comparison."""
     return dataclasses.asdict(config)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(old: JsonObject, new: JsonObject) -> dict[str, tuple[object, object]]:
     """Dotted key -> (old value, new value), for each key whose values differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return {

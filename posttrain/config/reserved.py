@@ -5,9 +5,7 @@ _EVALUATION = (
 )
 _PREPARED = "the data is prepared by posttrain; see data.*"
 _RESUMES = "start the same command again and it resumes"
-_FIXED_REFERENCE = "the reference stays what the stage starts from; a resumed run could not find another one again"
-
-_ALWAYS = {
+ALWAYS = {
     "output_dir": "set output_dir and run_name",
     "run_name": "set run_name",
     "seed": "set seed",
@@ -62,65 +60,6 @@ _ALWAYS = {
     ),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-        "push a finished model: python -m posttrain.export <its folder> push_to_hub=<owner/name>",
+        "push a finished model: posttrain export <its folder> push_to_hub=<owner/name>",
     ),
 }
-
-_BY_TEMPERATURE = "answers are sampled by temperature alone, as they are scored; else every probability ratio is wrong"
-_OWN_ORDER = "prompts are in memory and shuffled anew in each pass by seed, in an order that a resumed run finds again"
-
-_OF_STAGE = {
-    "sft": {},
-    "reward": {"label_smoothing_factor": "the Bradley–Terry loss has none"},
-    "dpo": {
-        "label_smoothing_factor": "set trainer.loss_type=[robust] and trainer.label_smoothing",
-        "padding_free": "TRL's DPOTrainer pads, whatever is set (TRL 1.16)",
-        **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _FIXED_REFERENCE),
-    },
-    "ppo": {
-        "gradient_accumulation_steps": "it follows from stage.rollout_batch_size, num_mini_batches and batch_size",
-        "beta": "set stage.kl_coef",
-        "epsilon_high": "set stage.clip_ratio",
-        **dict.fromkeys(("num_generations", "num_generations_eval"), "PPO takes one answer per prompt"),
-        "steps_per_generation": "it follows from stage.rollout_batch_size and stage.batch_size",
-        "reward_weights": "set stage.reward_weights",
-        "reward_clip_range": "set stage.reward_clip",
-        "normalize_advantages": "set stage.whiten_advantages",
-        "mask_truncated_completions": "set stage.missing_eos_penalty",
-        "use_transformers_paged": "set stage.use_transformers_continuous_batching",
-        "remove_unused_columns": "reward functions see all columns",
-        "label_smoothing_factor": "PPO's losses have none",
-        "router_aux_loss_coef": "PPO's losses have none",
-        "chat_template_kwargs": "prompts are rendered as for every other stage; set model.chat_template_path",
-        "pad_to_multiple_of": "the answers of a rollout are padded to the longest",
-        **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _FIXED_REFERENCE),
-        **dict.fromkeys(
-            (
-                *("shuffle_dataset", "data_seed", "train_sampling_strategy", "length_column_name"),
-                *("dataloader_drop_last", "dataloader_num_workers", "dataloader_prefetch_factor"),
-                *("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_in_order"),
-                "dataloader_pin_memory",
-            ),
-            _OWN_ORDER,
-        ),
-        **dict.fromkeys(
-            (
-                *("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
-                "vllm_structured_outputs_regex",
-            ),
-            _BY_TEMPERATURE,
-        ),
-        "neftune_noise_alpha": "with noise, log-probabilities in training are not those of generation",
-    },
-}
-
-# options of TRL's DPO that only some of its losses read; the others would ignore them
-LOSS_OPTIONS = {
-    "label_smoothing": ("robust", "exo_pair", "aot", "aot_unpaired"),
-    "discopop_tau": ("discopop",),
-}
-
-
-def reserved_arguments(stage: str) -> dict[str, str]:
-    """Argument -> what to do instead, of a stage."""
-    return _ALWAYS | _OF_STAGE[stage]

@@ -2,9 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import MISSING
+
+from posttrain.values import JsonObject
 
 
 def key(**limits: Any) -> Any:
@@ -25,64 +27,6 @@ class StageConfig:
     num_epochs: float = key(above=0, trl="num_train_epochs")
     max_length: int = key(at_least=2, trl="max_length")
     warmup_steps: int = key(at_least=0, trl="warmup_steps")
-
-
-@dataclass
-class SFTStage(StageConfig):
-    """Supervised fine-tuning."""
-
-
-@dataclass
-class RewardStage(StageConfig):
-    """Reward modelling."""
-
-    best_accuracy: float | None = key(above=0.5, at_most=1)
-
-
-@dataclass
-class DPOStage(StageConfig):
-    """Direct preference optimisation."""
-
-    beta: float = key(above=0, below=1e3, trl="beta")
-
-
-@dataclass
-class PPOStage(StageConfig):
-    """Reinforcement learning from a reward by proximal policy optimisation, in TRL's words where it had them."""
-
-    max_length: int = key(at_least=2)  # RLOOConfig has no such argument
-    max_new_tokens: int = key(at_least=1, trl="max_completion_length")
-    temperature: float = key(above=0, below=1e3, trl="temperature")
-    rollout_batch_size: int = key(at_least=1, trl="generation_batch_size")
-    num_mini_batches: int = key(at_least=1, trl="num_mini_batches")
-    ppo_epochs: int = key(at_least=1, trl="num_iterations")
-    clip_ratio: float = key(above=0, below=1, trl="epsilon")
-    gamma: float = key(at_least=0, at_most=1, trl="gamma")
-    lam: float = key(at_least=0, at_most=1, trl="lam")
-    vf_coef: float = key(at_least=0, trl="vf_coef")
-    cliprange_value: float | None = key(above=0, trl="cliprange_value")
-    entropy_coef: float = key(at_least=0, trl="entropy_coef")
-    whiten_advantages: bool = key(trl="whiten_advantages")
-    whiten_rewards: bool = key(trl="whiten_rewards")
-    value_learning_rate: float | None = key(above=0, below=1e3, trl="value_learning_rate")
-    critic_warmup_steps: int = key(at_least=0, trl="critic_warmup_steps")
-    kl_coef: float = key(at_least=0, below=1e3, trl="kl_coef")
-    kl_estimator: str = key(choices=("k1", "k3"), trl="kl_estimator")
-    kl_controller: str = key(choices=("fixed", "adaptive"), trl="kl_controller")
-    kl_target: float = key(above=0, trl="kl_target")
-    kl_horizon: float = key(above=0, trl="kl_horizon")
-    kl_ceiling: float | None = key(above=0, trl="kl_ceiling")
-    reward_model: str | None = key()
-    reward_functions: list[str] = key()
-    reward_weights: list[float] | None = key()
-    eval_reward_functions: list[str] = key()
-    gate: str = key(choices=("stop", "warn"))
-    reward_scale: float = key(above=0, trl="reward_scale")
-    reward_clip: float | None = key(above=0, trl="reward_clip")
-    length_penalty: float = key(at_least=0, trl="length_penalty")
-    missing_eos_penalty: float = key(at_least=0, trl="missing_eos_penalty")
-    use_vllm: bool = key(trl="use_vllm")
-    use_transformers_continuous_batching: bool = key(trl="use_transformers_continuous_batching")
 
 
 @dataclass
@@ -112,35 +56,13 @@ class ModelConfig:
 
     @property
     def start(self) -> str:
-        """The model to start from; of a stage after SFT only once `inputs.with_inputs` has filled it in."""
+        """The model to start from; of a stage after SFT only once `resolve` has filled it in."""
         return self.model_name_or_path if self.model_name_or_path is not None else self.base_model
 
 
 @dataclass
-class InstructionColumns:
+class Columns:
     """The names that the documented columns have in the source."""
-
-    instruction: str = key()
-    response: str = key()
-    input: str = key()
-    system: str = key()
-
-
-@dataclass
-class PreferenceColumns:
-    """The names that the documented columns have in the source."""
-
-    prompt: str = key()
-    chosen: str = key()
-    rejected: str = key()
-    margin: str = key()
-
-
-@dataclass
-class PromptColumns:
-    """The name that the documented column has in the source; all others are handed to reward functions."""
-
-    prompt: str = key()
 
 
 @dataclass
@@ -156,7 +78,7 @@ class DataConfig:
     overlength: str = key(choices=("truncate", "drop", "error"))
     bad_rows: str = key(choices=("error", "drop"))
     allow_special_tokens: bool = key()
-    columns: Any = key()  # InstructionColumns, PreferenceColumns or PromptColumns
+    columns: Columns = key()  # of the stage's data format
 
 
 @dataclass
@@ -170,41 +92,10 @@ class Config:
     dry_run: bool = key()
     overwrite: bool = key()
     move_aside: bool = key()
-    stage: Any = key()  # a StageConfig
+    stage: StageConfig = key()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-
-STAGE_SCHEMAS: dict[str, type[StageConfig]] = {
-    "sft": SFTStage,
-    "reward": RewardStage,
-    "ppo": PPOStage,
-    "dpo": DPOStage,
-}
-COLUMN_SCHEMAS = {
-    "sft": InstructionColumns,
-    "reward": PreferenceColumns,
-    "ppo": PromptColumns,
-    "dpo": PreferenceColumns,
-}
-
-
-class DataFormat(NamedTuple):
-    """What rows of a stage are called, in `data.<name>=` of a pipeline and in the quickstart, and how one looks."""
-
-    name: str
-    row: str
-
-
-_INSTRUCTIONS = DataFormat("instructions", '{"instruction": "…", "response": "…"}')
-_PREFERENCES = DataFormat("preferences", '{"prompt": "…", "chosen": "…", "rejected": "…"}')
-DATA_FORMATS = {
-    "sft": _INSTRUCTIONS,
-    "reward": _PREFERENCES,
-    "ppo": DataFormat("prompts", '{"prompt": "…"}'),
-    "dpo": _PREFERENCES,
-}
+    trainer: JsonObject = field(default_factory=dict)
 
 
 def renamed(stage: StageConfig) -> dict[str, str]:

@@ -9,17 +9,11 @@ from pathlib import Path
 
 from posttrain.errors import ConfigError
 
-# The class of each stage's trainer arguments, and the sources that declare its fields, most general first.
+# What the arguments of every trainer have, most general first: package, file, class.
 _COMMON = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
 )
-_SOURCES = {
-    "sft": (*_COMMON, ("trl", "trainer/sft_config.py", "SFTConfig")),
-    "reward": (*_COMMON, ("trl", "trainer/reward_config.py", "RewardConfig")),
-    "ppo": (*_COMMON, ("trl", "trainer/rloo_config.py", "RLOOConfig")),
-    "dpo": (*_COMMON, ("trl", "trainer/dpo_config.py", "DPOConfig")),
-}
 _ENUMS = (("transformers", "trainer_utils.py"), ("transformers", "training_args.py"))
 
 
@@ -75,11 +69,11 @@ def dpo_losses() -> tuple[str, ...]:
 
 
 @cache
-def trainer_arguments(stage: str) -> dict[str, Argument]:
-    """The arguments of the stage's TRL config."""
+def trainer_arguments(file: str, name: str) -> dict[str, Argument]:
+    """The arguments of the TRL config `name` in trl/trainer/`file`."""
     found: dict[str, Argument] = {}
-    for package, file, class_name in _SOURCES[stage]:
-        for node in _tree(package, file).body:
+    for package, path, class_name in (*_COMMON, ("trl", f"trainer/{file}", name)):
+        for node in _tree(package, path).body:
             if not (isinstance(node, ast.ClassDef) and node.name == class_name):
                 continue
             for item in node.body:

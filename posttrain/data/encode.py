@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from posttrain.data.formats import Conversation, Counts, Message, Pair, Prompt, Splits
 from posttrain.data.sources import Problems
 from posttrain.errors import ConfigError, DataError
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,12 +81,12 @@ class ChatEncoder:
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # whatever a template raises: jinja2's errors and its own raise_exception
-            raise ValueError(f"the chat template refuses it ({type(error).__name__}: {error})") from error
+            raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 
     def _find_end_of_turn(self) -> str:
-        """The special token that the template writes after an answer; EOS where it writes none."""
+        """The special token that the template writes after a completion; EOS where it writes none."""
         question: list[Message] = [{"role": "user", "content": "Q"}]
         name = self.tokenizer.name_or_path or "tokenizer"
         try:
@@ -95,7 +96,7 @@ class ChatEncoder:
             raise ConfigError(f"{name}, a plain question and answer: {error}") from error
         answer = rendered.find("ANSWER", start)
         if answer < 0:
-            raise ConfigError(f"{name}: the chat template does not begin an answer where its generation prompt ends")
+            raise ConfigError(f"{name}: the chat template does not begin a completion where its generation prompt ends")
         after = rendered[answer + len("ANSWER") :].lstrip()
         # the longest match first: <|im_end|> before <|im
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -148,12 +149,14 @@ class ChatEncoder:
                 continue
             prompt = self.render(messages[:index], add_generation_prompt=True)
             if not full.startswith(prompt):
-                raise ValueError("the chat template renders the beginning of the conversation in two ways")
+                raise ValueError(
+                    "the chat template is not prefix-preserving: later messages change how earlier ones are rendered"
+                )
             start, content = len(prompt), message["content"].strip()
             at = full.find(content, start)
             end = full.find(self.end_of_turn, at + len(content)) if at >= 0 else -1
             if at < 0 or (end < 0 and index != last):
-                raise ValueError("the chat template changes an answer or does not mark its end")
+                raise ValueError("the chat template changes a completion or does not mark its end")
             if end < 0:
                 response = full[start : at + len(content)] + self.end_of_turn
             else:
@@ -182,21 +185,21 @@ class ChatEncoder:
         return rows
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids from which the model generates its answer."""
+        """The ids from which the model generates its completion."""
         return self.encode([self.segments(messages)])[0][0]
 
 
-def _response_start(labels: list[int], number: int) -> int:
+def response_start(labels: list[int], number: int) -> int:
     """Where the response of that number begins (0: the first one)."""
     starts = [at for at, label in enumerate(labels) if label != IGNORED and (at == 0 or labels[at - 1] == IGNORED)]
     return starts[number]
 
 
-def _encode(
+def encode_rows(
     encoder: ChatEncoder,
     rows: Sequence[Any],
     segments_of: Callable[[Any], list[list[Segment]]],
-    columns_of: Callable[[Any, list[tuple[list[int], list[int]]]], dict[str, Any] | None],
+    columns_of: Callable[[Any, list[tuple[list[int], list[int]]]], JsonObject | None],
     counts: Counts,
     dropped: Problems | None,
 ) -> tuple["Dataset", list[Any]]:
@@ -286,12 +289,12 @@ def encode_conversations(
     """
     rule = LengthRule(max_length, overlength, counts)
 
-    def columns(row: Conversation, encoded: list[tuple[list[int], list[int]]]) -> dict[str, Any] | None:
+    def columns(row: Conversation, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
         [(ids, labels)] = encoded
-        room = rule.room(len(ids), _response_start(labels, 0))
+        room = rule.room(len(ids), response_start(labels, 0))
         return None if room is None else {"input_ids": ids[:room], "labels": labels[:room]}
 
-    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.messages)], columns, counts, dropped)
+    dataset, kept = encode_rows(encoder, rows, lambda row: [encoder.segments(row.messages)], columns, counts, dropped)
     counts.kept = len(kept)
     lengths = [len(ids) for ids in dataset["input_ids"]] if kept else []
     labels = list(dataset["labels"]) if kept else []
@@ -315,7 +318,7 @@ def encode_pairs(
 ) -> Encoded:
     """Encode preference rows into `prompt_ids`, `chosen_ids`, `rejected_ids` and, where rows have one, `margin`.
 
-    An answer's ids follow its prompt's and end with the token that ends the turn. A pair whose answers are the
+    A completion's ids follow its prompt's and end with the token that ends the turn. A pair whose completions are the
     same, perhaps only after the cut, teaches nothing and is left out and counted.
 
     Raises:
@@ -326,9 +329,9 @@ def encode_pairs(
     def segments(row: Pair) -> list[list[Segment]]:
         return [encoder.segments([*row.prompt, *answer]) for answer in (row.chosen, row.rejected)]
 
-    def columns(row: Pair, encoded: list[tuple[list[int], list[int]]]) -> dict[str, Any] | None:
+    def columns(row: Pair, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
         answered = sum(message["role"] == "assistant" for message in row.prompt)
-        prompt = _response_start(encoded[0][1], answered)
+        prompt = response_start(encoded[0][1], answered)
         room = rule.room(max(len(ids) for ids, _ in encoded), prompt)
         if room is None:
             return None
@@ -336,14 +339,14 @@ def encode_pairs(
         if chosen == rejected:
             counts.ties += 1
             return None
-        made: dict[str, Any] = {"prompt_ids": encoded[0][0][:prompt], "chosen_ids": chosen, "rejected_ids": rejected}
+        made: JsonObject = {"prompt_ids": encoded[0][0][:prompt], "chosen_ids": chosen, "rejected_ids": rejected}
         return made | ({"margin": row.margin} if row.margin is not None else {})
 
     margins = sum(row.margin is not None for row in rows)
     if 0 < margins < len(rows):
         without = next(row for row in rows if row.margin is None)
         raise DataError(f"{without.where}: no 'margin', but {margins} of {len(rows)} rows have one")
-    dataset, kept = _encode(encoder, rows, segments, columns, counts, dropped)
+    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
     counts.kept = len(kept)
     if rows and counts.ties == len(rows):
         raise DataError(f"in all {len(rows)} pairs chosen and rejected are the same: there is nothing to learn")
@@ -371,13 +374,13 @@ def encode_prompts(
     """Encode prompt rows into `prompt_ids`.
 
     Of a prompt that is too long nothing is cut, as its end asks the question: it is left out and counted, or refused
-    (overlength=error). `max_length` is what it may have so that there is room for an answer.
+    (overlength=error). `max_length` is what it may have so that there is room for a completion.
 
     Raises:
         DataError: as `encode_conversations`.
     """
 
-    def columns(row: Prompt, encoded: list[tuple[list[int], list[int]]]) -> dict[str, Any] | None:
+    def columns(row: Prompt, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
         [(ids, _)] = encoded
         if len(ids) > max_length:
             if overlength == "error":
@@ -386,7 +389,7 @@ def encode_prompts(
             return None
         return {"prompt_ids": ids}
 
-    dataset, kept = _encode(encoder, rows, lambda row: [encoder.segments(row.prompt)], columns, counts, dropped)
+    dataset, kept = encode_rows(encoder, rows, lambda row: [encoder.segments(row.prompt)], columns, counts, dropped)
     counts.kept = len(kept)
     lengths = [len(ids) for ids in dataset["prompt_ids"]] if kept else []
     return Encoded(dataset, kept, lengths, tokens=sum(lengths), loss_tokens=0, without_end=0)

@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from posttrain.config.schema import DataConfig
-from posttrain.data.sources import HELD_OUT_NAMES, Problems, records
+from posttrain.data.sources import HELD_OUT_NAMES, NOTHING_GIVEN, Given, Problems, records
 from posttrain.errors import ConfigError, DataError
+from posttrain.values import JsonObject
 
-ECHO = 20  # characters of a prompt from which on an answer that begins with them is hardly a chance
+ECHO = 20  # characters of a prompt from which on a completion that begins with them is hardly a coincidence
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -26,12 +27,12 @@ class Conversation(NamedTuple):
 
     @property
     def prompt(self) -> list[Message]:
-        """The messages before the last answer."""
+        """The messages before the last completion."""
         return self.messages[:-1]
 
     @property
     def reference(self) -> str:
-        """The answer that the data gives."""
+        """The completion that the data gives."""
         return self.messages[-1]["content"]
 
     @property
@@ -51,7 +52,7 @@ class Pair(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """The answer that the data prefers."""
+        """The completion that the data prefers."""
         return self.chosen[-1]["content"]
 
     @property
@@ -65,11 +66,11 @@ class Prompt(NamedTuple):
 
     prompt: list[Message]
     where: str
-    columns: dict[str, Any]  # handed to reward functions
+    columns: JsonObject  # handed to reward functions
 
     @property
     def reference(self) -> str:
-        """The data gives no answer."""
+        """The data gives no completion."""
         return ""
 
     @property
@@ -78,7 +79,27 @@ class Prompt(NamedTuple):
         return json.dumps([self.prompt, self.columns], ensure_ascii=False)
 
 
-Row = TypeVar("Row", Conversation, Pair, Prompt)
+class Example(Protocol):
+    """What a checked row of any format has."""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the last completion."""
+
+    @property
+    def where(self) -> str:
+        """Where it stood."""
+
+    @property
+    def reference(self) -> str:
+        """The completion that the data gives or prefers; empty where it gives none."""
+
+    @property
+    def content(self) -> str:
+        """What makes two rows the same row."""
+
+
+Row = TypeVar("Row", bound=Example)
 
 
 @dataclass
@@ -88,7 +109,7 @@ class Counts:
     read: int = 0
     kept: int = 0
     duplicates: int = 0  # exact repetitions, kept
-    repeats_prompt: int = 0  # kept although the answer begins with its whole prompt
+    repeats_prompt: int = 0  # kept although the completion begins with its whole prompt
     in_test_too: int = 0  # left out of training because the same row is held out
     bad: int = 0  # left out on request (data.bad_rows=drop)
     ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
@@ -115,7 +136,7 @@ class Splits(Generic[Row]):
         }
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
@@ -123,10 +144,10 @@ def _check_text(text: str, name: str) -> None:
     if not text.strip():
         raise ValueError(f"{name} is empty")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
+        raise ValueError(f"{name} contains an unpaired surrogate (invalid Unicode)")
 
 
-def _as_messages(value: Any, role: str, column: str) -> list[Message]:
+def as_messages(value: object, role: str, column: str) -> list[Message]:
     """A text as one message of that role; a list of messages as it is."""
     if isinstance(value, str):
         _check_text(value, repr(column))
@@ -147,7 +168,7 @@ def _as_messages(value: Any, role: str, column: str) -> list[Message]:
     return messages
 
 
-def _check_turns(messages: Sequence[Message]) -> None:
+def check_turns(messages: Sequence[Message]) -> None:
     """User and assistant take turns after an optional system message, and the assistant is last."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
@@ -155,14 +176,14 @@ def _check_turns(messages: Sequence[Message]) -> None:
         raise ValueError(f"the roles are {', '.join(roles)}; user and assistant must take turns and assistant be last")
 
 
-def _require(row: dict[str, Any], columns: Sequence[str], name: str) -> None:
+def require_columns(row: JsonObject, columns: Sequence[str], name: str) -> None:
     for column in columns:
         if column not in row:
             found = ", ".join(str(other) for other in row) or "nothing"
             raise ValueError(f"no {column!r} (found: {found}); format {name!r} needs {', '.join(columns)}")
 
 
-def format_instruction(row: dict[str, Any]) -> list[Message]:
+def format_instruction(row: JsonObject) -> list[Message]:
     """Turn an instruction row into the messages of its conversation.
 
     `instruction` and `response` are texts or lists of messages; `input` is appended to the instruction after a
@@ -174,9 +195,9 @@ def format_instruction(row: dict[str, Any]) -> list[Message]:
     """
     if row.get("instruction") is None and _is_conversation(row.get("response")):
         messages = _whole(row["response"], "response")
-        _check_turns(messages)
+        check_turns(messages)
         return messages
-    _require(row, ("instruction", "response"), "instruction")
+    require_columns(row, ("instruction", "response"), "instruction")
     instruction = row["instruction"]
     for column in ("input", "system"):
         if row.get(column) is not None and not isinstance(row[column], str):
@@ -185,10 +206,10 @@ def format_instruction(row: dict[str, Any]) -> list[Message]:
         if not isinstance(instruction, str):
             raise ValueError("'input' goes with an 'instruction' that is a text, not a list of messages")
         instruction = f"{instruction}\n\n{row['input']}"
-    messages = _as_messages(instruction, "user", "instruction") + _as_messages(row["response"], "assistant", "response")
+    messages = as_messages(instruction, "user", "instruction") + as_messages(row["response"], "assistant", "response")
     if row.get("system", "") and row["system"].strip():
         messages.insert(0, {"role": "system", "content": row["system"]})
-    _check_turns(messages)
+    check_turns(messages)
     return messages
 
 
@@ -203,7 +224,7 @@ def parse_transcript(text: str, column: str) -> list[Message]:
     """
     parts = _TURN.split(text)
     if parts[0].strip() or len(parts) < 3:
-        raise ValueError(f"{column!r} has no 'prompt' beside it and is no transcript of Human: and Assistant: turns")
+        raise ValueError(f"{column!r} has no 'prompt' beside it and is not a transcript of Human: and Assistant: turns")
     names = {"Human": "user", "Assistant": "assistant"}
     messages = [
         {"role": names[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)
@@ -213,8 +234,8 @@ def parse_transcript(text: str, column: str) -> list[Message]:
     return messages
 
 
-def _is_conversation(value: Any) -> bool:
-    """Whether a value is more than an answer: messages that begin before one, or a transcript."""
+def _is_conversation(value: object) -> bool:
+    """Whether a value is more than a completion: messages that begin before one, or a transcript."""
     if isinstance(value, str):
         return bool(_TURN.match(value.lstrip() if value.strip() else ""))
     return (
@@ -222,28 +243,28 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _whole(value: Any, column: str) -> list[Message]:
+def _whole(value: object, column: str) -> list[Message]:
     """The messages of a whole conversation."""
-    return parse_transcript(value, column) if isinstance(value, str) else _as_messages(value, "assistant", column)
+    return parse_transcript(value, column) if isinstance(value, str) else as_messages(value, "assistant", column)
 
 
-def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+def format_preference(row: JsonObject) -> tuple[list[Message], list[Message], list[Message]]:
     """Turn a preference row into prompt, chosen and rejected messages.
 
-    With a `prompt` (text or messages), `chosen` and `rejected` are its answers, or conversations that begin with it.
+    With a `prompt` (text or messages), `chosen` and `rejected` are its completions, or conversations beginning with it.
     Without one they are whole transcripts or whole conversations, and the prompt is what both begin with.
 
     Raises:
         ValueError: says what is missing or out of order.
     """
     if row.get("prompt") is not None:
-        _require(row, ("prompt", "chosen", "rejected"), "preference")
-        prompt = _as_messages(row["prompt"], "user", "prompt")
-        answers = [_as_messages(row[side], "assistant", side) for side in ("chosen", "rejected")]
+        require_columns(row, ("prompt", "chosen", "rejected"), "preference")
+        prompt = as_messages(row["prompt"], "user", "prompt")
+        answers = [as_messages(row[side], "assistant", side) for side in ("chosen", "rejected")]
         if all(answer[: len(prompt)] == prompt for answer in answers):
             answers = [answer[len(prompt) :] for answer in answers]
     else:
-        _require(row, ("chosen", "rejected"), "preference")
+        require_columns(row, ("chosen", "rejected"), "preference")
         whole = []
         for side in ("chosen", "rejected"):
             if isinstance(row[side], str) and not _is_conversation(row[side]):
@@ -259,12 +280,12 @@ def format_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message]
         if not prompt:
             raise ValueError("'chosen' and 'rejected' do not begin with the same prompt")
     for answer in answers:
-        _check_turns([*prompt, *answer])
+        check_turns([*prompt, *answer])
     return prompt, answers[0], answers[1]
 
 
-def format_prompt(row: dict[str, Any]) -> list[Message]:
-    """Turn a prompt row into messages that wait for an answer; `prompt` is a text or a list of messages.
+def format_prompt(row: JsonObject) -> list[Message]:
+    """Turn a prompt row into messages that wait for a completion; `prompt` is a text or a list of messages.
 
     A preference row without a `prompt` has one: what its two conversations begin with.
 
@@ -273,21 +294,17 @@ def format_prompt(row: dict[str, Any]) -> list[Message]:
     """
     if row.get("prompt") is None and {"chosen", "rejected"} <= row.keys():
         return format_preference(row)[0]
-    _require(row, ("prompt",), "prompt")
-    messages = _as_messages(row["prompt"], "user", "prompt")
-    _check_turns([*messages, {"role": "assistant", "content": "?"}])
+    require_columns(row, ("prompt",), "prompt")
+    messages = as_messages(row["prompt"], "user", "prompt")
+    check_turns([*messages, {"role": "assistant", "content": "?"}])
     return messages
 
 
-def _conversation(row: dict[str, Any], where: str, others: dict[str, Any]) -> Conversation:
-    return Conversation(format_instruction(row), where)
-
-
-def _prompt(row: dict[str, Any], where: str, others: dict[str, Any]) -> Prompt:
+def _prompt(row: JsonObject, where: str, others: JsonObject) -> Prompt:
     return Prompt(format_prompt({**others, **row}), where, others)
 
 
-def _pair(row: dict[str, Any], where: str, others: dict[str, Any]) -> Pair:
+def _pair(row: JsonObject, where: str, others: JsonObject) -> Pair:
     margin = row.get("margin")
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
         raise ValueError(f"'margin' must be a number, got {_kind(margin)}")
@@ -305,7 +322,7 @@ _ALIASES = {
 
 
 # (the documented columns of a record, where it stood, its other columns) -> a row
-Make = Callable[[dict[str, Any], str, dict[str, Any]], Row]
+Make = Callable[[JsonObject, str, JsonObject], Row]
 
 
 class _Reader(Generic[Row]):
@@ -319,7 +336,7 @@ class _Reader(Generic[Row]):
         self.dropped = Problems()
         self.others: dict[str, int] = {}
 
-    def row(self, where: str, record: Any) -> Row | None:
+    def row(self, where: str, record: object) -> Row | None:
         if not isinstance(record, dict):
             self._refuse(where, f"must be an object, got {_kind(record)}")
             return None
@@ -345,7 +362,7 @@ class _Reader(Generic[Row]):
     def _refuse(self, where: str, what: str) -> None:
         (self.dropped if self.drop_bad else self.problems).add(where, what)
 
-    def _mapping_hint(self, record: dict[str, Any]) -> str:
+    def _mapping_hint(self, record: JsonObject) -> str:
         hints = [
             f"data.columns.{ours}={alias}"
             for ours, theirs in self.columns.items()
@@ -377,23 +394,23 @@ def _held_out(rows: list[Row], test_size: float) -> tuple[list[Row], list[Row]]:
     return train, [row for index, row in enumerate(rows) if index in chosen]
 
 
-def _split_of(record: Any, default: str) -> str:
+def _split_of(record: object, default: str) -> str:
     split = record.get("split") if isinstance(record, dict) else None
     return split if isinstance(split, str) and split else default
 
 
 def left_out(dropped: Problems) -> list[str]:
     """Notes on rows that data.bad_rows=drop has left out."""
-    return [f"left out (data.bad_rows=drop): {line}" for line in dropped.told()]
+    return [f"left out (data.bad_rows=drop): {line}" for line in dropped.summary()]
 
 
-def _read(data: DataConfig, make: Make[Row], others: str = "ignored") -> Splits[Row]:
+def read_rows(data: DataConfig, given: Given, make: Make[Row], others: str = "ignored") -> Splits[Row]:
     sources: dict[str, str] = {}
     reader: _Reader[Row] = _Reader(data, make)
     by_split: dict[str, list[Row]] = {}
     bad: dict[str, int] = {}
     cut_short = False
-    for part, found in records(data, sources, reader.problems).items():
+    for part, found in records(data, given, sources, reader.problems).items():
         for taken, (where, record) in enumerate(found):
             if taken == data.max_rows:
                 cut_short = True
@@ -460,21 +477,21 @@ def _splits(
     return Splits(train, test, counts, sources, notes)
 
 
-def read_instructions(data: DataConfig) -> Splits[Conversation]:
+def read_instructions(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Conversation]:
     """Read, check and split the instruction rows that `data` names.
 
     Raises:
         DataError: names file, line and fault of the first bad rows and counts the others.
         ConfigError: a source or split does not exist.
     """
-    return _read(data, _conversation)
+    return read_rows(data, given, lambda row, where, others: Conversation(format_instruction(row), where))
 
 
-def read_preferences(data: DataConfig) -> Splits[Pair]:
+def read_preferences(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Pair]:
     """Read, check and split the preference rows that `data` names; raises as `read_instructions`."""
-    return _read(data, _pair)
+    return read_rows(data, given, _pair)
 
 
-def read_prompts(data: DataConfig) -> Splits[Prompt]:
+def read_prompts(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Prompt]:
     """Read, check and split the prompt rows that `data` names; raises as `read_instructions`."""
-    return _read(data, _prompt, others="handed to reward functions")
+    return read_rows(data, given, _prompt, others="handed to reward functions")

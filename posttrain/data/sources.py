@@ -5,13 +5,17 @@ import glob
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from posttrain.config.check import nearest
 from posttrain.config.schema import DataConfig
+from posttrain.config.suggest import nearest
 from posttrain.errors import ConfigError, DataError
+from posttrain.values import JsonObject
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 HELD_OUT_NAMES = ("test", "validation")
@@ -19,7 +23,7 @@ SHOWN_PROBLEMS = 5
 
 
 class Problems:
-    """Collects what is wrong with rows, so that the first few are told at once."""
+    """Collects what is wrong with rows, so that the first few are printed together."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -30,25 +34,27 @@ class Problems:
         if len(self.lines) < SHOWN_PROBLEMS:
             self.lines.append(f"{where}: {what}")
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         """The first ones, and how many more there are."""
         more = self.count - len(self.lines)
         return [*self.lines, *([f"... and {more} more rows"] if more else [])]
 
     def raise_if_any(self) -> None:
         if self.lines:
-            raise DataError(*self.told())
+            raise DataError(*self.summary())
 
 
-Record = tuple[str, Any]  # where it stands, and what stands there
+Record = tuple[str, object]  # where it stands, and what stands there
+Given = Mapping[str, "Dataset"]  # split -> data sets that a Python caller brings in place of data.dataset_name
+NOTHING_GIVEN: Given = {}
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return row
 
 
@@ -62,7 +68,7 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
                     yield where, json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys)
             except json.JSONDecodeError as error:
                 problems.add(where, f"invalid JSON ({error.msg} at column {error.colno})")
-            except ValueError as error:  # not UTF-8, or a key that stands twice
+            except ValueError as error:  # not UTF-8, or a duplicate key
                 problems.add(where, f"invalid JSON ({error})")
 
 
@@ -168,7 +174,7 @@ def _read_files(paths: list[Path], problems: Problems, sources: dict[str, str]) 
             raise DataError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
-def _read_dataset(dataset: Any, name: str, sources: dict[str, str]) -> Iterator[Record]:
+def _read_dataset(dataset: "Dataset", name: str, sources: dict[str, str]) -> Iterator[Record]:
     sources[name] = dataset._fingerprint
     for number, row in enumerate(dataset, start=1):
         yield f"{name} row {number}", row
@@ -195,7 +201,7 @@ def _read_folder_or_hub(data: DataConfig, name: str, sources: dict[str, str]) ->
             splits = {split: datasets.load_dataset(name, data.dataset_config, split=split) for split in chosen}
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"data.dataset_name={name} is neither a file here nor a data set that could be had from the Hub "
+                f"data.dataset_name={name} is neither a file here nor a data set that could be loaded from the Hub "
                 f"({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from error
     if data.dataset_train_split not in splits:
@@ -209,8 +215,10 @@ def _read_folder_or_hub(data: DataConfig, name: str, sources: dict[str, str]) ->
     }
 
 
-def records(data: DataConfig, sources: dict[str, str], problems: Problems) -> dict[str, Iterable[Record]]:
+def records(data: DataConfig, given: Given, sources: dict[str, str], problems: Problems) -> dict[str, Iterable[Record]]:
     """The source's splits; files have one, whose rows may say in `split` which part they belong to."""
+    if given:
+        return {split: _read_dataset(rows, split, sources) for split, rows in given.items()}
     check_source(data)
     parts: dict[str, Iterable[Record]] = {}
     paths = [path for name in _sources(data) for path in _files(name)]

@@ -1,42 +1,82 @@
-"""The course of a PPO run as a picture, from its metrics.jsonl alone: reward, gold reward, KL and length by step."""
+"""Every picture: line charts as SVG whose colours serve on light and dark pages."""
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from typing import Any, NamedTuple
 
-from posttrain.runs.folder import read_lines
+from posttrain.metrics.catalogue import label
 
-PANELS = {
-    "reward": "reward",
-    "gold": "gold reward",
-    "kl": "KL from the reference (nats per answer)",
-    "response_length": "response length (tokens)",
+_GREY = "#808080"
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), _GREY),
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
+_TRAINING, _HELD_OUT = ("#4c8dd6", ""), ("#e08a2e", "o")  # colour and marker
 
 
-def draw_curves(metrics: Path, file: Path) -> None:
-    """One panel each: the rollouts' own numbers, and those of answers to held-out prompts."""
+class Series(NamedTuple):
+    """One line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    is_held_out: bool = False
+
+
+class Chart(NamedTuple):
+    """One chart: its title, its lines, what is on its x-axis, and names of the last line's points."""
+
+    title: str
+    series: Sequence[Series]
+    x: str = "step"
+    names: Sequence[str] = ()
+
+
+def draw(charts: Sequence[Chart]) -> str:
+    """The charts side by side as one SVG, without a date, so that the same numbers give the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = read_lines(metrics)
-    series = {
-        name: {
-            label: [(entry["step"], entry[key]) for entry in entries if key in entry]
-            for label, key in (("rollouts", name), ("held-out prompts", f"eval_{name}"))
-        }
-        for name in PANELS
-    }
-    shown = [name for name, lines in series.items() if any(lines.values())]
-    if not shown:
-        return
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(3.6 * len(shown), 3), layout="constrained", squeeze=False)
-    for axes, name in zip(panels[0], shown, strict=True):
-        for (label, points), style in zip(series[name].items(), ("C0-", "C1o-"), strict=True):
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=label)
-        axes.set_title(PANELS[name], fontsize=10)
-        axes.set_xlabel("step")
-    panels[0][0].legend(fontsize=8)
-    figure.savefig(file)
-    pyplot.close(figure)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": charts[0].title}):
+        figure, panels = pyplot.subplots(
+            1, len(charts), figsize=(3.7 * len(charts), 2.3), layout="constrained", squeeze=False
+        )
+        for axes, chart in zip(panels[0], charts, strict=True):
+            for series in chart.series:
+                colour, marker = _HELD_OUT if series.is_held_out else _TRAINING
+                if series.points:
+                    x, y = zip(*series.points, strict=True)
+                    axes.plot(x, y, color=colour, marker=marker, markersize=4, label=series.name)
+            if chart.names:
+                axes.margins(0.2)
+                for point, name in zip(chart.series[-1].points, chart.names, strict=True):
+                    axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.set_title(chart.title, fontsize=10)
+            axes.set_xlabel(chart.x)
+            if sum(bool(series.points) for series in chart.series) > 1:
+                axes.legend(frameon=False, fontsize=8)
+        written = StringIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+    drawn = written.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def curves(groups: Sequence[Sequence[str]], entries: Sequence[Mapping[str, float]]) -> Iterator[Chart]:
+    """A chart of each group of metrics over the steps of a run, from the lines of its metrics.jsonl."""
+    for keys in groups:
+        series = [
+            Series(
+                "held out" if key.startswith("eval_") else "training",
+                [(entry["step"], entry[key]) for entry in entries if key in entry],
+                key.startswith("eval_"),
+            )
+            for key in keys
+        ]
+        if any(len(each.points) > 1 for each in series):
+            yield Chart(label(keys[0].removeprefix("eval_")), series)

@@ -1,29 +1,22 @@
 """What policies are compared by: numbers that need no model to compute, their names, and what they say in words."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
-from posttrain.console import number
+from posttrain.metrics import catalogue
+from posttrain.metrics.catalogue import formatted
 from posttrain.metrics.report_card import wilson
+from posttrain.values import JsonObject
 
 FILE = "evaluation.json"  # of a pipeline, in the folder of its run
 REWARD = "reward"  # the score that PPO optimises; all others are reward functions that it has not seen
-COMPARED = {
-    "kl": "KL from the first policy (nats per answer)",
-    "response_length": "response length (tokens)",
-    "ended_by_eos": "answers ended by the model itself",
-    "distinct_1": "distinct words",
-    "distinct_2": "distinct pairs of words",
-    "perplexity": "perplexity of held-out responses",
-}
-GOLD = "gold/"  # before the name of each eval reward function of PPO, beside `gold`, their sum
+COMPARED = ("kl", "response_length", "ended_by_eos", "distinct_1", "distinct_2", "perplexity")
 ALPHA = 0.05  # above it, a difference may be chance
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
-    """Share of the n-grams of words in all answers that are different ones (Li et al. 2016, distinct-n)."""
+    """Share of the n-grams of words in all completions that are different ones (Li et al. 2016, distinct-n)."""
     words = [text.split() for text in texts]
     grams = [gram for each in words for gram in (pairwise(each) if size == 2 else each)]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -51,7 +44,7 @@ def paired(mine: Sequence[float | None], first: Sequence[float | None]) -> dict[
     return {"first": before, "mean": mean, **counts, **shares}
 
 
-def rows(policies: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def rows(policies: Sequence[JsonObject]) -> list[tuple[str, list[str]]]:
     """Each number that any policy has: its name, and a cell for each policy; scores first, then wins by each."""
     scores = list(dict.fromkeys(name for each in policies for name in each["scores"]))
     found = [(label(name), [_mean(each, name) for each in policies]) for name in scores]
@@ -61,20 +54,10 @@ def rows(policies: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
         if any(name in each["against_first"] for each in policies)
     ]
     return found + [
-        (text, [number(name, each["metrics"].get(name)) for each in policies])
-        for name, text in COMPARED.items()
+        (_label(name), [formatted(name, each["metrics"].get(name)) for each in policies])
+        for name in COMPARED
         if any(name in each["metrics"] for each in policies)
     ]
-
-
-def shown_apart(shown: Mapping[str, str], metrics: Collection[str]) -> dict[str, str]:
-    """The numbers that a stage shows by their names, each eval reward function in place of their sum."""
-    parts = {key: f"{key.removeprefix(GOLD)}, held out" for key in metrics if key.startswith(GOLD)}
-    parts = {key: text for key, text in parts.items() if not key.endswith("_before")}
-    found: dict[str, str] = {}
-    for name, text in shown.items():
-        found |= parts if name == "gold" and parts else {name: text}
-    return found
 
 
 def label(score: str) -> str:
@@ -82,7 +65,11 @@ def label(score: str) -> str:
     return f"{score} (which PPO optimises)" if score == REWARD else score
 
 
-def in_words(policies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+def _label(metric: str) -> str:
+    return catalogue.label(metric).replace("the reference", "the first policy")
+
+
+def in_words(policies: Sequence[JsonObject]) -> Iterator[tuple[str, list[str]]]:
     """For each policy after the first: which scores fell, then which rose, then which did not change beyond chance."""
     for each in policies[1:]:
         found = {name: result for name, result in each["against_first"].items() if result["prompts"]}
@@ -100,9 +87,9 @@ def _phrase(score: str, verb: str, by: Mapping[str, float]) -> str:
     return f"{label(score)} {verb}: {by['first']:.3f} → {by['mean']:.3f} ({counts})"
 
 
-def _mean(policy: Mapping[str, Any], score: str) -> str:
+def _mean(policy: JsonObject, score: str) -> str:
     values = [value for value in policy["scores"].get(score, []) if value is not None]
-    return number(score, math.fsum(values) / len(values)) if values else ""
+    return formatted(score, math.fsum(values) / len(values)) if values else ""
 
 
 def _wins(by: Mapping[str, float] | None) -> str:

@@ -1,11 +1,12 @@
-"""Whether a reward model is fit to be optimised against: its held-out pairs, judged in numbers and in words."""
+"""Whether a reward model is good enough to optimise against, from its scores of held-out pairs."""
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev, quantiles
-from typing import Any
+
+from posttrain.values import JsonObject
 
 # A model is fit when, of held-out pairs, the lower end of its accuracy's interval, its calibration error and the
 # part of its score that length explains are within these.
@@ -16,7 +17,7 @@ BINS = 10
 
 @dataclass
 class ScoredPair:
-    """The rewards that a model gave to the two answers of one held-out pair, and their lengths in tokens."""
+    """The rewards that a model gave to the two completions of one held-out pair, and their lengths in tokens."""
 
     prompt: str
     chosen: str
@@ -90,12 +91,12 @@ def _distribution(values: Sequence[float]) -> dict[str, float]:
 
 
 def _first_wins(pair: ScoredPair) -> bool:
-    """What a rule scores that knows nothing: the answer whose text happens to come first by its hash."""
+    """What a rule scores that knows nothing: the completion whose text happens to come first by its hash."""
     first, second = (hashlib.sha256(text.encode()).digest() for text in (pair.chosen, pair.rejected))
     return first < second
 
 
-def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> dict[str, Any]:
+def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> JsonObject:
     """Judge a reward model by its scores of held-out pairs.
 
     Shares are over pairs, not over batches; a tie is neither right nor wrong but counts among the pairs.
@@ -112,7 +113,7 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         [score for pair in pairs for score in (pair.chosen_score, pair.rejected_score)],
         [float(length) for pair in pairs for length in (pair.chosen_length, pair.rejected_length)],
     )
-    card: dict[str, Any] = {
+    card: JsonObject = {
         "pairs": count,
         "accuracy": right / count,
         "accuracy_low": low,
@@ -132,11 +133,11 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         ],
         "thresholds": THRESHOLDS,
     }
-    verdict, reasons = judge(card)
-    return card | {"verdict": verdict, "reasons": reasons}
+    words, reasons = verdict(card)
+    return card | {"verdict": words, "reasons": reasons}
 
 
-def judge(card: dict[str, Any]) -> tuple[str, list[str]]:
+def verdict(card: JsonObject) -> tuple[str, list[str]]:
     """The verdict in words, and what speaks against the model."""
     null = max(card["baselines"]["longer_wins"], card["baselines"]["shorter_wins"])
     if card["accuracy_low"] <= null:
@@ -153,7 +154,7 @@ def judge(card: dict[str, Any]) -> tuple[str, list[str]]:
     return ("weak" if reasons else FIT), reasons
 
 
-def card_table(card: dict[str, Any]) -> list[tuple[str, str]]:
+def card_table(card: JsonObject) -> list[tuple[str, str]]:
     """The card's lines for a person."""
     accuracy = f"{card['accuracy']:.1%} ({card['accuracy_low']:.1%} to {card['accuracy_high']:.1%})"
     rows = [
@@ -164,7 +165,7 @@ def card_table(card: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("best possible accuracy", f"{card['best_accuracy']:.1%}, so {_near(card)}"))
     base = card["baselines"]
     rows += [
-        ("the longer answer wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),
+        ("the longer completion wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),
         ("whichever is first wins", f"{base['first_wins']:.1%}"),
         ("mean margin", f"{card['mean_margin']:.3f}"),
         ("reward against length", f"correlation {card['length_correlation']:+.2f}"),
@@ -181,6 +182,6 @@ def card_table(card: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _near(card: dict[str, Any]) -> str:
+def _near(card: JsonObject) -> str:
     reached = (card["accuracy"] - 0.5) / (card["best_accuracy"] - 0.5)
     return f"{reached:.0%} of the way there from guessing"

@@ -1,9 +1,12 @@
-"""What a tracker is given besides the curves, which the Trainer logs: the answers and the report card, as tables."""
+"""What a tracker gets besides the curves, which the Trainer logs: completions and the report card, as tables."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.config.check import trackers
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class Cells(NamedTuple):
@@ -13,13 +16,13 @@ class Cells(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def log_tables(trainer: Any, tables: Mapping[str, Cells]) -> None:
+def log_tables(trainer: "Trainer", tables: Mapping[str, Cells]) -> None:
     """Log the tables to every tracker of the run and end its run there, so that the next stage begins its own."""
     for name in trackers(trainer.args.report_to):
         _LOGGERS[name](trainer, {title: cells for title, cells in tables.items() if cells.rows})
 
 
-def _to_wandb(trainer: Any, tables: Mapping[str, Cells]) -> None:
+def _to_wandb(trainer: "Trainer", tables: Mapping[str, Cells]) -> None:
     import wandb
 
     if wandb.run is None:  # WANDB_DISABLED, or nothing was logged
@@ -29,7 +32,7 @@ def _to_wandb(trainer: Any, tables: Mapping[str, Cells]) -> None:
     wandb.finish()
 
 
-def _to_trackio(trainer: Any, tables: Mapping[str, Cells]) -> None:
+def _to_trackio(trainer: "Trainer", tables: Mapping[str, Cells]) -> None:
     import pandas
     import trackio
 
@@ -40,7 +43,7 @@ def _to_trackio(trainer: Any, tables: Mapping[str, Cells]) -> None:
     trackio.finish()
 
 
-def _to_tensorboard(trainer: Any, tables: Mapping[str, Cells]) -> None:
+def _to_tensorboard(trainer: "Trainer", tables: Mapping[str, Cells]) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 

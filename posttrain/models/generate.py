@@ -1,9 +1,10 @@
-"""What a model answers to held-out prompts, how likely it finds an answer, and how it scores one."""
+"""What a model completions to held-out prompts, how likely it finds a completion, and how it scores one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from posttrain.data.formats import Row
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -11,15 +12,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from posttrain.data.encode import ChatEncoder
+    from posttrain.data.formats import Example
 
 
-ANSWERED = 16  # prompts of the panel whose greedy answers are kept, before and after
+COMPLETED = 16  # prompts of the panel whose greedy completions are kept, before and after
 # numbers that the logits of one batch may have: a large vocabulary must not need more memory here than in training
 LOGITS = 2**25
 
 
-class Answer(NamedTuple):
-    """A generated answer, without special tokens, and whether the model ended it by itself."""
+class Completion(NamedTuple):
+    """A generated completion, without special tokens, and whether the model ended it by itself."""
 
     text: str
     ended: bool
@@ -33,13 +35,13 @@ class Generated(NamedTuple):
     ended: list[bool]
 
 
-def panel(rows: Sequence[Any], encoder: "ChatEncoder", size: int, room: int, drop_bad: bool = False) -> list[Any]:
-    """The first `size` rows whose prompts leave the model room to answer: the same ones before and after.
+def panel(rows: Sequence[Row], encoder: "ChatEncoder", size: int, room: int, drop_bad: bool = False) -> list[Row]:
+    """The first `size` rows whose prompts leave the model room to completion: the same ones before and after.
 
     Raises:
         DataError: names a row that the encoder refuses, unless `drop_bad` leaves it out.
     """
-    chosen: list[Any] = []
+    chosen: list[Row] = []
     for row in rows:
         if len(chosen) == size:
             break
@@ -54,15 +56,15 @@ def panel(rows: Sequence[Any], encoder: "ChatEncoder", size: int, room: int, dro
     return chosen
 
 
-def share_ended(answers: Sequence[Answer]) -> float:
-    """Share of answers that the model ended by itself; NaN of none."""
-    return sum(reply.ended for reply in answers) / len(answers) if answers else float("nan")
+def share_ended(completions: Sequence[Completion]) -> float:
+    """Share of completions that the model ended by itself; NaN of none."""
+    return sum(reply.ended for reply in completions) / len(completions) if completions else float("nan")
 
 
 def generate(
     model: "PreTrainedModel",
     encoder: "ChatEncoder",
-    rows: Sequence[Any],
+    rows: "Sequence[Example]",
     max_new_tokens: int,
     temperature: float | None = None,
 ) -> Generated:
@@ -98,13 +100,15 @@ def generate(
     return Generated(prompts, completions, ended)
 
 
-def answer(model: "PreTrainedModel", encoder: "ChatEncoder", rows: Sequence[Any], max_new_tokens: int) -> list[Answer]:
-    """The most likely answer to each prompt, token by token (greedy)."""
+def complete(
+    model: "PreTrainedModel", encoder: "ChatEncoder", rows: "Sequence[Example]", max_new_tokens: int
+) -> list[Completion]:
+    """The most likely completion to each prompt, token by token (greedy)."""
     if not rows:
         return []
     made = generate(model, encoder, rows, max_new_tokens)
     texts = [encoder.tokenizer.decode(completion, skip_special_tokens=True) for completion in made.completions]
-    return [Answer(str(text), ended) for text, ended in zip(texts, made.ended, strict=True)]
+    return [Completion(str(text), ended) for text, ended in zip(texts, made.ended, strict=True)]
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":

@@ -13,9 +13,16 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.resolve import adapter_base, beside, naming, resolve_path
 from posttrain.paths import EMBEDDED
 from posttrain.runs.checkpoint import modes_by_umask, writing
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 NEW_PAD = "<|pad|>"
@@ -53,7 +60,7 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
     from transformers.utils import cached_file
 
     folder = resolve_path(model)
-    known: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    known: JsonObject = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     notes = []
     with _named_failure(model, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **known)
@@ -76,7 +83,7 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
     return tokenizer, notes
 
 
-def _agrees_with(tokenizer: Any, file: str) -> bool:
+def _agrees_with(tokenizer: "PreTrainedTokenizerBase", file: str) -> bool:
     from tokenizers import Tokenizer
 
     raw = Tokenizer.from_file(file)
@@ -88,7 +95,7 @@ def _agrees_with(tokenizer: Any, file: str) -> bool:
     )
 
 
-def _ensure_chat_template(tokenizer: Any, model: ModelConfig) -> list[str]:
+def _ensure_chat_template(tokenizer: "PreTrainedTokenizerBase", model: ModelConfig) -> list[str]:
     if model.chat_template_path is None:
         if tokenizer.chat_template:
             return []
@@ -106,7 +113,7 @@ def _ensure_chat_template(tokenizer: Any, model: ModelConfig) -> list[str]:
     return [f"chat template: {model.chat_template_path}"]
 
 
-def _ensure_pad_token(tokenizer: Any) -> list[str]:
+def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """A pad token that is not EOS: whoever masks padding by id must not mask the EOS that ends a response."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return []
@@ -119,7 +126,7 @@ def _ensure_pad_token(tokenizer: Any) -> list[str]:
     return [f"pad token: {NEW_PAD} (added; EOS is never used for padding)"]
 
 
-def hub_config(model: ModelConfig) -> Any:
+def hub_config(model: ModelConfig) -> "PretrainedConfig":
     """The model's own config.json, an adapter's base model's for an adapter.
 
     Raises:
@@ -153,7 +160,7 @@ def _adapter_base(model: ModelConfig, folder: str) -> str:
         return resolve_path(beside(model, adapter_base(Path(folder))))
 
 
-def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: str) -> Any:
+def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: str) -> "PreTrainedModel":
     """An adapter merged with its base model, every weight of both there.
 
     Raises:
@@ -247,14 +254,14 @@ def load_reward_model(
 
 
 def _load(
-    auto_class: Any,
+    auto_class: "type[AutoModelForCausalLM | AutoModelForSequenceClassification]",
     model: ModelConfig,
     tokenizer: "PreTrainedTokenizerBase",
     path: str,
     quantised: bool,
     may_miss: Collection[str] = (),
     **options: Any,
-) -> Any:
+) -> "PreTrainedModel":
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -299,7 +306,7 @@ def _load(
     return loaded
 
 
-def _keep_quantised_layers_trainable(model: Any) -> None:
+def _keep_quantised_layers_trainable(model: "PreTrainedModel") -> None:
     """On a CPU with AVX512-BF16, one evaluation repacks a 4-bit layer of bitsandbytes 0.50 for inference for good.
 
     Training after it then gets no gradient through the layer, or an error where the layer has a bias.
@@ -309,7 +316,7 @@ def _keep_quantised_layers_trainable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _fit_embeddings(model: Any, size: int) -> None:
+def _fit_embeddings(model: "PreTrainedModel", size: int) -> None:
     """Grow the embeddings to `size` rows; a new row is the mean of the old ones, so that its token starts unlikely."""
     import torch
 
@@ -323,7 +330,7 @@ def _fit_embeddings(model: Any, size: int) -> None:
                 layer.weight[old:] = layer.weight[:old].mean(dim=0)
 
 
-def _agree_on_special_tokens(model: Any, tokenizer: Any) -> None:
+def _agree_on_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """The model stops at EOS and at the token that ends a turn, and pads with the tokenizer's pad token."""
     end = tokenizer.convert_tokens_to_ids(ChatEncoder(tokenizer).end_of_turn)
     stops = model.generation_config.eos_token_id

@@ -1,14 +1,17 @@
 """The adapter that is trained in place of a model's weights."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from posttrain.config.check import nearest
 from posttrain.config.schema import ModelConfig
+from posttrain.config.suggest import nearest
 from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def _is_called(module: str, name: str) -> bool:
@@ -61,3 +64,30 @@ def lora_config(model: ModelConfig, loaded: "torch.nn.Module", task_type: str = 
         # GPT-2 keeps its weights transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
     )
+
+
+def adapter_layers(model: "torch.nn.Module") -> "list[BaseTunerLayer]":
+    """The layers of a model that hold adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def active_adapter(layers: "Sequence[BaseTunerLayer]", adapter: str | None) -> Iterator[None]:
+    """Run the base under another adapter, or under none, and leave everything as it was.
+
+    PEFT's own switches also change which weights require gradients, which would silently stop training one of
+    several adapters; only what a forward reads is changed here.
+    """
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+    try:
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled

@@ -3,15 +3,16 @@
 import contextlib
 import importlib.util
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from posttrain import paths
-from posttrain.config.schema import DATA_FORMATS, Config, ModelConfig, PPOStage
+from posttrain.config.schema import Config, ModelConfig
+from posttrain.config.stages import FORMATS, STAGES, OnlineStage
 from posttrain.errors import ConfigError
 from posttrain.paths import EMBEDDED
 from posttrain.runs.folder import IDENTITY, MANIFEST, PARTS, read_json, read_object, sha256_of
+from posttrain.values import JsonObject
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -51,7 +52,7 @@ def adapter_base(adapter: Path) -> str:
     return str(moved) if same else stored
 
 
-def parent_of(model_folder: Path) -> dict[str, Any] | None:
+def parent_of(model_folder: Path) -> JsonObject | None:
     """The manifest of the run that made a model folder, if a run of ours did.
 
     Raises:
@@ -80,23 +81,44 @@ def input_hashes(model_folder: Path) -> dict[str, str]:
     return found
 
 
-def with_inputs(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
-    """As `with_models`, with `data.dataset_name` filled in as well; raises as `with_data`, too."""
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with everything that its stage starts from filled in, and where that is."""
+
+    config: Config
+    why: str  # this starting model was taken
+    start: Path  # of the model; where it is on the Hub, a path where nothing is
+    reward: Path | None  # the same of an online stage's reward model
+    to_come: Collection[str] = ()  # stages whose results are not there yet; in a dry run something stands in for them
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Each model that the stage starts from."""
+        return {"model": self.start} | ({"reward_model": self.reward} if self.reward is not None else {})
+
+
+def resolve(config: Config, to_come: Collection[str] = ()) -> Resolved:
+    """Find out what a stage starts from: model, reward model and rows.
+
+    What stages that are still `to_come` will make is not asked for: the base model stands for what they start from.
+
+    Raises:
+        ConfigError: a run whose model this stage would take has not finished, a path does not exist or holds no
+            model, an online stage has no reward, or no data are named for another model than the quickstart's.
+    """
     config, why = with_models(config, to_come)
-    return with_data(config), why
+    start = Path(resolve_path(config.model))
+    reward = None
+    if isinstance(config.stage, OnlineStage) and config.stage.reward_model is not None:
+        with naming("stage.reward_model"):
+            reward = Path(resolve_path(beside(config.model, config.stage.reward_model)))
+    return Resolved(with_data(config), why, start, reward, to_come)
 
 
 def with_models(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:
-    """The configuration with `model.model_name_or_path` and PPO's `stage.reward_model` filled in.
-
-    Returned with it is why this starting model was taken. What stages that are still `to_come` will make is not asked
-    for: the base model stands for the SFT model.
-
-    Raises:
-        ConfigError: a run whose model this stage would take has not finished, or PPO has no reward.
-    """
-    config, why = _with_starting_model(config, "sft" in to_come)
-    return _with_reward_model(config, "reward" in to_come), why
+    """The configuration with its models' paths filled in, and why this starting model was taken; see `resolve`."""
+    config, why = _with_starting_model(config, to_come)
+    return _with_reward_model(config, to_come), why
 
 
 def with_data(config: Config) -> Config:
@@ -109,12 +131,13 @@ def with_data(config: Config) -> Config:
         return config
     if not of_quickstart(config.model.start):
         raise data_required(config)
-    return replace(config, data=replace(config.data, dataset_name=str(_quickstart_file(config.stage.name))))
+    rows = _quickstart_file(STAGES[config.stage.name].data_format.name)
+    return replace(config, data=replace(config.data, dataset_name=str(rows)))
 
 
 def data_required(config: Config) -> ConfigError:
     """Of a stage that starts from another model than the quickstart's and names no data."""
-    name, row = DATA_FORMATS[config.stage.name]
+    name, row, _ = STAGES[config.stage.name].data_format
     return ConfigError(
         f"data.dataset_name is required for stage={config.stage.name}: the quickstart's rows are only for the "
         f"quickstart's models. Name your {name}, for example a .jsonl file of rows like {row}: "
@@ -122,8 +145,8 @@ def data_required(config: Config) -> ConfigError:
     )
 
 
-def _quickstart_file(stage: str) -> Path:
-    return paths.RECIPES / "quickstart" / f"{DATA_FORMATS[stage].name}.jsonl"
+def _quickstart_file(data_format: str) -> Path:
+    return paths.RECIPES / "quickstart" / f"{data_format}.jsonl"
 
 
 def of_quickstart(start: str) -> bool:
@@ -133,42 +156,46 @@ def of_quickstart(start: str) -> bool:
     manifest = read_json(Path(start) / MANIFEST, f"train {start} again with overwrite=true")
     if not isinstance(manifest, dict):
         return False
-    shipped = {sha256_of(_quickstart_file(stage)) for stage in DATA_FORMATS}
+    shipped = {sha256_of(file) for file in map(_quickstart_file, FORMATS) if file.is_file()}
     return set(manifest["data"]["sources"].values()) <= shipped and of_quickstart(manifest["inputs"]["model"]["path"])
 
 
-def _with_reward_model(config: Config, to_come: bool) -> Config:
+def _with_reward_model(config: Config, to_come: Collection[str]) -> Config:
     stage = config.stage
-    if not isinstance(stage, PPOStage) or stage.reward_model is not None or stage.reward_functions:
+    if not isinstance(stage, OnlineStage) or stage.reward_model is not None or stage.reward_functions:
         return config
-    reward = Path(config.output_dir) / config.run_name / "reward"
+    scorer = next(name for name in STAGES[stage.name].follows if STAGES[name].is_classifier)
+    reward = Path(config.output_dir) / config.run_name / scorer
     if (reward / MANIFEST).is_file():
         return replace(config, stage=replace(stage, reward_model=str(reward)))
-    if to_come:
+    if scorer in to_come:
         return config
     begun = f"{reward} has not finished" if (reward / IDENTITY).is_file() else f"{reward} is not there"
     raise ConfigError(
-        f"stage=ppo needs a reward, and {begun}: run stage=reward run_name={config.run_name} first, or name one with "
-        "stage.reward_model=<folder or Hub id> or stage.reward_functions=[my_rewards.concise]"
+        f"stage={stage.name} needs a reward, and {begun}: run stage={scorer} run_name={config.run_name} first, or name "
+        "one with stage.reward_model=<folder or Hub id> or stage.reward_functions=[my_rewards.concise]"
     )
 
 
-def _with_starting_model(config: Config, to_come: bool) -> tuple[Config, str]:
+def _with_starting_model(config: Config, to_come: Collection[str]) -> tuple[Config, str]:
     if config.model.model_name_or_path is not None:
         return config, "named by model.model_name_or_path"
-    sft = Path(config.output_dir) / config.run_name / "sft"
-    if config.stage.name != "sft" and (sft / MANIFEST).is_file():
-        model = replace(config.model, model_name_or_path=str(sft), from_scratch=False)
-        return replace(config, model=model), "the SFT model of this run"
-    if to_come:
-        base = replace(config.model, model_name_or_path=config.model.base_model)
-        return replace(config, model=base), "in place of the SFT model that is still to come"
-    if config.stage.name != "sft" and (sft / IDENTITY).is_file():
+    base = replace(config, model=replace(config.model, model_name_or_path=config.model.base_model))
+    first = next(iter(STAGES[config.stage.name].follows), None)
+    if first is None:
+        return base, "the base model"
+    run = Path(config.output_dir) / config.run_name / first
+    if (run / MANIFEST).is_file():
+        model = replace(config.model, model_name_or_path=str(run), from_scratch=False)
+        return replace(config, model=model), f"the {first} model of this run"
+    if first in to_come:
+        return base, f"in place of the {first} model that is still to come"
+    if (run / IDENTITY).is_file():
         raise ConfigError(
-            f"{sft} has not finished; run stage=sft run_name={config.run_name} again, "
+            f"{run} has not finished; run stage={first} run_name={config.run_name} again, "
             "or name another model with model.model_name_or_path=…"
         )
-    return replace(config, model=replace(config.model, model_name_or_path=config.model.base_model)), "the base model"
+    return base, "the base model"
 
 
 def resolve_path(model: ModelConfig) -> str:
@@ -194,23 +221,10 @@ def resolve_path(model: ModelConfig) -> str:
     return name
 
 
-def input_folders(config: Config) -> dict[str, Path]:
-    """The folders of the models that a stage starts from; of what is on the Hub, a path where nothing is.
-
-    Raises:
-        ConfigError: as `source`, of either.
-    """
-    found = {"model": Path(resolve_path(config.model))}
-    if isinstance(config.stage, PPOStage) and config.stage.reward_model is not None:
-        with naming("stage.reward_model"):
-            found["reward_model"] = Path(resolve_path(beside(config.model, config.stage.reward_model)))
-    return found
-
-
 def all_reward_functions(config: Config) -> list[str]:
     """All reward functions of a stage, those that it is not trained on among them."""
     stage = config.stage
-    return [*stage.reward_functions, *stage.eval_reward_functions] if isinstance(stage, PPOStage) else []
+    return [*stage.reward_functions, *stage.eval_reward_functions] if isinstance(stage, OnlineStage) else []
 
 
 def beside(model: ModelConfig, path: str) -> ModelConfig:
@@ -233,7 +247,9 @@ def naming(key: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(*(told.replace("model.model_name_or_path=", f"{key}=") for told in error.problems)) from error
+        raise ConfigError(
+            *(problem.replace("model.model_name_or_path=", f"{key}=") for problem in error.problems)
+        ) from error
 
 
 def is_local_model(model: ModelConfig) -> bool:

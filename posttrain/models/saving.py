@@ -8,9 +8,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES
 from posttrain.console import is_main_process, say
 from posttrain.errors import PosttrainError
 from posttrain.models.generate import scores
@@ -20,7 +21,11 @@ from posttrain.runs.checkpoint import modes_by_umask, writing
 from posttrain.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from posttrain.runs.safe_trainer import SafeTrainer
 
 # The reloaded model's outputs must be those of the trained one, up to float32 rounding of a merge (relative).
 RELOAD_TOLERANCE = 1e-3
@@ -28,7 +33,12 @@ PROBE_TOKENS = 64
 
 
 def save_model(
-    config: Config, folder: RunFolder, trainer: Any, tokenizer: "PreTrainedTokenizerBase", base: str, load: Load
+    config: Config,
+    folder: RunFolder,
+    trainer: "SafeTrainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    base: str,
+    load: Load,
 ) -> None:
     """Write model/ and, after LoRA, adapter/ beside it; read model/ again and compare.
 
@@ -41,9 +51,9 @@ def save_model(
     rows = _probe(trainer.train_dataset)
     _release_optimizer(trainer)
     # without the mixed-precision wrapper: weights are compared, not roundings
-    trained = trainer.trained(keep_fp32_wrapper=False)
+    trained = trainer.unwrapped_model(keep_fp32_wrapper=False)
     trained.eval()
-    is_classifier = config.stage.name == "reward"
+    is_classifier = STAGES[config.stage.name].is_classifier
     expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
     if is_peft_model(trained):
         with writing(folder.adapter):
@@ -70,15 +80,15 @@ def save_model(
     difference = float((actual - expected).abs().max()) / scale
     what = "scores" if is_classifier else "logits"
     exact = config.model.dtype == "float32" and not (config.model.load_in_4bit or config.model.load_in_8bit)
-    say(f"saved model: read again, its {what} are within {difference:.1e} of the trained model's")
+    say(f"saved model: reloaded, its {what} are within {difference:.1e} of the trained model's")
     if not math.isfinite(difference) or (exact and difference > RELOAD_TOLERANCE):
         raise PosttrainError(
-            f"{folder.model} gives other {what} than the model that was trained (relative difference {difference:.1e}, "
+            f"{folder.model} does not give the {what} of the trained model (relative difference {difference:.1e}, "
             f"at most {RELOAD_TOLERANCE:.0e} is rounding); the checkpoint in {folder.path} is whole"
         )
 
 
-def _release_optimizer(trainer: Any) -> None:
+def _release_optimizer(trainer: "SafeTrainer") -> None:
     """Make room: from here on models are loaded beside the trained one, and nothing is trained any more."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # there the optimizer and the shards are one thing
         return
@@ -87,14 +97,14 @@ def _release_optimizer(trainer: Any) -> None:
     gc.collect()
 
 
-def _probe(dataset: Any) -> list[list[int]]:
+def _probe(dataset: "Dataset") -> list[list[int]]:
     """A few rows as the model reads them."""
     columns = ("input_ids", "chosen_ids", "rejected_ids", "prompt_ids")
     names = [name for name in columns if name in dataset.column_names][:2]
     return [dataset[index][name][:PROBE_TOKENS] for index in range(min(4, len(dataset))) for name in names]
 
 
-def _outputs(model: Any, rows: Sequence[Sequence[int]], pad: int, is_classifier: bool) -> Any:
+def _outputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], pad: int, is_classifier: bool) -> "Tensor":
     """The scores of a reward model; of a causal one the logits after the last token of each row."""
     import torch
 
@@ -105,14 +115,14 @@ def _outputs(model: Any, rows: Sequence[Sequence[int]], pad: int, is_classifier:
     return torch.stack(last)
 
 
-def _logits_of(folder: Path, rows: list[list[int]], config: Config) -> Any:
+def _logits_of(folder: Path, rows: list[list[int]], config: Config) -> "Tensor":
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.model.dtype).eval()
     return _outputs(model, rows, model.config.pad_token_id, is_classifier=False)
 
 
-def _scores_in_a_new_process(folder: Path, rows: list[list[int]]) -> Any:
+def _scores_in_a_new_process(folder: Path, rows: list[list[int]]) -> "Tensor":
     """A reward model is used by processes that know nothing of this one: padding, head and all come from its folder."""
     import torch
 

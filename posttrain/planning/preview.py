@@ -1,17 +1,20 @@
-"""What a run will do, told before it does it: the data's summary, the derived numbers, one row in colour."""
+"""What a run will do, before it does it: the data's summary, the derived numbers, one row in colour."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Config, PPOStage
+from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES
 from posttrain.console import say, show_markup, show_table, verbatim, warn
 from posttrain.data.encode import IGNORED, Encoded
 from posttrain.data.formats import Counts
-from posttrain.rlhf.rollout_plan import schedule
-from posttrain.stages.base import Prepared
+from posttrain.stages.base import StageData, stage_named
+from posttrain.values import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -31,26 +34,27 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
     return [cell if isinstance(cell, str) else f"{cell:,}" for cell in [*cells, tokens]] + [share]
 
 
-def _sources(prepared: Prepared) -> list[tuple[str, str, str]]:
+def _sources(data: StageData) -> list[tuple[str, str, str]]:
     """Each source with its rows."""
-    parts = (prepared.splits.train, prepared.splits.test)
+    parts = (data.splits.train, data.splits.test)
     train, test = (Counter(row.where.rsplit(" ", 2)[0] for row in rows) for rows in parts)
     return [(f"rows of {name}", f"{train[name]:,}", f"{test[name]:,}") for name in train | test]
 
 
 def _response_tokens(config: Config) -> str:
     """A reward model reads its score after the last token; elsewhere each token of a response is learned."""
-    return "tokens of responses" if config.stage.name == "reward" else "tokens that carry loss"
+    scores = STAGES[config.stage.name].is_classifier
+    return "tokens of responses" if scores else "tokens that carry loss"
 
 
-def show_data(config: Config, prepared: Prepared) -> None:
+def show_data(config: Config, data: StageData) -> None:
     """Print what was read and from where, kept, cut and left out, and warn of what may be a mistake."""
     names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", _response_tokens(config))
-    train, counts, max_length = prepared.train, prepared.splits.counts["train"], config.stage.max_length
-    cells = zip(names, _summary(train, counts), _summary(prepared.test, prepared.splits.counts["test"]), strict=True)
-    table = [*_sources(prepared), *list(cells)[: len(names) if train.loss_tokens else -1]]
+    train, counts, max_length = data.train, data.splits.counts["train"], config.stage.max_length
+    cells = zip(names, _summary(train, counts), _summary(data.test, data.splits.counts["test"]), strict=True)
+    table = [*_sources(data), *list(cells)[: len(names) if train.loss_tokens else -1]]
     show_table("data", ("", "train", "held out"), table)
-    for note in prepared.splits.notes:
+    for note in data.splits.notes:
         say(f"data: {note}")
     if counts.truncated:
         warn(
@@ -58,7 +62,7 @@ def show_data(config: Config, prepared: Prepared) -> None:
             f"are cut; {train.without_end} of them lose the EOS that ends them (data.overlength=drop leaves them out)"
         )
     if counts.prompt_too_long:
-        kept_free = "" if train.loss_tokens else f", of which stage.max_new_tokens={prepared.new_tokens} are kept free"
+        kept_free = "" if train.loss_tokens else f", of which stage.max_new_tokens={data.new_tokens} are kept free"
         warn(
             f"{counts.prompt_too_long} rows are left out: their prompt alone fills stage.max_length={max_length}"
             f"{kept_free}"
@@ -69,51 +73,19 @@ def show_data(config: Config, prepared: Prepared) -> None:
         warn(f"{counts.duplicates} of {counts.kept} rows to train on repeat another one exactly")
     if counts.repeats_prompt:
         warn(
-            f"in {counts.repeats_prompt} of {counts.kept} rows to train on the answer begins with its whole prompt: "
+            f"in {counts.repeats_prompt} of {counts.kept} rows to train on the completion begins with its prompt: "
             "the model would learn to say it again; take it out of the data unless that is meant"
         )
-    if prepared.test is None:
+    if data.test is None:
         warn("no rows are held out, so there is no held-out loss (data.test_size, data.dataset_test_split)")
 
 
-@dataclass
-class Plan:
-    """The derived numbers of a run, as transformers will count them."""
-
-    unit: str
-    accumulation: int
-    batch: int  # units in one update, over all devices
-    steps_per_epoch: int
-    steps: int
-
-
-def plan_of(config: Config, rows: int, processes: int) -> Plan:
-    """What follows from the configuration for `rows` rows (packed ones where rows are packed)."""
-    stage, trainer = config.stage, config.trainer
-    if isinstance(stage, PPOStage):
-        rollouts = schedule(stage, rows, processes)
-        unit, accumulation = "episodes", rollouts.accumulation
-        per_epoch = rollouts.rollouts_per_epoch * rollouts.steps_per_rollout
-    else:
-        unit = "pairs" if stage.name != "sft" else "packed rows" if trainer.get("packing") else "rows"
-        accumulation = int(trainer.get("gradient_accumulation_steps", 1))
-        shares = rows / (stage.batch_size * processes)
-        batches = math.floor(shares) if trainer.get("dataloader_drop_last") else math.ceil(shares)
-        per_epoch = max(math.ceil(batches / accumulation), 1)
-    max_steps = int(trainer.get("max_steps", -1))
-    steps = max_steps if max_steps > 0 else math.ceil(per_epoch * stage.num_epochs)
-    return Plan(unit, accumulation, stage.batch_size * accumulation * processes, per_epoch, steps)
-
-
-def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, trainable: tuple[int, int] | None) -> None:
+def show_plan(config: Config, data: StageData, processes: int, rows: int, trainable: tuple[int, int] | None) -> None:
     """Print the numbers that follow from the configuration; `rows` counts packed rows where rows are packed."""
     stage = config.stage
-    plan = plan_of(config, rows, processes)
-    if isinstance(stage, PPOStage):
-        say(
-            f"rollout: {stage.rollout_batch_size} prompts answered, learned from in {stage.ppo_epochs} passes of "
-            f"{stage.num_mini_batches} updates"
-        )
+    plan = stage_named(stage.name).plan(config, rows, processes)
+    for note in plan.notes:
+        say(note)
     say(
         f"batch: {stage.batch_size} per device × {plan.accumulation} accumulation × {processes} "
         f"{'device' if processes == 1 else 'devices'} = {plan.batch} {plan.unit} per update"
@@ -126,8 +98,8 @@ def show_plan(config: Config, prepared: Prepared, processes: int, rows: int, tra
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")
-    if prepared.train.loss_tokens:
-        say(f"{_response_tokens(config)}: {prepared.train.loss_tokens:,} per epoch")
+    if data.train.loss_tokens:
+        say(f"{_response_tokens(config)}: {data.train.loss_tokens:,} per epoch")
     if stage.warmup_steps >= plan.steps:
         warn(
             f"stage.warmup_steps={stage.warmup_steps} is not below the {plan.steps} steps of the run: "
@@ -151,7 +123,7 @@ def histogram(lengths: Sequence[int], bins: int = 40) -> str:
     return "".join(_BARS[math.ceil(count / tallest * (len(_BARS) - 1))] for count in counts)
 
 
-def _coloured(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
+def _coloured(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: Sequence[bool]) -> str:
     pieces = []
     for token, carries in zip(ids, learned, strict=True):
         text = verbatim(tokenizer.decode([token])).replace("\n", "↵\n")
@@ -159,45 +131,46 @@ def _coloured(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> st
     return "[dim]·[/]".join(pieces)
 
 
-def show_example(config: Config, prepared: Prepared, index: int = 0) -> None:
+def show_example(config: Config, data: StageData, index: int = 0) -> None:
     """Print one row as the model sees it, its responses in green, each token set off."""
-    row: dict[str, Any] = prepared.train.dataset[index]
-    tokenizer = prepared.encoder.tokenizer
-    where = verbatim(prepared.train.rows[index].where)
-    if isinstance(config.stage, PPOStage):
+    row: JsonObject = data.train.dataset[index]
+    tokenizer = data.encoder.tokenizer
+    where = verbatim(data.train.rows[index].where)
+    sides = [name for name in row if name.endswith("_ids") and name not in ("input_ids", "prompt_ids")]
+    if "labels" not in row and not sides:
         show_markup(f"\n[bold]{where}[/], as tokens; the policy goes on from its end\n")
         show_markup(_coloured(tokenizer, row["prompt_ids"], [False] * len(row["prompt_ids"])) + "\n")
         return
-    told = "the response" if config.stage.name == "reward" else "these carry loss"
-    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]{told}[/]\n")
+    learned_part = "the response" if STAGES[config.stage.name].is_classifier else "these carry loss"
+    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]{learned_part}[/]\n")
     if "labels" in row:
         show_markup(_coloured(tokenizer, row["input_ids"], [label != IGNORED for label in row["labels"]]) + "\n")
         return
-    for side in ("chosen", "rejected"):
-        answer = row[f"{side}_ids"]
-        learned = [False] * len(row["prompt_ids"]) + [True] * len(answer)
-        show_markup(f"[bold]{side}[/]\n" + _coloured(tokenizer, row["prompt_ids"] + answer, learned) + "\n")
+    for side in sides:
+        learned = [False] * len(row["prompt_ids"]) + [True] * len(row[side])
+        coloured = _coloured(tokenizer, row["prompt_ids"] + row[side], learned)
+        show_markup(f"[bold]{side.removesuffix('_ids')}[/]\n{coloured}\n")
 
 
-def _end_check(prepared: Prepared, encoded: Encoded) -> str:
+def _end_check(data: StageData, encoded: Encoded) -> str:
     whole = len(encoded.rows) - encoded.without_end
-    return f"{prepared.encoder.end_of_turn} ends the response and carries loss in {whole} of {len(encoded.rows)} rows"
+    return f"{data.encoder.end_of_turn} ends the response and carries loss in {whole} of {len(encoded.rows)} rows"
 
 
-def show_dry_run(config: Config, prepared: Prepared, processes: int) -> None:
+def show_dry_run(config: Config, data: StageData, processes: int) -> None:
     """Data, one row, the tokens at its ends, and the plan."""
-    train, tokenizer = prepared.train, prepared.encoder.tokenizer
-    show_data(config, prepared)
+    train, tokenizer = data.train, data.encoder.tokenizer
+    show_data(config, data)
     low, high = min(train.lengths), max(train.lengths)
     middle = sorted(train.lengths)[len(train.lengths) // 2]
     say(f"length in tokens: {low} {histogram(train.lengths)} {high}; half of the rows have at most {middle}")
-    show_example(config, prepared)
+    show_example(config, data)
     if train.loss_tokens:
-        say(f"EOS: {_end_check(prepared, train)}")
+        say(f"EOS: {_end_check(data, train)}")
     beginnings = train.dataset["input_ids" if "input_ids" in train.dataset.column_names else "prompt_ids"]
     doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in beginnings)
     brought = f"{doubled} rows begin with two: the template and the data both bring one"
     say(f"BOS: {brought if doubled else 'no row begins with two'}")
     if config.trainer.get("packing"):
         say("packing: rows are packed when training starts; the steps below are those without packing")
-    show_plan(config, prepared, processes, len(train.rows), None)
+    show_plan(config, data, processes, len(train.rows), None)

@@ -6,18 +6,22 @@ head, the reference the base alone, and a reward model that was trained with LoR
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import PosttrainError
+from posttrain.models.lora import active_adapter, adapter_layers
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from peft import LoraConfig
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers.generation.utils import GenerateOutput
 
 POLICY, VALUE, REWARD = "default", "critic", "reward"
 
@@ -44,7 +48,7 @@ class ValueNetwork(nn.Module):
 
 
 class Estimates(NamedTuple):
-    """What policy and critic say about the tokens of answers, each (rows, C)."""
+    """What policy and critic say about the tokens of completions, each (rows, C)."""
 
     logps: Tensor
     entropy: Tensor
@@ -58,13 +62,15 @@ class PolicyAndValue(nn.Module):
     without a trunk of its own runs on the policy's base under the adapter "critic".
     """
 
-    def __init__(self, policy: Any, value: ValueNetwork, temperature: float = 1.0, learn_entropy: bool = False) -> None:
+    def __init__(
+        self, policy: "PreTrainedModel", value: ValueNetwork, temperature: float = 1.0, learn_entropy: bool = False
+    ) -> None:
         super().__init__()
         self.temperature, self.learn_entropy = temperature, learn_entropy
         self.fused: bool | None = None  # see log_probs
-        self.policy: Any = policy
+        self.policy: PreTrainedModel = policy
         self.value = value
-        self.layers = _adapter_layers(policy)
+        self.layers = adapter_layers(policy)
         if value.trunk is None and not self.layers:
             raise ValueError("a critic without a trunk of its own needs a policy with adapters")
 
@@ -83,26 +89,12 @@ class PolicyAndValue(nn.Module):
         """The last hidden states (rows, tokens, hidden) of the critic's trunk, or of the base under an adapter."""
         if self.value.trunk is not None and role == VALUE:
             return last_hidden(self.value.trunk, input_ids, attention_mask, position_ids)
-        with self.role(role):
+        with self.active_adapter(role):
             return last_hidden(self.policy.get_base_model().base_model, input_ids, attention_mask, position_ids)
 
-    @contextmanager
-    def role(self, adapter: str | None) -> Iterator[None]:
-        """Run the base under another adapter, or under none, and leave everything as it was.
-
-        PEFT's own switches also change which weights require gradients, which would silently stop training one of
-        the adapters; only what a forward reads is changed here.
-        """
-        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self.layers]
-        for layer in self.layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-        try:
-            yield
-        finally:
-            for layer, active, disabled in before:
-                layer._active_adapter, layer._disable_adapters = active, disabled
+    def active_adapter(self, adapter: str | None) -> AbstractContextManager[None]:
+        """Run the base under another adapter, or under none."""
+        return active_adapter(self.layers, adapter)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the weights of policy and critic that require gradients."""
@@ -123,14 +115,14 @@ class PolicyAndValue(nn.Module):
             for name, weight in trained.items():
                 weight.copy_(saved[name])
 
-    def active_role(self) -> str | None:
+    def current_adapter(self) -> str | None:
         """The adapter that a forward would use now; None for the base alone."""
         layer = self.layers[0]
         active = layer._active_adapter
         return None if layer._disable_adapters else active if isinstance(active, str) else active[0]
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+        self, activation_checkpointing_kwargs: JsonObject | None = None, **more: object
     ) -> None:
         """Recompute activations in the backward pass, each under the adapter that it was computed under.
 
@@ -143,7 +135,7 @@ class PolicyAndValue(nn.Module):
         options["use_reentrant"] = False
         if self.layers:
             # the backward pass runs when another adapter is active: without this the gradient would be wrong, silently
-            options["context_fn"] = lambda: (nullcontext(), self.role(self.active_role()))
+            options["context_fn"] = lambda: (nullcontext(), self.active_adapter(self.current_adapter()))
         for model in self._models():
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **more)
 
@@ -151,11 +143,11 @@ class PolicyAndValue(nn.Module):
         for model in self._models():
             model.activation_checkpointing_disable()
 
-    def _models(self) -> list[Any]:
+    def _models(self) -> "list[PreTrainedModel]":
         return [model for model in (self.policy, self.value.trunk) if model is not None]
 
     # transformers' older names for the same, which TRL's generation still calls
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: JsonObject | None = None) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     gradient_checkpointing_disable = activation_checkpointing_disable
@@ -167,11 +159,11 @@ class PolicyAndValue(nn.Module):
     is_activation_checkpointing = is_gradient_checkpointing
 
     @property
-    def config(self) -> Any:
+    def config(self) -> "PretrainedConfig":
         return self.policy.config
 
     @property
-    def generation_config(self) -> Any:
+    def generation_config(self) -> "GenerationConfig":
         return self.policy.generation_config
 
     @property
@@ -179,21 +171,15 @@ class PolicyAndValue(nn.Module):
         found: torch.device = self.policy.device
         return found
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> "GenerateOutput":
         return self.policy.generate(*args, **kwargs)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return self.policy.generate_batch(*args, **kwargs)
+    def generate_batch(self, *args: object, **kwargs: object) -> JsonObject:
+        found: JsonObject = self.policy.generate_batch(*args, **kwargs)
+        return found
 
 
-def _adapter_layers(policy: Any) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [module for module in policy.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-
-
-def _positions(model: Any, position_ids: Tensor) -> dict[str, Tensor]:
+def _positions(model: "PreTrainedModel", position_ids: Tensor) -> dict[str, Tensor]:
     """Positions for models that take them; those without (ALiBi) read the attention mask."""
     from accelerate.utils import extract_model_from_parallel
 
@@ -203,7 +189,7 @@ def _positions(model: Any, position_ids: Tensor) -> dict[str, Tensor]:
     return {"position_ids": position_ids} if takes else {}
 
 
-def last_hidden(trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+def last_hidden(trunk: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
     """(rows, tokens, hidden)."""
     output = trunk(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **_positions(trunk, position_ids)
@@ -213,7 +199,7 @@ def last_hidden(trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_
 
 
 def log_probs(
-    model: Any,
+    model: "PreTrainedModel",
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor,
@@ -227,7 +213,7 @@ def log_probs(
     Without `with_entropy`, entropy may be 0 throughout.
 
     `fused` (None: on every device but a CPU) takes TRL's head, which never holds the logits as a whole and computes
-    them a second time in the backward pass; on a CPU that takes twice as long as holding those of the answer.
+    them a second time in the backward pass; on a CPU that takes twice as long as holding those of the completion.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_positions(model, position_ids)}
     if fused is None:
@@ -245,7 +231,7 @@ def log_probs(
     return logps, -(every.exp() * every).sum(-1) * mask if with_entropy else torch.zeros_like(logps)
 
 
-def add_value_adapter(policy: Any, config: Any, like: str | None) -> None:
+def add_value_adapter(policy: "PreTrainedModel", config: "LoraConfig", like: str | None) -> None:
     """Put the critic's adapter beside the policy's; its weights are those of the adapter `like`, if there is one."""
     _add_adapter(policy, VALUE, config, trainable=True)
     if like is not None:
@@ -256,7 +242,7 @@ def add_value_adapter(policy: Any, config: Any, like: str | None) -> None:
                     weight.copy_(weights[name.replace(f".{VALUE}.", f".{like}.")])
 
 
-def add_reward_adapter(policy: Any, config: Any, state: dict[str, Tensor]) -> Tensor:
+def add_reward_adapter(policy: "PreTrainedModel", config: "LoraConfig", state: dict[str, Tensor]) -> Tensor:
     """Put a reward model's adapter beside the policy's and return the weight of its head, (1, hidden).
 
     `state` is the reward model's adapter_model.safetensors.
@@ -279,7 +265,7 @@ def add_reward_adapter(policy: Any, config: Any, state: dict[str, Tensor]) -> Te
     return head
 
 
-def _add_adapter(policy: Any, name: str, config: Any, trainable: bool) -> None:
+def _add_adapter(policy: "PreTrainedModel", name: str, config: "LoraConfig", trainable: bool) -> None:
     import copy
 
     config = copy.deepcopy(config)

@@ -1,17 +1,17 @@
-"""What a rollout's numbers say in plain words, with a remedy to paste; each alarm is told once."""
+"""Warnings about a rollout's numbers, each with a suggested override, and each printed once."""
 
 from collections.abc import Iterator, Mapping
 
-from posttrain.config.schema import PPOStage
+from posttrain.config.stages import PPOStage
 from posttrain.errors import PosttrainError
 
-KL_HIGH = 10.0  # nats per answer
+KL_HIGH = 10.0  # nats per completion
 ENTROPY_LEFT = 0.2  # of the first rollout's
 LENGTH_FACTOR = 2.0
 SPREAD_LEFT = 0.05  # of the first rollout's reward spread
 LARGE = 100.0  # of a mean reward, as it is learned from
 STILL_ROLLOUTS = 5  # how long a policy may take to move, at least
-STILL_KL = 0.01  # nats per answer
+STILL_KL = 0.01  # nats per completion
 CRITIC_ROLLOUTS = 5  # how long the critic may take to be better than a constant
 
 
@@ -23,7 +23,7 @@ class Alarms:
         self.first: Mapping[str, float] | None = None
         self.rollouts = 0
         self.worse_than_constant = 0
-        self.told: set[str] = set()
+        self.printed: set[str] = set()
 
     def __call__(self, numbers: Mapping[str, float]) -> list[str]:
         """The new alarms of a rollout.
@@ -38,42 +38,43 @@ class Alarms:
         stage, kl = self.stage, numbers["kl"]
         if stage.kl_ceiling is not None and kl > stage.kl_ceiling:
             raise PosttrainError(
-                f"KL from the reference is {kl:.2f} nats per answer, above stage.kl_ceiling={stage.kl_ceiling:g}; the "
-                f"last checkpoint stands. Hold on to the reference: stage.kl_coef={stage.kl_coef * 2:g}, or lower "
+                f"KL from the reference is {kl:.2f} nats per completion, above stage.kl_ceiling={stage.kl_ceiling:g}; "
+                f"the last checkpoint is kept. Hold on to the reference: stage.kl_coef={stage.kl_coef * 2:g}, or lower "
                 f"stage.learning_rate={stage.learning_rate / 3:.0e}"
             )
-        new = [(name, text) for name, text in self._found(numbers, self.first) if name not in self.told]
-        self.told |= {name for name, _ in new}
+        new = [(name, text) for name, text in self._check(numbers, self.first) if name not in self.printed]
+        self.printed |= {name for name, _ in new}
         return [text for _, text in new]
 
-    def _found(self, now: Mapping[str, float], first: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    def _check(self, now: Mapping[str, float], first: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         stage = self.stage
         if now["kl"] < -3 * now["kl_error"] - 1e-3:
             yield (
                 "negative KL",
-                f"KL from the reference is {now['kl']:.3f} nats per answer, below 0 by more than chance: answers are "
-                "sampled from another distribution than the one they are scored under. Look at model.dtype and "
-                "precision (precision=fp32 tells), and leave generation to TRL's plain path: stage.use_vllm=false",
+                f"KL from the reference is {now['kl']:.3f} nats per completion, below 0 by more than chance: "
+                "completions are sampled from another distribution than the one they are scored under. Look at "
+                "model.dtype and precision (precision=fp32 tells), and leave generation to TRL's plain path: "
+                "stage.use_vllm=false",
             )
         if self._is_still(now, first):
             yield (
                 "still",
-                f"after {self.rollouts} rollouts the policy is where it began: KL from the reference "
-                f"{now['kl_k3']:.4f} nats per answer, reward {first['reward']:.4f} then and {now['reward']:.4f} now. "
+                f"after {self.rollouts} rollouts the policy has not moved: KL from the reference "
+                f"{now['kl_k3']:.4f} nats per completion, reward {first['reward']:.4f} then, {now['reward']:.4f} now. "
                 f"Nothing is being learned; try stage.learning_rate={stage.learning_rate * 10:.0e}",
             )
         if now["kl"] > KL_HIGH and stage.kl_ceiling is None:
             yield (
                 "high KL",
-                f"KL from the reference is {now['kl']:.1f} nats per answer: the policy is far from what the reward "
+                f"KL from the reference is {now['kl']:.1f} nats per completion: the policy is far from what the reward "
                 f"model has seen. stage.kl_coef={stage.kl_coef * 2:g} holds it closer, stage.kl_controller=adaptive "
-                f"steers it to stage.kl_target, stage.kl_ceiling={KL_HIGH:g} stops the run",
+                f"keeps it near stage.kl_target, stage.kl_ceiling={KL_HIGH:g} stops the run",
             )
         if first["entropy"] > 0.05 and now["entropy"] < ENTROPY_LEFT * first["entropy"]:
             yield (
                 "entropy",
-                f"entropy has fallen from {first['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy "
-                "hardly explores any more. stage.entropy_coef=0.01 or a smaller stage.learning_rate="
+                f"entropy collapse: from {first['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy "
+                "has collapsed onto few tokens. stage.entropy_coef=0.01 or a smaller stage.learning_rate="
                 f"{stage.learning_rate / 3:.0e} keeps it up",
             )
         longer = now["response_length"] / max(first["response_length"], 1)
@@ -86,7 +87,7 @@ class Alarms:
             )
             yield (
                 "longer" if grown else "shorter",
-                f"answers have become {'longer' if grown else 'shorter'}: {first['response_length']:.0f} to "
+                f"completions have become {'longer' if grown else 'shorter'}: {first['response_length']:.0f} to "
                 f"{now['response_length']:.0f} tokens. If that is not wanted, the reward pays for it: {remedy}",
             )
         if self.worse_than_constant >= CRITIC_ROLLOUTS:
@@ -95,31 +96,31 @@ class Alarms:
                 "critic",
                 f"for {CRITIC_ROLLOUTS} rollouts the critic has been worse than a constant (explained variance "
                 f"{now['explained_variance']:.2f}). stage.value_learning_rate={rate * 10:g} lets it learn faster, "
-                "stage.critic_warmup_steps=20 lets it begin alone, stage.cliprange_value=null takes off its clip",
+                "stage.critic_warmup_steps=20 trains it alone first, stage.cliprange_value=null removes its clip",
             )
         if now["ended_by_eos"] == 0:
             yield (
                 "endless",
-                f"no answer of a rollout ended by itself: rewards judge answers that stage.max_new_tokens="
+                f"no completion of a rollout ended by itself: rewards judge completions that stage.max_new_tokens="
                 f"{stage.max_new_tokens} has cut. Twice as many leave room; a policy that never learned its EOS needs "
                 "SFT first, or stage.missing_eos_penalty=1",
             )
         if abs(now["shaped_reward"]) > LARGE:
             yield (
                 "large",
-                f"rewards are large ({now['shaped_reward']:.3g} on average): the critic's loss dwarfs all else. "
+                f"rewards are large ({now['shaped_reward']:.3g} on average): the critic's loss dominates the total. "
                 f"stage.reward_scale={abs(now['shaped_reward']) * stage.reward_scale:.2g} brings them to about 1",
             )
         if now["reward_std"] < 1e-6:
             yield (
                 "constant",
-                f"all answers of a rollout got the same reward ({now['reward']:.4g}): there is nothing to learn from "
-                "it. Look at rollouts.jsonl and at the reward functions",
+                f"all completions of a rollout got the same reward ({now['reward']:.4g}): there is nothing to learn. "
+                "Look at rollouts.jsonl and at the reward functions",
             )
         elif now["reward_std"] < SPREAD_LEFT * first["reward_std"]:
             yield (
                 "saturated",
-                f"rewards hardly differ any more (spread {first['reward_std']:.3g} at first, {now['reward_std']:.3g} "
+                f"rewards are saturated (spread {first['reward_std']:.3g} at first, {now['reward_std']:.3g} "
                 "now): what is left to gain may be noise of the reward. Fewer passes (stage.num_epochs=…) save time",
             )
 

@@ -1,6 +1,6 @@
 """The arithmetic of PPO as pure tensor functions: rewards per token, advantages, clipped losses, KL estimators.
 
-Shapes are (episodes, tokens) unless said otherwise; `mask` is 1 on the tokens of an answer, its EOS among them, and
+Shapes are (episodes, tokens) unless said otherwise; `mask` is 1 on the tokens of a completion, its EOS among them, and
 0 on the padding after it. Log-probabilities and KL are in nats.
 """
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def masked_mean(values: "Tensor", mask: "Tensor") -> "Tensor":
-    """The mean over the tokens of all answers, as a scalar; 0 where there is none."""
+    """The mean over the tokens of all completions, as a scalar; 0 where there is none."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def moments(values: "Tensor", mask: "Tensor") -> "Tensor":
-    """Sum, sum of squares and count over the tokens of all answers: (3), to be added up over processes."""
+    """Sum, sum of squares and count over the tokens of all completions: (3), to be added up over processes."""
     import torch
 
     kept = values * mask
@@ -50,7 +50,7 @@ def kl_estimate(logps: "Tensor", ref_logps: "Tensor", estimator: str) -> "Tensor
 
 
 def token_rewards(scores: "Tensor", kl: "Tensor", mask: "Tensor", kl_coef: float) -> "Tensor":
-    """-kl_coef · KL at every token, and the score of the answer on its last one.
+    """-kl_coef · KL at every token, and the score of the completion on its last one.
 
     `scores` is (episodes). Ziegler et al. 2019, equation 2, https://arxiv.org/abs/1909.08593
     """
@@ -64,7 +64,7 @@ def generalised_advantages(
 ) -> tuple["Tensor", "Tensor"]:
     """Advantages A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} - V_t, and returns A_t + V_t; 0 on padding.
 
-    The value after an answer's last token is 0: it ends the episode. Schulman et al. 2016, equation 16,
+    The value after a completion's last token is 0: it ends the episode. Schulman et al. 2016, equation 16,
     https://arxiv.org/abs/1506.02438
     """
     import torch
@@ -139,7 +139,7 @@ class KLController:
     """The weight of the KL penalty: fixed, or moved in proportion to how far KL is from its target.
 
     After each rollout of n episodes, coef ← coef · (1 + clip(KL / target - 1, ±0.2) · n / horizon). KL is in nats per
-    answer. Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593
+    completion. Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593
     """
 
     def __init__(self, kl_coef: float, adaptive: bool, target: float, horizon: float) -> None:

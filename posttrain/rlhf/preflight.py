@@ -42,7 +42,7 @@ def check_start(trainer: PPOTrainer) -> None:
         PosttrainError: one of them is not; names which of the known causes it is.
     """
     tolerance = TOLERANCE[trainer.rounds_as]
-    buffer, generated = _answer_some(trainer)
+    buffer, generated = _complete_some(trainer)
     mask = buffer.completion_mask
     now = trainer.estimates(buffer)
     first = buffer.take(range(min(trainer.plan.batch_size, ROWS)))  # the very batch that `estimates` began with
@@ -60,13 +60,13 @@ def check_start(trainer: PPOTrainer) -> None:
         )
         return
     raise PosttrainError(
-        f"PPO would start wrong: probability ratio off by {ratio:.3g}, KL off by {kl:.3g} nats, log-probabilities off "
+        f"PPO step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, log-probabilities off "
         f"generation's by up to {worst:.3g} nats per token. Cause: {_cause(trainer, buffer, generated, tolerance)}"
     )
 
 
-def _answer_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
-    """Short answers to a few prompts of different lengths, and log π of their tokens as generation had it."""
+def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
+    """Short completions to a few prompts of different lengths, and log π of their tokens as generation had it."""
     by_length = sorted(trainer.rows, key=lambda row: len(row["prompt_ids"]))
     last = len(by_length) - 1
     rows = [by_length[round(index * last / (ROWS - 1))]["prompt_ids"] for index in range(ROWS)]
@@ -78,14 +78,14 @@ def _answer_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
         settings = GenerationConfig(do_sample=True, temperature=trainer.temperature, top_k=0, top_p=1.0)
     settings.max_new_tokens = min(NEW_TOKENS, trainer.args.max_completion_length)
     settings.return_dict_in_generate = settings.output_scores = True
-    roles = trainer.roles()
+    both = trainer.policy_and_value()
     with trainer.seeded("start"), torch.no_grad(), trainer.accelerator.autocast():
-        found = roles.policy.generate(
+        found = both.policy.generate(
             input_ids=ids,
             attention_mask=prompt_mask,
             generation_config=settings,
         )
-    roles.train()
+    both.train()
     completion = found.sequences[:, ids.size(1) :]
     logps = torch.stack([score.float().log_softmax(-1) for score in found.scores], dim=1)
     ends = torch.isin(completion, torch.tensor(trainer.eos_token_ids, device=device))
@@ -103,7 +103,7 @@ def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolera
         on = sorted({name for name, module in trainer.model.named_modules() if _drops(module)})
         return f"dropout is on ({', '.join(on[:3]) or 'or another randomness'}): two forwards of one batch differ"
     if not trainer.use_vllm:
-        settings = {**trainer.roles().policy.generation_config.to_dict()}
+        settings = {**trainer.policy_and_value().policy.generation_config.to_dict()}
         settings |= {name: value for name, value in trainer.generation_config.to_dict().items() if value is not None}
         filters = [f"{name}={settings[name]}" for name, neutral in NEUTRAL.items() if settings.get(name) not in neutral]
         if filters:

@@ -8,19 +8,23 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from posttrain.config.check import nearest
+from posttrain.config.suggest import nearest
 from posttrain.console import say, warn
 from posttrain.data.encode import ChatEncoder
 from posttrain.data.formats import Message
 from posttrain.errors import ConfigError, PosttrainError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 RewardFunction = Callable[..., Any]
 Score = Callable[[list[list[int]]], list[float]]
-# (prompt, answer, ids of the prompt, ids of the answer) -> the ids that a reward model reads
+# (prompt, completion, ids of the prompt, ids of the completion) -> the ids that a reward model reads
 Encode = Callable[[list[Message], str, list[int], list[int]], list[int]]
 
 
@@ -56,40 +60,43 @@ def load_function(key: str, spec: str) -> RewardFunction:
     return checked(name, function)
 
 
-def _run(found: Any, key: str, spec: str) -> ModuleType:
+def _run(found: ModuleSpec, key: str, spec: str) -> ModuleType:
     earlier = sys.modules.get(found.name)
     if earlier is not None and earlier.__file__ == found.origin:
         return earlier
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module
     try:
+        assert found.loader is not None
         found.loader.exec_module(module)
     except BaseException as error:  # SystemExit among them: it would end the run as if all were well
         del sys.modules[found.name]
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise ConfigError(f"{key}={spec} cannot be imported: {_told(error)}") from error
+        raise ConfigError(f"{key}={spec} cannot be imported: {_place(error)}") from error
     return module
 
 
-def _told(error: BaseException) -> str:
+def _place(error: BaseException) -> str:
     at = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
 
 
 def checked(name: str, function: RewardFunction) -> RewardFunction:
-    """The function, its failures and values that are no finite numbers told by its name; None: does not apply.
+    """The function, its failures and non-finite values raised under its name; None: does not apply.
 
     A coroutine function stays one, so that TRL awaits several at a time.
     """
 
-    def check(values: list[Any], completions: Sequence[Any]) -> list[float | None]:
+    def check(values: Sequence[float | None], completions: Sequence[list[Message]]) -> list[float | None]:
         if len(values) != len(completions):
-            raise PosttrainError(f"reward function {name} gave {len(values)} rewards for {len(completions)} answers")
+            raise PosttrainError(
+                f"reward function {name} gave {len(values)} rewards for {len(completions)} completions"
+            )
         for value, completion in zip(values, completions, strict=True):
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise PosttrainError(
-                    f"reward function {name} gave {value!r}, which is no finite number, for the answer "
+                    f"reward function {name} gave {value!r}, which is not a finite number, for the completion "
                     f"{completion[0]['content'][:100]!r}"
                 )
         return [None if value is None else float(value) for value in values]
@@ -97,10 +104,10 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
     def failed(error: BaseException) -> PosttrainError:
         more = "; it is called with prompts=, completions= and more, so it needs **columns"
         return PosttrainError(
-            f"reward function {name} failed: {_told(error)}{more if isinstance(error, TypeError) else ''}"
+            f"reward function {name} failed: {_place(error)}{more if isinstance(error, TypeError) else ''}"
         )
 
-    def call(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def call(completions: Sequence[list[Message]], **columns: object) -> list[float | None]:
         try:
             found = list(function(completions=completions, **columns))
         except KeyboardInterrupt:
@@ -109,7 +116,7 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
             raise failed(error) from error
         return check(found, completions)
 
-    async def call_and_wait(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    async def call_and_wait(completions: Sequence[list[Message]], **columns: object) -> list[float | None]:
         try:
             found = list(await function(completions=completions, **columns))
         except (KeyboardInterrupt, asyncio.CancelledError):
@@ -131,7 +138,7 @@ def model_reward(score: Score, encode: Encode) -> RewardFunction:
         completions: list[list[Message]],
         completion_ids: list[list[int]],
         prompt_ids: list[list[int]],
-        **columns: Any,
+        **columns: object,
     ) -> list[float]:
         parts = zip(prompts, completions, prompt_ids, completion_ids, strict=True)
         return score([encode(prompt, answer[0]["content"], ids, more) for prompt, answer, ids, more in parts])
@@ -144,17 +151,17 @@ def same_ids(prompt: list[Message], answer: str, prompt_ids: list[int], completi
     return [*prompt_ids, *completion_ids]
 
 
-def encoded_anew(encoder: ChatEncoder, limit: int | None) -> Encode:
+def encoded_again(encoder: ChatEncoder, limit: int | None) -> Encode:
     """For a reward model with a tokenizer of its own: the text through its own template, its end if it is too long."""
-    told = False
+    warned = False
 
     def encode(prompt: list[Message], answer: str, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
-        nonlocal told
+        nonlocal warned
         messages = [*prompt, {"role": "assistant", "content": answer}]
         [(ids, _)] = encoder.encode([encoder.segments(messages)])
         if limit is not None and len(ids) > limit:
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 warn(f"the reward model has {limit} positions: of a longer conversation ({len(ids)}) it reads the end")
             ids = ids[-limit:]
         return ids
@@ -162,7 +169,7 @@ def encoded_anew(encoder: ChatEncoder, limit: int | None) -> Encode:
     return encode
 
 
-def same_tokenizer(one: Any, other: Any) -> bool:
+def same_tokenizer(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:
     """Whether two tokenizers and their templates turn every conversation into the same ids."""
     return bool(
         one.chat_template == other.chat_template

@@ -2,33 +2,38 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Config, PPOStage
+from posttrain.config.schema import Config, ModelConfig
+from posttrain.config.stages import OnlineStage
 from posttrain.console import say
-from posttrain.models.generate import pad_right, scores
+from posttrain.models.generate import pad_right
 from posttrain.models.load import load_causal_lm, load_reward_model, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, parent_of, resolve_path, weight_hashes
 from posttrain.rlhf import rewards
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from posttrain.rlhf.critic import ValueNetwork
+    from posttrain.rlhf.ppo import PPOTrainer
 
 
 @dataclass
-class RewardModel:
+class RewardSource:
     """The reward model of a run, before it is known where it lives."""
 
-    settings: Any  # ModelConfig
+    settings: ModelConfig
     path: str
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     same_tokenizer: bool
     adapter: Path | None  # of a reward model trained with LoRA on the policy's own base
 
 
-def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
+def find_reward(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardSource | None:
     stage = config.stage
-    if not isinstance(stage, PPOStage) or stage.reward_model is None:
+    if not isinstance(stage, OnlineStage) or stage.reward_model is None:
         return None
     settings = beside(config.model, stage.reward_model)
     with naming("stage.reward_model"):
@@ -46,69 +51,45 @@ def find_reward(config: Config, tokenizer: Any) -> RewardModel | None:
     )
     if shared:
         input_hashes(adapter)  # refuses one that has changed
-    return RewardModel(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
+    return RewardSource(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
 
 
-class Scorer:
-    """Scores conversations with the reward model, which is a model of its own or an adapter on the policy's base."""
+def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[list[int]]) -> list[float]:
+    """What the merged reward model would give: its head on the hidden state of the last token that is not padding.
 
-    def __init__(self) -> None:
-        self.head: Any = None  # of the adapter
-        self.score: rewards.Score | None = None
-
-    def __call__(self, rows: list[list[int]]) -> list[float]:
-        assert self.score is not None
-        return self.score(rows)
-
-    def attach(self, trainer: Any, reward: RewardModel | None, config: Config) -> None:
-        if reward is None:
-            return
-        if reward.adapter is not None:
-            self.head = self.head.to(trainer.args.device)
-            self.score = lambda rows: _scores_of_adapter(trainer, self.head, rows)
-            return
-        with naming("stage.reward_model"):
-            separate = load_reward_model(
-                reward.settings, reward.tokenizer, reward.path, config.seed, quantised=False, new_head=False
-            )
-        separate = separate.to(trainer.args.device).eval().requires_grad_(False)
-        pad, size = reward.tokenizer.pad_token_id, config.stage.batch_size
-
-        def score(rows: list[list[int]]) -> list[float]:
-            with trainer.accelerator.autocast():
-                return scores(separate, rows, pad, size)
-
-        self.score = score
-
-
-def _scores_of_adapter(trainer: Any, head: Any, rows: list[list[int]]) -> list[float]:
-    """What the merged reward model would give: its head on the hidden state of the last token that is no padding.
-
-    By id, as transformers looks for it: a padding token that the policy has said itself is passed over, too.
+    By id, as transformers looks for it: a padding token that the policy has generated itself is passed over, too.
     """
     import torch
 
     from posttrain.rlhf.critic import REWARD
 
     found: list[float] = []
-    for start in range(0, len(rows), trainer.plan.batch_size):
-        part = rows[start : start + trainer.plan.batch_size]
-        padding = trainer.processing_class.pad_token_id
+    padding, size = trainer.processing_class.pad_token_id, trainer.plan.batch_size
+    head = head.to(trainer.args.device)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
         ids = pad_right(part, padding).to(head.device)
         mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad(), trainer.accelerator.autocast():
-            hidden = trainer.roles().hidden(REWARD, ids, mask, positions)
+            hidden = trainer.policy_and_value().hidden(REWARD, ids, mask, positions)
         numbers = torch.arange(ids.size(1), device=head.device)
         last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
         found += (last.float() @ head.float().T)[:, 0].tolist()
     return found
 
 
-def critic(
-    config: Config, policy: Any, reward: RewardModel | None, tokenizer: Any, path: str, scorer: Scorer
-) -> "ValueNetwork":
-    """The critic: the reward model's trunk with a new head, where the reward model reads the policy's tokens."""
+def build_critic(
+    config: Config,
+    policy: "PreTrainedModel",
+    reward: RewardSource | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    path: str,
+) -> "tuple[ValueNetwork, torch.Tensor | None]":
+    """The critic, and the head (1, hidden) of a reward model that is an adapter on the policy's base.
+
+    The critic begins as the reward model's trunk with a new head, where the reward model reads the policy's tokens.
+    """
     from peft import PeftConfig
     from safetensors.torch import load_file
 
@@ -123,18 +104,19 @@ def critic(
                 )
         else:
             taken = load_causal_lm(config.model, tokenizer, path)
-        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken))
+        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken)), None
+    head = None
     if reward is not None and reward.adapter is not None:
         settings = PeftConfig.from_pretrained(str(reward.adapter))
         state = load_file(reward.adapter / "adapter_model.safetensors")
-        scorer.head = value.add_reward_adapter(policy, settings, state)
+        head = value.add_reward_adapter(policy, settings, state)
         value.add_value_adapter(policy, settings, like=value.REWARD)
     else:
         value.add_value_adapter(policy, policy.peft_config[value.POLICY], like=None)
-    return value.ValueNetwork(size)
+    return value.ValueNetwork(size), head
 
 
-def tell_roles(config: Config, reward: RewardModel | None, path: str) -> None:
+def print_roles(config: Config, reward: RewardSource | None, path: str) -> None:
     lora = config.model.use_peft
     from_reward = reward is not None and (reward.adapter is not None if lora else reward.same_tokenizer)
     models = 1 if lora else 3

@@ -3,22 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 @dataclass
 class RolloutBuffer:
-    """The episodes of one process. P is the longest prompt, C the longest answer, E the number of episodes."""
+    """The episodes of one process. P is the longest prompt, C the longest completion, E the number of episodes."""
 
     prompt_ids: "Tensor"  # (E, P), padded on the left
     prompt_mask: "Tensor"  # (E, P)
     completion_ids: "Tensor"  # (E, C), padded on the right
     completion_mask: "Tensor"  # (E, C)
-    logps: "Tensor"  # (E, C), log π_old of each token of the answer
-    values: "Tensor"  # (E, C), V_old before each token of the answer
+    logps: "Tensor"  # (E, C), log π_old of each token of the completion
+    values: "Tensor"  # (E, C), V_old before each token of the completion
     advantages: "Tensor"  # (E, C)
     returns: "Tensor"  # (E, C)
 
@@ -40,7 +41,7 @@ class RolloutBuffer:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the answers have."""
+        """How many tokens the completions have."""
         return int(self.completion_mask.sum())
 
     def save(self, path: Path) -> None:
@@ -50,7 +51,7 @@ class RolloutBuffer:
         save_file({item.name: self.__dict__[item.name].contiguous() for item in fields(self)}, path)
 
     @classmethod
-    def load(cls, path: Path, device: Any) -> "RolloutBuffer":
+    def load(cls, path: Path, device: "torch.device") -> "RolloutBuffer":
         """What `save` wrote."""
         from safetensors.torch import load_file
 
@@ -58,7 +59,7 @@ class RolloutBuffer:
 
 
 def join(prompt_mask: "Tensor", completion_mask: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """The attention mask of prompt and answer together, and each token's position counted from the first real one.
+    """The attention mask of prompt and completion together, and each token's position counted from the first real one.
 
     Both (E, P + C). Models with learned positions (GPT-2) would otherwise count the padding on the left as well.
     """

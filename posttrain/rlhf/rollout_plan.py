@@ -1,23 +1,23 @@
-"""How many prompts, episodes, updates and steps a PPO run has, and which prompts its rollouts take."""
+"""How many prompts, episodes, updates and steps an online run has, and which prompts its rollouts take."""
 
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from posttrain.config.schema import PPOStage
+from posttrain.config.stages import OnlineStage
 from posttrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The numbers that follow from the configuration; episodes are prompts with their answers."""
+class RolloutPlan:
+    """The numbers that follow from the configuration; episodes are prompts with their completions."""
 
     prompts: int
     rollout: int  # episodes in one rollout, over all processes
     per_process: int  # of these, the ones of one process
     mini_batches: int  # optimizer steps in one pass over a rollout
-    ppo_epochs: int  # passes over each rollout
+    passes: int  # over each rollout
     accumulation: int  # forward passes per process in one optimizer step
     batch_size: int  # episodes in one forward pass
     rollouts_per_epoch: int
@@ -25,7 +25,7 @@ class Schedule:
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps between two rollouts."""
-        return self.mini_batches * self.ppo_epochs
+        return self.mini_batches * self.passes
 
     @property
     def micro_steps_per_rollout(self) -> int:
@@ -33,7 +33,7 @@ class Schedule:
         return self.steps_per_rollout * self.accumulation
 
 
-def schedule(stage: PPOStage, prompts: int, processes: int) -> Schedule:
+def plan_rollouts(stage: OnlineStage, prompts: int, processes: int) -> RolloutPlan:
     """Divide the work.
 
     Raises:
@@ -48,12 +48,12 @@ def schedule(stage: PPOStage, prompts: int, processes: int) -> Schedule:
             f"{'process' if processes == 1 else 'processes'}; set stage.rollout_batch_size={fitting} or a smaller "
             "stage.batch_size"
         )
-    return Schedule(
+    return RolloutPlan(
         prompts=prompts,
         rollout=stage.rollout_batch_size,
         per_process=stage.rollout_batch_size // processes,
         mini_batches=stage.num_mini_batches,
-        ppo_epochs=stage.ppo_epochs,
+        passes=stage.ppo_epochs,
         accumulation=stage.rollout_batch_size // unit,
         batch_size=stage.batch_size,
         rollouts_per_epoch=math.ceil(prompts / stage.rollout_batch_size),
@@ -69,7 +69,7 @@ def _permutations(prompts: int, seed: int, first: int) -> Iterator[int]:
         first += 1
 
 
-def prompts_of_rollout(plan: Schedule, seed: int, rollout: int) -> list[int]:
+def prompts_of_rollout(plan: RolloutPlan, seed: int, rollout: int) -> list[int]:
     """The prompts of a rollout, a function of its number alone, so that a resumed run draws the same ones.
 
     A rollout that reaches beyond the last prompt goes on with the next permutation: no prompt is left out.
@@ -81,8 +81,8 @@ def prompts_of_rollout(plan: Schedule, seed: int, rollout: int) -> list[int]:
     return [next(stream) for _ in range(plan.rollout)]
 
 
-def episode_order(plan: Schedule, seed: int, rollout: int, ppo_epoch: int, process: int) -> list[int]:
-    """The order in which one pass takes the episodes of a process."""
+def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, process: int) -> list[int]:
+    """The order in which pass `number` takes the episodes of a process."""
     order = list(range(plan.per_process))
-    random.Random(f"episodes {seed} {rollout} {ppo_epoch} {process}").shuffle(order)
+    random.Random(f"episodes {seed} {rollout} {number} {process}").shuffle(order)
     return order

@@ -4,11 +4,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from posttrain.config.schema import Config, renamed
 from posttrain.devices import cpu_only, mixed_precision
 from posttrain.errors import ConfigError
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     pass
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str, Any]:
+def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObject:
     """The keyword arguments of the stage's TRL config.
 
     Raises:
@@ -56,7 +57,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> dict[str,
     }
 
 
-def trl_config(kind: Callable[..., T], arguments: dict[str, Any]) -> T:
+def trl_config(kind: Callable[..., T], arguments: JsonObject) -> T:
     """TRL's config of these arguments.
 
     Raises:

@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from posttrain.errors import PosttrainError, Stopped
+from posttrain.values import JsonObject
 
 PREFIX = "checkpoint-"
 MANIFEST = "checkpoint.json"
@@ -86,7 +87,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
+def file_hashes(folder: Path) -> dict[str, JsonObject]:
     """Relative path -> size and sha256 of every file below a folder, except the manifest itself."""
     return {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -123,7 +124,7 @@ def log_sizes(folder: Path) -> dict[str, int]:
     return found
 
 
-def read_running(checkpoint: Path, process: int = 0) -> dict[str, Any]:
+def read_running(checkpoint: Path, process: int = 0) -> JsonObject:
     """What the next log entries are made of, on a process, besides the weights.
 
     Raises:
@@ -135,7 +136,7 @@ def read_running(checkpoint: Path, process: int = 0) -> dict[str, Any]:
             f"{file} is missing: an older version of posttrain wrote this checkpoint. Finish the run with that "
             "version, or start over with overwrite=true"
         )
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found: JsonObject = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
@@ -194,7 +195,7 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             written = [path.name for path in checkpoints(self.folder)]
-            last = f"{written[-1]} stands" if written else "there is no checkpoint yet"
+            last = f"{written[-1]} is kept" if written else "there is no checkpoint yet"
             raise KeyboardInterrupt(f"by a second signal in the middle of a step; {last}")
         self.received = number
 

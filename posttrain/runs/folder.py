@@ -7,7 +7,7 @@ config.yaml      the resolved configuration
 run.json         what the run is: configuration, data, starting weights, number of processes
 run.log          everything that was printed, and more
 metrics.jsonl    a line per log entry
-rollouts.jsonl   of PPO: some answers of each rollout with their rewards (and curves.svg: what became of them)
+rollouts.jsonl   of PPO: completions of each rollout with their rewards (and curves.svg: reward and KL over the run)
 samples.json     the prompt panel before and after (report_card.json for a reward model)
 checkpoint-N/    to resume from
 model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)
@@ -36,6 +36,7 @@ from posttrain.config.schema import Config
 from posttrain.console import say
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.runs.checkpoint import checkpoints, fault, file_hashes, newest_whole, read_running, write_atomically
+from posttrain.values import JsonObject
 
 MANIFEST = "posttrain.json"
 IDENTITY = "run.json"
@@ -50,6 +51,7 @@ OWN_FOLDERS = ("model", "adapter", "base", "runs")
 BEFORE_THE_FIRST_STEP = (IDENTITY, "config.yaml", "run.log", "base", "runs", ".lock")
 OF_SWEEPS = ("multirun.yaml", "sweep.svg", "frontier.json", ".submitit")  # beside the points, in a stage's folder
 EARLIER = "earlier"  # in the folder of a run: results that a re-run has moved aside
+SHOWN_REASONS = 5  # why a run is not the one that its folder holds
 # Keys that change what is shown or kept, never what is learned; data are compared by their content.
 FREE_KEYS = (
     "dry_run",
@@ -96,7 +98,7 @@ def read_json(file: Path, remedy: str) -> Any:
         raise ConfigError(f"{file} is broken ({error}); {remedy}") from error
 
 
-def read_object(file: Path, needed: Collection[str], remedy: str) -> dict[str, Any] | None:
+def read_object(file: Path, needed: Collection[str], remedy: str) -> JsonObject | None:
     """As `read_json`, of a JSON object with at least the `needed` keys."""
     found = read_json(file, remedy)
     if found is None:
@@ -107,7 +109,7 @@ def read_object(file: Path, needed: Collection[str], remedy: str) -> dict[str, A
     return found
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[JsonObject]:
     """The whole lines of a .jsonl file of a run; none where it is not there. A kill may have cut the last one."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -195,16 +197,16 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts.jsonl"
         self.curves = path / "curves.svg"
-        self.trains = False  # whether this start has come so far that the folder is kept, whatever happens
+        self.trains = False  # set once training begins: from then on the folder is kept even if the run fails
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> JsonObject | None:
         return read_object(self.path / name, (), "overwrite=true starts this run over")
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> JsonObject | None:
         """The manifest of a complete run, None before."""
         return self._read(MANIFEST)
 
-    def claim(self, identity: dict[str, Any], overwrite: bool, move_aside: bool) -> State:
+    def claim(self, identity: JsonObject, overwrite: bool, move_aside: bool) -> State:
         """Whether this run has begun here before, and make room where it has not; for the main process alone.
 
         `overwrite` deletes a run that is here, whichever it is; `move_aside` moves another run to `earlier/`.
@@ -229,7 +231,9 @@ class RunFolder:
         damage = [f"{name} {what}" for name, what in self.damage(finished).items()] if finished is not None else []
         if not changed and not damage:
             return "complete" if finished else "interrupted"
-        why = "; ".join([*(_changed(key, *values) for key, values in changed.items()), *damage][:5])
+        reasons = [*(_changed(key, *values) for key, values in changed.items()), *damage]
+        more = len(reasons) - SHOWN_REASONS
+        why = "; ".join([*reasons[:SHOWN_REASONS], *([f"and {more} more"] if more > 0 else [])])
         how = "with another configuration" if changed else "whose result is not as it was written"
         if not finished and not checkpoints(self.path):
             say(f"{self.path}: an earlier start stopped before its first checkpoint; starting over ({why})")
@@ -245,7 +249,7 @@ class RunFolder:
             "delete it"
         )
 
-    def damage(self, manifest: dict[str, Any]) -> dict[str, str]:
+    def damage(self, manifest: JsonObject) -> dict[str, str]:
         """File of the result -> what has become of it since the run finished."""
         found = {}
         parts = PARTS | ({"base": BASE} if manifest.get(PARTS["adapter"]) else {})  # an adapter is nothing without it
@@ -296,7 +300,7 @@ class RunFolder:
         for folder in [*(self.path / name for name in OWN_FOLDERS), *checkpoints(self.path)]:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def begin(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
+    def begin(self, identity: JsonObject, checkpoint: Path | None) -> None:
         """Write down what the run is, before it writes anything else; cut the logs back to what `checkpoint` knows."""
         self.path.mkdir(parents=True, exist_ok=True)
         sizes = read_running(checkpoint)["logs"] if checkpoint else {}
@@ -315,7 +319,7 @@ class RunFolder:
                 shutil.rmtree(checkpoint)
         return newest, faults
 
-    def finish(self, manifest: dict[str, Any]) -> None:
+    def finish(self, manifest: JsonObject) -> None:
         """Write the manifest, after which the run is complete."""
         manifest |= {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -331,7 +335,7 @@ def _of_sweeps(entry: Path) -> bool:
     return entry.name in OF_SWEEPS or "=" in entry.name  # a point, or the lock beside it
 
 
-def changes(earlier: dict[str, Any], identity: dict[str, Any], finished: bool) -> dict[str, tuple[Any, Any]]:
+def changes(earlier: JsonObject, identity: JsonObject, finished: bool) -> dict[str, tuple[object, object]]:
     """Key -> (old, new) of all that makes two runs different ones; an input with a hash is compared by it alone."""
     hashed = {
         "model": ("model.model_name_or_path", "model.base_model"),
@@ -354,13 +358,13 @@ def changes(earlier: dict[str, Any], identity: dict[str, Any], finished: bool) -
     return found
 
 
-def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+def _comparable(identity: JsonObject) -> JsonObject:
     """Reward functions by name and code, whatever the folder of their file is."""
     named = {re.split(r"[:.]", spec)[-1]: digest for spec, digest in identity.get("code", {}).items()}
     return {**identity, "code": named} if "code" in identity else identity
 
 
-def _changed(key: str, old: Any, new: Any) -> str:
+def _changed(key: str, old: object, new: object) -> str:
     if key.startswith("data.fingerprint"):
         return f"the {key.rsplit('.', 1)[-1]} rows are not the same"
     if key.startswith("reward_model."):

@@ -6,25 +6,22 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.console import log, say
+from posttrain.metrics.catalogue import PROGRESS, short_label
 from posttrain.runs.checkpoint import step_of, writing
 
-SHOWN = {
-    "reward": "reward",
-    "kl": "KL",
-    "loss": "loss",
-    "eval_loss": "held-out loss",
-    "eval_reward": "held-out reward",
-    "eval_kl": "held-out KL",
-    "learning_rate": "lr",
-}
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from posttrain.runs.safe_trainer import SafeTrainer
+
 # the newest numbers stand first: the bar between them and the counts takes what room a narrow terminal leaves
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
-def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
+def show_progress(trainer: "SafeTrainer", metrics: Path, checkpoint: Path | None) -> None:
     """Let the trainer show its progress this way, and log to the file `metrics`."""
     from transformers.trainer_callback import ProgressCallback, TrainerCallback, tqdm
 
@@ -35,17 +32,28 @@ def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
         began, first_step, first_tokens = 0.0, 0, 0
         newest: dict[str, str] = {}  # noqa: RUF012, replaced and never changed
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs: object
+        ) -> None:
             self.began, self.first_step = time.monotonic(), state.global_step
             self.first_tokens = state.num_input_tokens_seen
             if state.is_world_process_zero and sys.stderr.isatty():
                 self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=BAR, dynamic_ncols=True)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs: object
+        ) -> None:
             if self.bar is not None:
                 self.bar.update(state.global_step - self.bar.n)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            logs: dict[str, float] | None = None,
+            **kwargs: object,
+        ) -> None:
             # what is found before a resume is in the file already
             if not state.is_world_process_zero or not logs or state.global_step < reached:
                 return
@@ -53,11 +61,11 @@ def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             with writing(metrics), metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "time": now, **numbers}) + "\n")
-            found = {label: f"{numbers[name]:.4g}" for name, label in SHOWN.items() if name in numbers}
+            found = {short_label(key): f"{numbers[key]:.4g}" for key in PROGRESS if key in numbers}
             if found:
                 self.show(found, state)
 
-        def show(self, found: dict[str, str], state: Any) -> None:
+        def show(self, found: dict[str, str], state: "TrainerState") -> None:
             self.newest = {**self.newest, **found}
             words = [f"{label} {value}" for label, value in found.items()]
             line = "  ".join([*self.place(state), *words, *self.speed(state)])
@@ -65,14 +73,15 @@ def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
                 say(line)
                 return
             log.info(line)
-            kept = [f"{label} {self.newest[label]}" for label in list(SHOWN.values())[:-1] if label in self.newest]
+            labels = map(short_label, PROGRESS[:-1])
+            kept = [f"{label} {self.newest[label]}" for label in labels if label in self.newest]
             self.bar.set_description_str(", ".join(kept[:2]) + " ")
 
-        def place(self, state: Any) -> list[str]:
+        def place(self, state: "TrainerState") -> list[str]:
             step, steps = state.global_step, state.max_steps
             return [f"step {step}/{steps}", f"{step / steps:.0%}"] if steps else ["before training"]
 
-        def speed(self, state: Any) -> list[str]:
+        def speed(self, state: "TrainerState") -> list[str]:
             steps, seconds = state.global_step - self.first_step, time.monotonic() - self.began
             if steps == 0:
                 return []
@@ -80,7 +89,9 @@ def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
             left = timedelta(seconds=round(seconds / steps * (state.max_steps - state.global_step)))
             return [f"{tokens:,.0f} tokens/s", f"{left} left"]
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_end(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs: object
+        ) -> None:
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
@@ -89,5 +100,5 @@ def show_progress(trainer: Any, metrics: Path, checkpoint: Path | None) -> None:
     trainer.add_callback(Progress())
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from posttrain.errors import PosttrainError
 from posttrain.runs.checkpoint import (
@@ -26,15 +26,21 @@ from posttrain.runs.checkpoint import (
     write_atomically,
     writing,
 )
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
     from transformers import Trainer as _TrainerBase
+    from transformers.trainer_utils import TrainOutput
 else:
     _TrainerBase = object
 
 
 PROBE_TOKENS = 64
-# what TRL counts of each batch, over all processes, that is no mean
+Batch = dict[str, "Tensor"]
+# what TRL counts of each batch, over all processes, that is not a mean
 EXTREMES: dict[str, Callable[[list[float]], float]] = {"min_reward": min, "max_reward": max, "num_tokens": max}
 
 
@@ -45,10 +51,10 @@ class SafeTrainer(_TrainerBase):
     """
 
     stop_signals: StopSignals | None = None
-    control: Any
-    state: Any
-    data_collator: Any
-    eval_dataset: Any
+    control: "TrainerControl"
+    state: "TrainerState"
+    data_collator: Callable[[list[JsonObject]], Batch]
+    eval_dataset: "Dataset"
     _saved_step: int | None = None
     _evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step, and what was found after it
     _asked_at, _save_due = -1, False
@@ -57,14 +63,14 @@ class SafeTrainer(_TrainerBase):
     _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
 
-    def __init__(self, *, model: Any, args: Any, **more: Any) -> None:
+    def __init__(self, *, model: "PreTrainedModel", args: "TrainingArguments", **more: object) -> None:
         if args.ddp_find_unused_parameters is None and not _may_skip_weights(model):
             args.ddp_find_unused_parameters = False  # DDP would look for them in each step, and warn that it found none
         super().__init__(model=model, args=args, **more)
         # transformers deletes by modification time, and folders whose names merely begin like a checkpoint's
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
-    def trained(self, **options: Any) -> Any:
+    def unwrapped_model(self, **options: object) -> "PreTrainedModel":
         """The model that the stage leaves behind, without what accelerate has wrapped around it."""
         return self.accelerator.unwrap_model(self.model, **options)
 
@@ -76,10 +82,10 @@ class SafeTrainer(_TrainerBase):
         mixed = str(self.accelerator.mixed_precision)
         if mixed != "no":
             return mixed
-        kinds = {weight.dtype for weight in self.trained().parameters()}
+        kinds = {weight.dtype for weight in self.unwrapped_model().parameters()}
         return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "no"
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """What `measure` finds and logs, once for the weights as they are."""
         step, metrics = self._evaluated
         if step != self.state.global_step:
@@ -95,6 +101,7 @@ class SafeTrainer(_TrainerBase):
         """
         import torch
         from accelerate.data_loader import DataLoaderShard
+        from accelerate.utils import gather_object
 
         training = self.model.training
         self.model.eval()
@@ -106,17 +113,19 @@ class SafeTrainer(_TrainerBase):
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 loss = float(self.held_out_loss(inputs))
-            counted = {name: noted.pop() for name, noted in self._metrics["eval"].items()}
+            counted = {name: noted.pop() for name, noted in self._metrics["eval"].items() if noted}
             for name, value in {"loss": loss, **counted}.items():
                 # a batch that all processes read is given by each of them
                 weight = self.held_out_weight(name, inputs) / (1 if number < whole else processes)
                 values[name].append(value)
                 sums[name].append((value * weight, weight))
-        mine = torch.tensor([*sums.values()], dtype=torch.float64, device=self.args.device).sum(1)
-        means = (total / weights for total, weights in self.accelerator.reduce(mine).tolist())
+        # what TRL counts of some batches alone may be missing on a process
+        names = list(dict.fromkeys(name for each in gather_object([list(sums)]) for name in each))
+        added = [[math.fsum(column) for column in zip((0.0, 0.0), *sums[name], strict=True)] for name in names]
+        mine = torch.tensor(added, dtype=torch.float64, device=self.args.device)
         found = {
-            name: EXTREMES[name](values[name]) if name in EXTREMES else mean
-            for name, mean in zip(sums, means, strict=True)
+            name: EXTREMES[name](values[name]) if name in EXTREMES else total / weights
+            for name, (total, weights) in zip(names, self.accelerator.reduce(mine).tolist(), strict=True)
         }
         if not math.isfinite(found["loss"]):
             self._refuse_weights(f"weights whose held-out loss is {found['loss']}")
@@ -140,21 +149,22 @@ class SafeTrainer(_TrainerBase):
             *(range(start, min(start + size, rows)) for start in range(whole, rows, size)),
         ]
 
-    def held_out_collator(self) -> Any:
+    def held_out_collator(self) -> Callable[[list[JsonObject]], Batch]:
         """What makes a batch of held-out rows."""
         return self.data_collator
 
-    def held_out_loss(self, inputs: dict[str, Any]) -> Any:
+    def held_out_loss(self, inputs: Batch) -> "Tensor":
         """The mean loss of a batch."""
-        return self.compute_loss(self.model, inputs)
+        loss: Tensor = self.compute_loss(self.model, inputs)
+        return loss
 
-    def held_out_weight(self, name: str, inputs: dict[str, Any]) -> float:
+    def held_out_weight(self, name: str, inputs: Batch) -> float:
         """What a batch weighs in the mean of the loss, or of what TRL counts as `name`: its rows."""
         return len(next(iter(inputs.values())))
 
     # -- what the logs are made of is part of a checkpoint, so that a resumed run writes the same ones
 
-    def running(self) -> dict[str, Any]:
+    def running(self) -> JsonObject:
         """What this process has added up, and trainer_state.json does not hold."""
         return {
             "loss": self._tr_loss.item(),
@@ -168,7 +178,7 @@ class SafeTrainer(_TrainerBase):
             "logs": log_sizes(Path(self.args.output_dir)),
         }
 
-    def resume(self, running: dict[str, Any], checkpoint: Path) -> None:
+    def resume(self, running: JsonObject, checkpoint: Path) -> None:
         """Go on from what `running` gave."""
         self._tr_loss.fill_(running["loss"])
         self._total_loss_scalar, self._globalstep_last_logged = running["total_loss"], running["last_logged"]
@@ -191,7 +201,7 @@ class SafeTrainer(_TrainerBase):
             self.resume(read_running(Path(checkpoint), self.accelerator.process_index), Path(checkpoint))
         super()._load_rng_state(checkpoint)
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+    def _finalize_training(self, trial: object, num_train_samples: int, start_time: float) -> "TrainOutput":
         return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
 
     def finish(self, checkpoint: Path) -> None:
@@ -205,20 +215,22 @@ class SafeTrainer(_TrainerBase):
         self._load_rng_state(str(checkpoint))
         self._finalize_training(None, self.state.max_steps * self.get_total_train_batch_size(self.args), time.time())
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: object, **kwargs: object) -> "TrainOutput":
         self._began = time.monotonic()
         found = super().train(*args, **kwargs)
         self.check_weights()
         return found
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, *args: object, **kwargs: object) -> "Tensor":
+        loss: Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
             self._refuse_step("loss", float(loss))
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def _get_grad_norm(
+        self, model: "PreTrainedModel", grad_norm: "Tensor | float | None" = None
+    ) -> "Tensor | float | None":
+        norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm=grad_norm)
         # with fp16 an overflow is expected now and then: the scaler leaves that step out by itself
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             self._refuse_step("gradient norm", float(norm))
@@ -236,7 +248,7 @@ class SafeTrainer(_TrainerBase):
     def _refuse_weights(self, fault: str) -> None:
         overflow = ", or float16 overflows (try bfloat16 or float32)" if self.rounds_as == "fp16" else ""
         raise PosttrainError(
-            f"step {self.state.global_step} left {fault}; nothing was saved of it ({self._last_checkpoint()}). "
+            f"step {self.state.global_step} left {fault}; that step was not saved ({self._last_checkpoint()}). "
             f"Usual cause: {self._too_far()}{overflow}"
         )
 
@@ -273,7 +285,7 @@ class SafeTrainer(_TrainerBase):
             return "weights that are NaN or infinite"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
-        row, model = self.train_dataset[0], self.trained()
+        row, model = self.train_dataset[0], self.unwrapped_model()
         ids = next(row[name] for name in ("input_ids", "chosen_ids", "prompt_ids") if name in row)[:PROBE_TOKENS]
         training = model.training
         model.eval()
@@ -282,7 +294,7 @@ class SafeTrainer(_TrainerBase):
         model.train(training)
         return "weights whose outputs are NaN" if bool(outputs.isnan().any()) else None
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
         if self.stop_signals is not None and self._any_process_stops():
             self.control.should_training_stop = True
             self.control.should_save = True
@@ -293,7 +305,7 @@ class SafeTrainer(_TrainerBase):
             self.check_weights()
         if self.state.global_step == 1 or self.control.should_save:
             self._check_processes_agree()
-        return super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_after_the_epochs_logs(self) -> None:
         """An epoch's last step is followed at once by what is due once an epoch: its checkpoint holds both.
@@ -336,13 +348,15 @@ class SafeTrainer(_TrainerBase):
         self.stop_signals.received = anyone or None
         return anyone > 0
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: "PreTrainedModel", trial: object) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         if self._saved_step == self.state.global_step:  # asked for twice: at the end of the step and of the epoch
             return
         if self.args.should_save:
-            if folder.exists() and not is_ours(folder):
-                raise PosttrainError(f"{folder} is there and is no checkpoint of this run; move it away to go on")
+            if folder.exists() and not is_ours(folder) and any(folder.iterdir()):  # a kill may leave it empty
+                raise PosttrainError(
+                    f"{folder} exists and is not a checkpoint of this run; move it away and start again"
+                )
             folder.mkdir(exist_ok=True)
         with writing(folder):
             if self.args.should_save:
@@ -372,16 +386,16 @@ class SafeTrainer(_TrainerBase):
         self.state.best_model_checkpoint = str(self.best_checkpoint())
         super()._load_best_model()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: "dict[str, Tensor] | None" = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         # a pickle of all arguments, secrets among them, that nothing ever reads again
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Write none beside the checkpoints: TRL's would name the folder, and a base model of None."""
 
 
-def _may_skip_weights(model: Any) -> bool:
+def _may_skip_weights(model: "PreTrainedModel") -> bool:
     """Whether a forward may leave out weights: those of experts, or of another modality than text."""
     experts = any("expert" in name for name, _ in model.named_modules())
     return experts or model.config.get_text_config() is not model.config

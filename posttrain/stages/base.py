@@ -1,75 +1,109 @@
-"""What a stage is: its data made ready, its model, a trainer for it, and a judge of what it has learned."""
+"""What a stage brings: its data made ready, its model, a trainer for it, and numbers of what it has learned."""
 
+import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain.config.schema import Config, DataConfig
+from posttrain.config.stages import STAGES
 from posttrain.data.encode import ChatEncoder, Encoded, encode_splits
-from posttrain.data.formats import Counts, Splits, left_out
-from posttrain.data.sources import Problems
+from posttrain.data.formats import Counts, Example, Splits, left_out
+from posttrain.data.sources import Given, Problems
 from posttrain.errors import ConfigError
+from posttrain.models.generate import Completion
 from posttrain.models.load import Load, load_causal_lm, max_positions
+from posttrain.models.meta import Holdings
 from posttrain.runs.folder import RunFolder
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from posttrain.runs.safe_trainer import SafeTrainer
 
-ANSWER_TOKENS = 96  # of an answer that is shown, where the stage does not say
+
+COMPLETION_TOKENS = 96  # of a completion that is shown, where the stage does not say
 
 
 @dataclass
-class Prepared:
-    """Everything that a stage knows before it loads a model."""
+class StageData:
+    """The rows of a stage, encoded; known before any model is loaded."""
 
     encoder: ChatEncoder
     splits: Splits[Any]
     train: Encoded
     test: Encoded | None
     room: int  # tokens that prompt and response together may have
-    new_tokens: int  # the most tokens that a generated answer may have
+    new_tokens: int  # the most tokens that a generated completion may have
 
 
 @dataclass
-class Judgement:
+class EvalResult:
     """What a model can do at one moment: numbers, and what else the stage wants to keep or show."""
 
     metrics: dict[str, float]
-    answers: list[Any] = field(default_factory=list)  # evaluation.Answer, one for each row of the panel
-    files: dict[str, Any] = field(default_factory=dict)  # file name in the run folder -> JSON content
+    completions: list[Completion] = field(default_factory=list)  # one for each row of the panel
+    files: JsonObject = field(default_factory=dict)  # file name in the run folder -> JSON content
     table: list[tuple[str, ...]] = field(default_factory=list)  # rows of a table of its own
 
 
-class Work(NamedTuple):
-    """A stage in the middle of a run, as its judge sees it."""
+@dataclass(frozen=True)
+class StageContext:
+    """A run in progress, as its stage sees it."""
 
     config: Config
-    prepared: Prepared
-    trainer: Any
-    panel: Sequence[Any]  # held-out rows whose prompts are answered before and after
+    data: StageData
+    panel: Sequence[Example]  # held-out rows whose prompts are completed before and after
     base: str  # path of the weights that the stage started from
     folder: RunFolder
 
     @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The policy's or reward model's."""
+        return self.data.encoder.tokenizer
+
+    @property
     def new_tokens(self) -> int:
-        """The most tokens that an answer may have."""
-        return self.prepared.new_tokens
+        """The most tokens that a completion may have."""
+        return self.data.new_tokens
+
+
+@dataclass
+class StepPlan:
+    """The derived numbers of a run, as transformers will count them."""
+
+    unit: str
+    accumulation: int
+    batch: int  # units in one update, over all devices
+    steps_per_epoch: int
+    steps: int
+    notes: tuple[str, ...] = ()
 
 
 class Stage(NamedTuple):
-    """One way to train."""
+    """One way to train; what is known about it without torch is in config/stages.py."""
 
-    prepare: Callable[[Config, "PreTrainedTokenizerBase"], Prepared]  # reads and checks the data, loads no model
+    prepare: Callable[[Config, "PreTrainedTokenizerBase", Given], StageData]  # reads and checks the data, no model
+    plan: Callable[[Config, int, int], StepPlan]  # of that many rows on that many processes
+    hold: Callable[[Config, "PreTrainedTokenizerBase"], Holdings]  # what it keeps in memory
     load: Load
-    build: Callable[[Config, Prepared, "PreTrainedModel", "PreTrainedTokenizerBase", Path], Any]  # -> Trainer
-    preflight: Callable[[Work], None]  # refuses a start that cannot be right
-    judge: Callable[[Work], Judgement]  # called before the first step and after the last
-    objective: str  # the metric that a sweep compares
-    shown: dict[str, str]  # metric -> its name in the table of a run, in this order
-    swept: dict[str, str]  # metric -> its name in the table of a sweep
-    draw: Callable[[RunFolder], None] | None = None  # the picture of the run's course
+    build: Callable[[StageContext, "PreTrainedModel"], "SafeTrainer"]
+    preflight: Callable[[StageContext, Any], None]  # refuses a start that cannot be right
+    evaluate_model: Callable[[StageContext, Any], EvalResult]  # called before the first step and after the last
+
+
+def stage_named(name: str) -> Stage:
+    """The `STAGE` of the module of that name in this package.
+
+    Raises:
+        TypeError: the module defines none.
+    """
+    stage = vars(importlib.import_module(f"posttrain.stages.{name}")).get("STAGE")
+    if not isinstance(stage, Stage):
+        raise TypeError(f"posttrain/stages/{name}.py defines no STAGE")
+    return stage
 
 
 def load_policy(
@@ -79,24 +113,47 @@ def load_policy(
     return load_causal_lm(config.model, tokenizer, path, quantised)
 
 
+def no_preflight(context: StageContext, trainer: object) -> None:
+    """For a stage whose start needs no check beyond those of its data."""
+
+
+def plan_steps(config: Config, rows: int, processes: int) -> StepPlan:
+    """What follows from the configuration for `rows` rows (packed ones where rows are packed)."""
+    stage, trainer = config.stage, config.trainer
+    accumulation = int(trainer.get("gradient_accumulation_steps", 1))
+    shares = rows / (stage.batch_size * processes)
+    batches = math.floor(shares) if trainer.get("dataloader_drop_last") else math.ceil(shares)
+    unit = f"packed {STAGES[stage.name].unit}" if trainer.get("packing") else STAGES[stage.name].unit
+    per_epoch = max(math.ceil(batches / accumulation), 1)
+    return step_plan(config, unit, accumulation, per_epoch, processes)
+
+
+def step_plan(config: Config, unit: str, accumulation: int, per_epoch: int, processes: int, *notes: str) -> StepPlan:
+    """With the steps of the whole run, which trainer.max_steps may set."""
+    stage, max_steps = config.stage, int(config.trainer.get("max_steps", -1))
+    steps = max_steps if max_steps > 0 else math.ceil(per_epoch * stage.num_epochs)
+    return StepPlan(unit, accumulation, stage.batch_size * accumulation * processes, per_epoch, steps, notes)
+
+
 def prepare_rows(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
-    read: Callable[[DataConfig], Splits[Any]],
+    given: Given,
+    read: Callable[[DataConfig, Given], Splits[Any]],
     encode: Callable[[ChatEncoder, Sequence[Any], Counts, int, str, Problems | None], Encoded],
     new_tokens: int | None = None,
-) -> Prepared:
-    """Read the rows of a format and encode them within stage.max_length, less what is kept free for an answer."""
+) -> StageData:
+    """Read the rows of a format and encode them within stage.max_length, less what is kept free for a completion."""
     room = check_length(config)
     limit = room - (new_tokens or 0)
     encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
-    splits = read(config.data)
+    splits = read(config.data, given)
     dropped = Problems() if config.data.bad_rows == "drop" else None
     train, test = encode_splits(
         lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength, dropped), splits, room
     )
     splits.notes += left_out(dropped) if dropped else []
-    return Prepared(encoder, splits, train, test, room, new_tokens or min(ANSWER_TOKENS, max(room // 2, 1)))
+    return StageData(encoder, splits, train, test, room, new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1)))
 
 
 def check_length(config: Config) -> int:

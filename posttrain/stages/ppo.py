@@ -1,4 +1,4 @@
-"""Proximal policy optimisation: our PPOTrainer on TRL's RLOOTrainer, its four roles loaded and its rollouts told."""
+"""Proximal policy optimisation: our PPOTrainer with policy, critic, reference and reward model."""
 
 import importlib.util
 import inspect
@@ -6,58 +6,75 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Config, PPOStage
+from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES, PPOStage
 from posttrain.console import is_main_process, say, warn
-from posttrain.data.encode import ChatEncoder, encode_prompts
-from posttrain.data.formats import read_prompts
+from posttrain.data.encode import encode_prompts
+from posttrain.data.formats import Prompt, read_prompts
+from posttrain.data.sources import Given
 from posttrain.devices import process_state
 from posttrain.errors import ConfigError
-from posttrain.metrics.charts import draw_curves
-from posttrain.metrics.comparison import GOLD
+from posttrain.metrics.catalogue import GOLD
+from posttrain.metrics.comparison import REWARD
 from posttrain.metrics.report_card import FIT
-from posttrain.models.generate import ANSWERED, Answer, answer, completion_kl, generate
-from posttrain.models.load import load_causal_lm, max_positions
+from posttrain.models.generate import COMPLETED, complete
+from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
+from posttrain.models.meta import Batch, Holdings, hold_model, meta_model, weight_bytes
 from posttrain.models.resolve import beside, naming, parent_of, resolve_path
-from posttrain.rlhf import rewards, roles
+from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.diagnostics import Alarms
-from posttrain.rlhf.rollout_plan import schedule
+from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts
+from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.runs.checkpoint import writing
 from posttrain.runs.folder import read_lines, read_object
-from posttrain.stages.base import Judgement, Prepared, Stage, Work, load_policy, prepare_rows
+from posttrain.stages.base import (
+    EvalResult,
+    Stage,
+    StageContext,
+    StageData,
+    StepPlan,
+    load_policy,
+    prepare_rows,
+    step_plan,
+)
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from posttrain.rlhf.ppo import Rollout
+    from posttrain.rlhf.critic import ValueNetwork
+    from posttrain.rlhf.online import PromptRow, Rollout
+    from posttrain.rlhf.ppo import PPOTrainer
 
 # what reward functions are handed besides a row's own columns
 RESERVED_COLUMNS = {
     *("prompts", "prompt_ids", "completions", "completion_ids"),
     *("trainer_state", "log_extra", "log_metric"),
 }
-SAMPLES = 4  # answers of each rollout that rollouts.jsonl keeps
+SAMPLES = 4  # completions of each rollout that rollouts.jsonl keeps
 
 
 @dataclass
-class PreparedPrompts(Prepared):
-    """With what answers are scored by, besides a reward model."""
+class PromptData(StageData):
+    """With what completions are scored by, besides a reward model."""
 
     functions: list[rewards.RewardFunction]
     eval_functions: list[rewards.RewardFunction]
 
 
-def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
     """Read and encode the prompts; look at the reward before anything is loaded.
 
     Raises:
         ConfigError: the reward model is not fit (stage.gate=stop), a reward function cannot be found, or prompts and
-            answers have no room.
+            completions have no room.
     """
     stage = _stage(config)
     if stage.max_new_tokens >= stage.max_length:
@@ -75,7 +92,7 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     for function in eval_functions:
         if inspect.iscoroutinefunction(function):
             raise ConfigError(f"stage.eval_reward_functions: {function.__name__} is async; only rewards may be")
-    prepared = prepare_rows(config, tokenizer, read_prompts, encode_prompts, stage.max_new_tokens)
+    prepared = prepare_rows(config, tokenizer, given, read_prompts, encode_prompts, stage.max_new_tokens)
     taken = {name for row in prepared.train.rows for name in row.columns} & RESERVED_COLUMNS
     if taken:
         raise ConfigError(
@@ -85,10 +102,10 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
     found = len(prepared.train.rows)
     if found < stage.rollout_batch_size:
         warn(
-            f"{found} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are answered "
+            f"{found} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are completed "
             "more than once in a rollout"
         )
-    return PreparedPrompts(**vars(prepared), functions=functions, eval_functions=eval_functions)
+    return PromptData(**vars(prepared), functions=functions, eval_functions=eval_functions)
 
 
 def _stage(config: Config) -> PPOStage:
@@ -110,23 +127,23 @@ def _check_rewards(config: Config) -> None:
     with naming("stage.reward_model"):
         folder = Path(resolve_path(beside(config.model, stage.reward_model)))
     parent = parent_of(folder) if folder.is_dir() else None
-    if parent is not None and parent["stage"] != "reward":
+    if parent is not None and not (parent["stage"] in STAGES and STAGES[parent["stage"]].is_classifier):
         raise ConfigError(f"stage.reward_model={stage.reward_model} is a run of stage={parent['stage']}, not of reward")
     verdict = read_object(
         folder.parent / "report_card.json", ("verdict", "reasons"), "train the reward model again with overwrite=true"
     )
     if verdict is None:
-        warn(f"reward model {stage.reward_model}: no report card says whether it is fit to be optimised against")
+        warn(f"reward model {stage.reward_model}: no report_card.json found: quality unknown")
         return
     said = verdict["verdict"] + (f" ({'; '.join(verdict['reasons'])})" if verdict["reasons"] else "")
     if verdict["verdict"] == FIT:
         say(f"reward model {stage.reward_model}: {said}")
     elif stage.gate == "warn":
-        warn(f"reward model {stage.reward_model}: {said}; PPO will optimise its mistakes (stage.gate=warn)")
+        warn(f"reward model {stage.reward_model}: {said}; PPO will optimise its mistakes as well (stage.gate=warn)")
     else:
         raise ConfigError(
-            f"stage.reward_model={stage.reward_model} is not fit to be optimised against: {said}. Train it on more or "
-            "better pairs, or go on with stage.gate=warn"
+            f"stage.reward_model={stage.reward_model} is not good enough to optimise against: {said}. Train it on more "
+            "or better pairs, or go on with stage.gate=warn"
         )
 
 
@@ -138,51 +155,125 @@ def _functions(key: str, specs: list[str]) -> list[rewards.RewardFunction]:
     return found
 
 
-def build(
-    config: Config, prepared: Prepared, loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
-) -> Any:
-    """The trainer with its four roles: policy, critic, reference and reward."""
+def plan(config: Config, rows: int, processes: int) -> StepPlan:
+    """The rollouts of a run, and the updates between them."""
+    stage = _stage(config)
+    rollouts = plan_rollouts(stage, rows, processes)
+    per_epoch = rollouts.rollouts_per_epoch * rollouts.steps_per_rollout
+    note = (
+        f"rollout: {stage.rollout_batch_size} prompts completed, learned from in {stage.ppo_epochs} passes of "
+        f"{stage.num_mini_batches} updates"
+    )
+    return step_plan(config, STAGES[stage.name].unit, rollouts.accumulation, per_epoch, processes, note)
+
+
+def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
+    """Policy and critic as one module, and the two frozen models beside them."""
+    import torch
+
+    from posttrain.rlhf.critic import VALUE, PolicyAndValue, ValueNetwork, add_value_adapter, critic_trunk, last_hidden
+
+    stage, settings = _stage(config), config.model
+    policy_alone = hold_model(config, tokenizer)
+    policy, held = policy_alone.trained, list(policy_alone.held)
+    source = roles.find_reward(config, tokenizer)
+    shared = source.adapter is not None if source is not None else settings.use_peft
+    policy_size = policy.config.get_text_config().hidden_size
+    with torch.device("meta"):
+        if not settings.use_peft:
+            critic = ValueNetwork(policy_size, critic_trunk(meta_model(settings, False, len(tokenizer))))
+            held.append(("critic (all weights)", weight_bytes(critic, settings)))
+            held.append(("reference (frozen copy)", held[0][1]))
+        else:
+            add_value_adapter(policy, policy.peft_config["default"], like=None)
+            critic = ValueNetwork(policy_size)
+            held.append(("critic (an adapter on the same base)", held[1][1]))
+    if source is not None or not stage.reward_functions:
+        if shared:
+            held.append(("reward model (an adapter on the same base)", held[1][1]))
+        else:
+            alone = beside(settings, (source.settings if source is not None else settings).start)
+            model = meta_model(alone, True, len(source.tokenizer if source is not None else tokenizer))
+            held.append(("reward model (frozen)", weight_bytes(model, alone)))
+    both = PolicyAndValue(policy, critic, stage.temperature, stage.entropy_coef > 0)
+    both.fused = torch.cuda.is_available()
+
+    def loss(batch: Batch, completion: int) -> "torch.Tensor":
+        said = both(**batch, position_ids=batch["attention_mask"].cumsum(-1) - 1, completion=completion)
+        total: torch.Tensor = said.logps.sum() + said.values.sum() + said.entropy.sum()
+        return total
+
+    def hidden_loss(batch: Batch) -> "torch.Tensor":
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        positions = mask.cumsum(-1) - 1
+        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        hidden = last_hidden(base.base_model, ids, mask, positions)
+        return hidden.sum() + both.hidden(VALUE, ids, mask, positions).sum()
+
+    return Holdings(both, [both], held, loss, hidden_loss)
+
+
+def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
+    """The trainer with policy, critic, reference and reward."""
     from posttrain.rlhf.ppo import PPOConfig, PPOTrainer
 
-    assert isinstance(prepared, PreparedPrompts)
-    stage, rows = _stage(config), prepared.train.rows
-    plan = schedule(stage, len(rows), process_state().num_processes)
-    reward = roles.find_reward(config, tokenizer)
-    arguments = trainer_arguments(config, folder, prepared.test is not None) | {
-        "gradient_accumulation_steps": plan.accumulation,
+    config, data, tokenizer = context.config, context.data, context.tokenizer
+    assert isinstance(data, PromptData)
+    stage, rows = _stage(config), data.train.rows
+    rollouts = plan_rollouts(stage, len(rows), process_state().num_processes)
+    source = roles.find_reward(config, tokenizer)
+    arguments = trainer_arguments(config, context.folder.path, data.test is not None) | {
+        "stage": stage,
+        "gradient_accumulation_steps": rollouts.accumulation,
+        "steps_per_generation": rollouts.accumulation * rollouts.mini_batches,
         "include_num_input_tokens_seen": "no",  # TRL's generation counts them
         "reward_weights": stage.reward_weights,
     }
-    scorer = roles.Scorer()
-    functions = list(prepared.functions)
-    if reward is not None:
-        own: rewards.Encode = rewards.same_ids
-        if not reward.same_tokenizer:
-            encoder = ChatEncoder(reward.tokenizer, allow_special_tokens=True)
-            own = rewards.encoded_anew(encoder, max_positions(reward.settings))
-            say("reward model: has a tokenizer of its own; answers are decoded and put through its chat template")
-        functions.insert(0, rewards.model_reward(scorer, own))
-    path = str(loaded.config._name_or_path)
+    functions, head = list(data.functions), None
+    score: rewards.Score | None = None  # of the reward model, set once it is loaded
+
+    def score_rows(ids: list[list[int]]) -> list[float]:
+        assert score is not None
+        return score(ids)
+
+    def critic(policy: "PreTrainedModel") -> "ValueNetwork":
+        nonlocal head
+        network, head = roles.build_critic(config, policy, source, tokenizer, path)
+        return network
+
+    if source is not None:
+        if not source.same_tokenizer:
+            say("reward model: has a tokenizer of its own; completions are decoded and put through its chat template")
+        functions.insert(0, rewards.model_reward(score_rows, scoring.encoding_for(source)))
+    weights = stage.reward_weights or [1.0] * len(functions)
+    path = str(model.config._name_or_path)
     trainer = PPOTrainer(
-        rows=_inputs(rows, prepared.train.dataset["prompt_ids"]),
-        plan=plan,
+        rows=_inputs(rows, data.train.dataset["prompt_ids"]),
+        plan=rollouts,
         reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
-        value=lambda policy: roles.critic(config, policy, reward, tokenizer, path, scorer),
+        value=critic,
+        on_rollout=RolloutLog(context, rollouts),
+        held_out=HeldOut(context, RewardScorer(functions, weights, data.eval_functions)),
         args=trl_config(PPOConfig, arguments),
-        model=loaded,
+        model=model,
         reward_funcs=functions,
-        train_dataset=prepared.train.dataset,
-        eval_dataset=prepared.test.dataset if prepared.test else None,
+        train_dataset=data.train.dataset,
+        eval_dataset=data.test.dataset if data.test else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config.model, loaded),
+        peft_config=lora_config(config.model, model),
     )
-    scorer.attach(trainer, reward, config)
-    trainer.eval_functions = prepared.eval_functions
-    roles.tell_roles(config, reward, path)
+    if source is not None and head is not None:
+        score = partial(roles.scores_of_adapter, trainer, head)
+    elif source is not None:
+        with naming("stage.reward_model"):
+            score = scoring.RewardModel.load(
+                source, config.seed, trainer.args.device, stage.batch_size, trainer.accelerator.autocast
+            )
+    roles.print_roles(config, source, path)
     return trainer
 
 
-def _inputs(rows: Sequence[Any], prompt_ids: Sequence[list[int]]) -> list[dict[str, Any]]:
+def _inputs(rows: Sequence[Prompt], prompt_ids: Sequence[list[int]]) -> list["PromptRow"]:
     """What TRL hands to reward functions: each prompt, its ids and its other columns, None where a row lacks one."""
     names = sorted({name for row in rows for name in row.columns})
     return [
@@ -191,114 +282,95 @@ def _inputs(rows: Sequence[Any], prompt_ids: Sequence[list[int]]) -> list[dict[s
     ]
 
 
-def preflight(work: Work) -> None:
-    """See rlhf/preflight.py; then watch each rollout."""
-    from posttrain.rlhf.preflight import check_start
+class RolloutLog:
+    """Writes samples of each rollout to rollouts.jsonl, and warns of what its numbers say."""
 
-    check_start(work.trainer)
-    args, plan = work.trainer.args, work.trainer.plan
-    steps = (
-        args.max_steps
-        if args.max_steps > 0
-        else args.num_train_epochs * plan.rollouts_per_epoch * plan.steps_per_rollout
-    )
-    alarms = Alarms(_stage(work.config), planned=math.ceil(steps / plan.steps_per_rollout))
-    for entry in read_lines(work.folder.metrics):
-        if "kl_error" in entry:  # a rollout before a resume
-            alarms(entry)
-    file = work.folder.rollouts
+    def __init__(self, context: StageContext, rollouts: RolloutPlan) -> None:
+        self.file = context.folder.rollouts
+        steps = plan(context.config, rollouts.prompts, process_state().num_processes).steps
+        self.alarms = Alarms(_stage(context.config), planned=math.ceil(steps / rollouts.steps_per_rollout))
+        for entry in read_lines(context.folder.metrics):
+            if "kl_error" in entry:  # a rollout before a resume
+                self.alarms(entry)
 
-    def on_rollout(rollout: "Rollout") -> None:
+    def __call__(self, trainer: "PPOTrainer", rollout: "Rollout") -> None:
         if is_main_process():
-            step = work.trainer.state.global_step
-            with writing(file), file.open("a", encoding="utf-8") as lines:
+            with writing(self.file), self.file.open("a", encoding="utf-8") as lines:
                 for sample in rollout.samples[:SAMPLES]:
-                    line = {"step": step, "rollout": rollout.number, **sample}
+                    line = {"step": trainer.state.global_step, "rollout": rollout.number, **sample}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-        for alarm in alarms(rollout.numbers):
+        for alarm in self.alarms(rollout.numbers):
             warn(f"rollout {rollout.number + 1}: {alarm}")
 
-    work.trainer.on_rollout = on_rollout
-    work.trainer.judge_now = lambda: held_out(work)[0]
 
+class HeldOut:
+    """Numbers of completions that the policy samples to held-out prompts; the run's generators are left as they were.
 
-def held_out(work: Work) -> tuple[dict[str, float], list[Answer]]:
-    """Numbers of answers that the policy samples to held-out prompts; the generators of the run are left as they were.
-
-    KL is exact at each position of the sampled answers; `gold/<name>` is each of stage.eval_reward_functions,
+    KL is exact at each position of the sampled completions; `gold/<name>` is each of stage.eval_reward_functions,
     `gold` their sum.
     """
-    import torch
 
-    trainer, stage, encoder = work.trainer, _stage(work.config), work.prepared.encoder
-    rows = list(work.panel)
-    if not rows:
-        return {}, []
-    policy = trainer.trained()
-    with trainer.seeded(f"held out {work.config.seed}"), trainer.accelerator.autocast(), torch.no_grad():
-        made = generate(policy, encoder, rows, work.new_tokens, temperature=stage.temperature)
-        kl = completion_kl(
-            policy, trainer.reference, made.prompts, made.completions, encoder.tokenizer.pad_token_id, 16
-        )
-    texts = [str(text) for text in encoder.tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    inputs = _inputs(rows, made.prompts)
-    prompts = [row.prompt for row in rows]
-    per_function = trainer.rewards_of(inputs, prompts, messages, made.completions)
-    score = float((per_function.cpu() * trainer.reward_weights).nansum(1).mean())
-    found = {
-        "reward": score,
-        "kl": float(kl.mean()),
-        "response_length": fmean(len(completion) for completion in made.completions),
-        "ended_by_eos": fmean(made.ended),
-    }
-    columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != "prompt"}
-    golds = {
-        function.__name__: fmean(
-            value
-            for value in function(prompts=prompts, completions=messages, completion_ids=made.completions, **columns)
-            if value is not None
-        )
-        for function in work.trainer.eval_functions
-    }
-    if golds:
-        found |= {"gold": sum(golds.values())} | {f"{GOLD}{name}": value for name, value in golds.items()}
-    found["penalised_reward"] = score - stage.kl_coef * found["kl"]
-    return found, [Answer(text, ended) for text, ended in zip(texts, made.ended, strict=True)]
+    def __init__(self, context: StageContext, scorer: RewardScorer) -> None:
+        self.context, self.scorer = context, scorer
+
+    def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
+        context, stage = self.context, _stage(self.context.config)
+        if not context.panel:
+            return {}
+        rows = [row for row in context.panel if isinstance(row, Prompt)]
+        with trainer.seeded(f"held out {context.config.seed}"), trainer.accelerator.autocast():
+            scored = scoring.score_answers(
+                trainer.unwrapped_model(),
+                trainer.reference,
+                context.data.encoder,
+                rows,
+                self.scorer,
+                context.new_tokens,
+                stage.temperature,
+                trainer_state=trainer.state,
+                log_extra=trainer._log_completion_extra,
+                log_metric=trainer._log_metric,
+            )
+        reward, kl = scoring.mean_score(REWARD, scored), fmean(each.kl for each in scored if each.kl is not None)
+        numbers = {
+            "reward": reward,
+            "kl": kl,
+            "response_length": fmean(each.length for each in scored),
+            "ended_by_eos": fmean(each.ended for each in scored),
+        }
+        golds = {
+            each.__name__: scoring.mean_score(scoring.score_name(each), scored) for each in self.scorer.eval_functions
+        }
+        if golds:
+            numbers |= {"gold": sum(golds.values())} | {f"{GOLD}{name}": value for name, value in golds.items()}
+        return numbers | {"penalised_reward": reward - stage.kl_coef * kl}
 
 
-def judge(work: Work) -> Judgement:
-    """Reward, gold reward, KL and length of sampled answers to held-out prompts, and the prompt panel answered."""
-    trainer = work.trainer
-    found, _ = held_out(work)
+def preflight(context: StageContext, trainer: "PPOTrainer") -> None:
+    """See rlhf/preflight.py."""
+    from posttrain.rlhf.preflight import check_start
+
+    check_start(trainer)
+
+
+def evaluate_model(context: StageContext, trainer: "PPOTrainer") -> EvalResult:
+    """Reward, gold reward, KL and length of completions sampled to held-out prompts, and the prompt panel."""
+    numbers = trainer.held_out(trainer)
     if trainer.state.global_step == 0:  # where the curves begin
-        trainer.log({f"eval_{name}": value for name, value in found.items()})
+        trainer.log({f"eval_{name}": value for name, value in numbers.items()})
     with trainer.accelerator.autocast():
-        answers = answer(trainer.trained(), work.prepared.encoder, work.panel[:ANSWERED], work.new_tokens)
-    return Judgement(found, answers)
+        completions = complete(
+            trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens
+        )
+    return EvalResult(numbers, completions)
 
 
 STAGE = Stage(
     prepare=prepare,
+    plan=plan,
+    hold=hold,
     load=load_policy,
     build=build,
     preflight=preflight,
-    judge=judge,
-    objective="penalised_reward",
-    shown={
-        "reward": "reward of sampled answers, held out",
-        "gold": "gold reward (stage.eval_reward_functions)",
-        "kl": "KL from the reference (nats per answer)",
-        "penalised_reward": "reward less kl_coef × KL",
-        "response_length": "response length (tokens)",
-        "ended_by_eos": "answers ended by the model itself",
-    },
-    swept={
-        "reward": "reward",
-        "gold": "gold reward",
-        "kl": "KL from reference",
-        "response_length": "response length",
-        "ended_by_eos": "ended by EOS",
-    },
-    draw=lambda folder: draw_curves(folder.metrics, folder.curves),
+    evaluate_model=evaluate_model,
 )

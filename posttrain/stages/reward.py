@@ -1,26 +1,32 @@
 """Reward modelling: TRL's RewardTrainer on pairs, and a report card of what it has learned."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
+from posttrain.config.stages import RewardStage
 from posttrain.data.encode import Encoded, encode_pairs
 from posttrain.data.formats import read_preferences
+from posttrain.data.sources import Given
 from posttrain.metrics.report_card import ScoredPair, card_table, report_card
 from posttrain.models.generate import scores
 from posttrain.models.load import load_reward_model
 from posttrain.models.lora import lora_config
+from posttrain.models.meta import hold_model
 from posttrain.runs.arguments import trainer_arguments, trl_config
-from posttrain.stages.base import Judgement, Prepared, Stage, Work, prepare_rows
+from posttrain.stages.base import EvalResult, Stage, StageContext, StageData, no_preflight, plan_steps, prepare_rows
+from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from posttrain.stages.trainers import RewardModelTrainer
 
-def prepare_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prepared:
+
+def prepare_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
     """Read and encode the preference rows, for the reward model and for DPO alike."""
-    return prepare_rows(config, tokenizer, read_preferences, encode_pairs)
+    return prepare_rows(config, tokenizer, given, read_preferences, encode_pairs)
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
@@ -30,29 +36,25 @@ def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quanti
 def conversations(encoded: Encoded) -> "Dataset":
     """The ids of both whole conversations of each pair: what a reward model reads, in training and ever after."""
 
-    def join(row: dict[str, Any]) -> dict[str, list[int]]:
+    def join(row: JsonObject) -> dict[str, list[int]]:
         return {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
 
     return encoded.dataset.map(join, remove_columns="prompt_ids")
 
 
-def build(
-    config: Config, prepared: Prepared, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
-) -> Any:
-    """The trainer: TRL's, with our checkpoints."""
-    from trl import RewardConfig, RewardTrainer
+def build(context: StageContext, model: "PreTrainedModel") -> "RewardModelTrainer":
+    """The trainer on whole conversations."""
+    from trl import RewardConfig
 
-    from posttrain.runs.safe_trainer import SafeTrainer
+    from posttrain.stages.trainers import RewardModelTrainer
 
-    class Trainer(SafeTrainer, RewardTrainer):
-        pass
-
-    trainer = Trainer(
+    config, data = context.config, context.data
+    trainer = RewardModelTrainer(
         model=model,
-        args=trl_config(RewardConfig, trainer_arguments(config, folder, prepared.test is not None)),
-        train_dataset=conversations(prepared.train),
-        eval_dataset=conversations(prepared.test) if prepared.test else None,
-        processing_class=tokenizer,
+        args=trl_config(RewardConfig, trainer_arguments(config, context.folder.path, data.test is not None)),
+        train_dataset=conversations(data.train),
+        eval_dataset=conversations(data.test) if data.test else None,
+        processing_class=context.tokenizer,
         peft_config=lora_config(config.model, model, "SEQ_CLS"),
     )
     if config.model.load_in_4bit or config.model.load_in_8bit:
@@ -65,18 +67,16 @@ def build(
     return trainer
 
 
-def judge(work: Work) -> Judgement:
+def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> EvalResult:
     """The report card over held-out pairs."""
-    test = work.prepared.test
+    test = context.data.test
     if test is None:
-        return Judgement({})
-    trainer = work.trainer
-    model = trainer.trained()
+        return EvalResult({})
+    model = trainer.unwrapped_model()
     training = model.training
     model.eval()
-    pad = work.prepared.encoder.tokenizer.pad_token_id
-    read = trainer.eval_dataset
-    found = {side: scores(model, list(read[side]), pad) for side in ("chosen_ids", "rejected_ids")}
+    pad, read = context.tokenizer.pad_token_id, trainer.eval_dataset
+    scored = {side: scores(model, list(read[side]), pad) for side in ("chosen_ids", "rejected_ids")}
     model.train(training)
     pairs = [
         ScoredPair(
@@ -89,10 +89,11 @@ def judge(work: Work) -> Judgement:
             rejected_length=len(ids["rejected_ids"]),
         )
         for row, ids, chosen, rejected in zip(
-            test.rows, test.dataset, found["chosen_ids"], found["rejected_ids"], strict=True
+            test.rows, test.dataset, scored["chosen_ids"], scored["rejected_ids"], strict=True
         )
     ]
-    card = report_card(pairs, work.config.stage.best_accuracy)
+    assert isinstance(context.config.stage, RewardStage)
+    card = report_card(pairs, context.config.stage.best_accuracy)
     metrics = {
         "eval_loss": card["loss"],
         **{
@@ -100,22 +101,15 @@ def judge(work: Work) -> Judgement:
             for name in ("accuracy", "accuracy_low", "mean_margin", "calibration_error", "length_correlation")
         },
     }
-    return Judgement(metrics, files={"report_card.json": card}, table=list(card_table(card)))
+    return EvalResult(metrics, files={"report_card.json": card}, table=list(card_table(card)))
 
 
 STAGE = Stage(
     prepare=prepare_pairs,
+    plan=plan_steps,
+    hold=partial(hold_model, scores=True),
     load=load,
     build=build,
-    preflight=lambda work: None,  # a new head is to give scores of its own
-    judge=judge,
-    objective="accuracy",
-    shown={"eval_loss": "held-out loss (Bradley–Terry)", "accuracy": "held-out accuracy", "mean_margin": "mean margin"},
-    swept={
-        "accuracy": "held-out accuracy",
-        "mean_margin": "mean margin",
-        "calibration_error": "calibration error",
-        "length_correlation": "length correlation",
-        "eval_loss": "held-out loss",
-    },
+    preflight=no_preflight,  # a new head is to give scores of its own
+    evaluate_model=evaluate_model,
 )

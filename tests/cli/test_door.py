@@ -15,7 +15,7 @@ from posttrain import __main__ as door
 from posttrain import chat, evaluate, export, paths, pipeline, report, run
 from posttrain.cli.command import compose_all
 from posttrain.cli.help import COMMANDS, docstring
-from posttrain.config.schema import STAGE_SCHEMAS
+from posttrain.config.stages import STAGES
 
 MODULES = {
     "run": run.main,
@@ -89,7 +89,7 @@ def test_the_help_of_a_stage_names_every_key_with_its_value_and_comment(command:
     words = " ".join(done.out.split())
     for file in (paths.CONF / f"stage/{stage}.yaml", paths.CONF / "config.yaml", paths.CONF / "model/base.yaml"):
         text = file.read_text()
-        for comment in re.findall(r"^# (?!python|what every|the data|a recipe|each point)(.+)", text, re.MULTILINE):
+        for comment in re.findall(r"^# (?!posttrain|what every|the data|a recipe|each point)(.+)", text, re.MULTILINE):
             assert " ".join(comment.split()) in words, comment
     assert "  run_name=demo\n" in done.out
     wrong = command("run", "stage=dop", "--help")
@@ -142,7 +142,7 @@ def completed(line: str, cwd: Path) -> list[str]:
 
 def test_tab_completion(tmp_path: Path) -> None:
     assert completed("posttrain re", tmp_path) == ["report", "recipes"]
-    assert set(completed("posttrain run stage=", tmp_path)) == {f"stage={name}" for name in STAGE_SCHEMAS}
+    assert set(completed("posttrain run stage=", tmp_path)) == {f"stage={name}" for name in STAGES}
     assert "stage.kl_coef=" in completed("posttrain run stage=ppo stage.kl", tmp_path)
     assert "dpo.beta=" in completed("posttrain pipeline dpo.", tmp_path)
     assert "stages=" in completed("posttrain pipeline s", tmp_path)

@@ -55,7 +55,7 @@ def check_agreement(posttrain: Posttrain, folder: Path, *runs: tuple[str, tuple[
     two = several(folder, *(command(stage, "two", "stage.batch_size=2", *more) for stage, more in runs))
     assert two.code == 0, two
     assert "find_unused_parameters" not in two.err
-    assert two.out.count("device: cpu") == two.out.count("saved model: read again") == len(runs)
+    assert two.out.count("device: cpu") == two.out.count("saved model: reloaded") == len(runs)
     assert two.out.count("× 2 devices = 4") == len(runs)
     for stage, more in runs:
         one = posttrain(*command(stage, "one", "stage.batch_size=4", *more))

@@ -79,7 +79,7 @@ def test_all_stages_then_only_what_has_changed(pipeline: Posttrain, trained: str
     for place, stage in enumerate(("sft", "reward", "ppo", "dpo"), start=1):
         assert f"[{place} of 4] {stage}" in trained
         assert Path(f"outputs/demo/{stage}/posttrain.json").is_file()
-    assert "reward of sampled answers, held out" in trained
+    assert "completions ended by EOS" in trained
     inputs = manifest("outputs/demo/ppo")["inputs"]
     assert inputs["model"]["path"] == "outputs/demo/sft"
     assert inputs["reward_model"]["path"] == "outputs/demo/reward"
@@ -111,7 +111,7 @@ def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Posttrain
     shutil.rmtree("outputs/demo/ppo")
     done = pipeline(*(word for word in SHORT_PIPELINE if word != "ppo.gate=warn"))
     assert done.code == 2, done
-    assert "is not fit to be optimised against" in done.err
+    assert "is not good enough to optimise against" in done.err
     assert "ppo.gate=warn" in done.err
     assert Path("outputs/demo/reward/posttrain.json").is_file()
     assert not Path("outputs/demo/ppo").exists()

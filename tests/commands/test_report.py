@@ -130,7 +130,7 @@ def test_wrong_folders_are_told(tmp_path: Path, entry: Posttrain) -> None:
     for arguments, told in (
         ((), "name a run's folder"),
         ((str(tmp_path / "nowhere"),), "no such folder"),
-        ((str(tmp_path),), "no finished stage is there"),
+        ((str(tmp_path),), "is not a finished run"),
     ):
         done = entry(report.main, *arguments)
         assert done.code == 2
@@ -157,7 +157,7 @@ def test_a_sweep_ends_in_a_frontier_and_is_drawn_on_what_is_possible(posttrain: 
     folder = Path("outputs/demo/ppo")
     assert (folder / "stage.kl_coef=0.1/posttrain.json").is_file()
     assert (folder / "stage.kl_coef=1/posttrain.json").is_file()
-    assert "KL from reference" in done.out
+    assert "KL from the reference" in done.out
     assert "KL from the reference" in (folder / "sweep.svg").read_text() or (folder / "sweep.svg").stat().st_size > 5000
     without = report.write_report(tmp_path / "outputs/demo").read_text()
     assert "best possible" not in without

@@ -10,8 +10,9 @@ from conftest import ROOT
 
 from posttrain import paths
 from posttrain.cli.command import read_command
-from posttrain.config.check import nearest
 from posttrain.config.schema import Config
+from posttrain.config.stages import STAGES
+from posttrain.config.suggest import nearest
 from posttrain.config.trl_fields import dpo_losses, trainer_arguments
 from posttrain.errors import ConfigError
 
@@ -65,7 +66,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("trainer.save_strategy=false", "trainer.save_strategy=False is not one of no, steps, epoch, best"),
         ("trainer.loss_type=nl", "trainer.loss_type=nl is not one of nll, dft, chunked_nll"),
         ("trainer.max_grad_norm=-1", "trainer.max_grad_norm=-1 must be at least 0"),
-        ("trainer.push_to_hub=true", "python -m posttrain.export <its folder> push_to_hub=<owner/name>"),
+        ("trainer.push_to_hub=true", "posttrain export <its folder> push_to_hub=<owner/name>"),
         ("trainer.disable_tqdm=true", "set TQDM_DISABLE=1 in the environment"),
         ("trainer.bf16_full_eval=true", "judged by posttrain's own loop, in the precision of training"),
         ("trainer.deepspeed=ds.json", "accelerate_configs/zero2.yaml"),
@@ -138,7 +139,7 @@ def every_choice() -> list[list[str]]:
 @pytest.mark.parametrize("choice", every_choice(), ids=" ".join)
 def test_every_shipped_yaml_loads_and_its_keys_exist(choice: list[str]) -> None:
     found = config("data.dataset_name=someone/some-data", *choice)
-    assert set(found.trainer) <= set(trainer_arguments(found.stage.name))
+    assert set(found.trainer) <= set(trainer_arguments(*STAGES[found.stage.name].trl_config))
 
 
 def test_fields_read_from_the_sources_are_those_of_the_class() -> None:
@@ -146,7 +147,7 @@ def test_fields_read_from_the_sources_are_those_of_the_class() -> None:
 
     from trl import SFTConfig
 
-    fields = {name for name in trainer_arguments("sft") if not name.startswith("_")}
+    fields = {name for name in trainer_arguments(*STAGES["sft"].trl_config) if not name.startswith("_")}
     assert {field.name for field in dataclasses.fields(SFTConfig) if field.init} <= fields
 
 
@@ -154,7 +155,7 @@ def test_choices_are_read_from_the_sources() -> None:
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    found = trainer_arguments("dpo")
+    found = trainer_arguments(*STAGES["dpo"].trl_config)
     assert set(found["lr_scheduler_type"].choices) == {kind.value for kind in SchedulerType}
     assert set(found["optim"].choices) == {kind.value for kind in OptimizerNames}
     assert {"sigmoid", "ipo", "hinge", "robust", "apo_zero", "sft"} <= set(dpo_losses())

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from posttrain import configure, run_stage
-from posttrain.config.reserved import reserved_arguments
-from posttrain.config.schema import STAGE_SCHEMAS, renamed
+from posttrain.config.reserved import ALWAYS
+from posttrain.config.schema import renamed
+from posttrain.config.stages import STAGES
 from posttrain.config.trl_fields import trainer_arguments
 
-STAGES = ("sft", "reward", "ppo", "dpo")
 # arguments that change what is learned, and a value that shows it
 READ = {
     "max_steps": "5",
@@ -61,10 +61,11 @@ UNTOUCHED = """
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_argument_is_known(stage: str) -> None:
     """One that TRL or transformers adds is to be looked at before anyone can set it."""
-    ours = renamed(STAGE_SCHEMAS[stage](name=stage))
-    known = {*ours, *reserved_arguments(stage), *READ_BY[stage], *UNTOUCHED}
-    assert set(trainer_arguments(stage)) - known == set()
-    assert not set(READ_BY[stage]) & {*ours, *reserved_arguments(stage)}
+    spec = STAGES[stage]
+    ours = renamed(spec.schema(name=stage))
+    known = {*ours, *ALWAYS, *spec.reserved, *READ_BY[stage], *UNTOUCHED}
+    assert set(trainer_arguments(*spec.trl_config)) - known == set()
+    assert not set(READ_BY[stage]) & {*ours, *ALWAYS, *spec.reserved}
 
 
 def learned(folder: Path, stage: str, *more: str) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import data_config, write_rows
+from conftest import ROOT, data_config, write_rows
 
-from posttrain.config.schema import DataConfig, InstructionColumns
+from posttrain.config.schema import DataConfig
+from posttrain.config.stages import InstructionColumns
 from posttrain.data.formats import format_instruction, read_instructions
 from posttrain.errors import ConfigError, DataError
 
@@ -37,9 +38,12 @@ def some(count: int) -> list[dict[str, str]]:
         ('{"instruction": "a", "response": "  \\n"}', "line 2: 'response' is empty"),
         ('{"instruction": "", "response": "b"}', "line 2: 'instruction' is empty"),
         ('{"instruction": "a", "response": "b', "line 2: invalid JSON (Unterminated string"),
-        ('{"instruction": "a", "instruction": "c", "response": "b"}', "line 2: invalid JSON (the key 'instruction'"),
+        (
+            '{"instruction": "a", "instruction": "c", "response": "b"}',
+            "line 2: invalid JSON (duplicate key",
+        ),
         ('["a", "b"]', "line 2: must be an object, got list"),
-        ('{"instruction": "a", "response": "\\ud800"}', "line 2: 'response' holds half of a surrogate pair"),
+        ('{"instruction": "a", "response": "\\ud800"}', "line 2: 'response' contains an unpaired surrogate"),
         ('{"question": "a", "answer": "b"}', "try data.columns.instruction=question data.columns.response=answer"),
         ('{"instruction": [{"role": "usr", "content": "a"}], "response": "b"}', "has the role 'usr'"),
         ('{"instruction": [{"role": "user"}], "response": "b"}', "must have the keys role and content"),
@@ -202,7 +206,7 @@ def test_format_instruction() -> None:
 def test_the_quickstart_files_are_what_their_script_writes(tmp_path: Path) -> None:
     import sys
 
-    folder = Path(__file__).parents[1] / "recipes" / "quickstart"
+    folder = ROOT / "recipes" / "quickstart"
     sys.path.insert(0, str(folder))
     import world
 

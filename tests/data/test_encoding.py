@@ -139,7 +139,7 @@ def test_a_held_out_prompt_that_is_refused_is_named_or_left_out() -> None:
 def test_a_template_that_cannot_render_an_answer_is_named() -> None:
     tokenizer = made.chatml()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ConfigError, match="chat template refuses"):
+    with pytest.raises(ConfigError, match="chat template raised"):
         ChatEncoder(tokenizer)
 
 

@@ -8,7 +8,7 @@ import pytest
 import tokenizers_for_tests as made
 from conftest import data_config, write_rows
 
-from posttrain.config.schema import PreferenceColumns
+from posttrain.config.stages import PreferenceColumns
 from posttrain.data.encode import ChatEncoder, encode_pairs, plain_template
 from posttrain.data.formats import Counts, format_preference, parse_transcript, read_preferences
 from posttrain.errors import DataError

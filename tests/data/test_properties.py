@@ -155,7 +155,7 @@ def test_a_broken_row_is_named_wherever_it_stands(before: int, after: int, broke
 
 
 def _columns() -> Any:
-    from posttrain.config.schema import InstructionColumns
+    from posttrain.config.stages import InstructionColumns
 
     return InstructionColumns(instruction="instruction", response="response", input="input", system="system")
 

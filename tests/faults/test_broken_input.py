@@ -203,7 +203,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer cut": (lambda folder: cut(folder / "tokenizer.json"), "its tokenizer cannot be loaded"),
     "template that is none": (
         lambda folder: (folder / "chat_template.jinja").write_text("{% for message in"),
-        "the chat template refuses it",
+        "the chat template raised",
     ),
     "adapter without weights": (
         lambda folder: [trained_adapter(folder), (folder / "adapter_model.safetensors").unlink()],

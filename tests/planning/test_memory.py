@@ -88,7 +88,7 @@ def test_what_makes_it_less() -> None:
     eight_bits = plan("stage=sft", "trainer.optim=adamw_8bit", longest=512)
     assert eight_bits.parts["optimizer"] == usual.parts["optimizer"] // 4
     long_cache = plan(*PPO[:2], "stage.max_new_tokens=448", "stage.rollout_batch_size=4096", longest=512)
-    assert long_cache.moment == "while answers are generated"
+    assert long_cache.moment == "while completions are generated"
     # keys and values of 4,096 answers of 512 tokens in 3 layers of 128, and four numbers for each of 916 tokens
     assert long_cache.parts["keys and values"] == 2 * 4096 * 512 * 3 * 128 * 4 + 4 * 4096 * 916 * 4
 
@@ -106,10 +106,10 @@ def test_a_dry_run_of_the_whole_pipeline(pipeline: Posttrain, tmp_path: Path) ->
     done = pipeline("recipes=quickstart", "dry_run=true", "data.max_rows=200")
     assert done.code == 0, done
     assert done.out.count("memory: about") == 4
-    assert "in place of the SFT model that is still to come" in done.out
+    assert "in place of the sft model that is still to come" in done.out
     assert "holds reward model (frozen)" in done.out
     assert "holds critic (all weights)" in done.out
-    assert "what would save most" in done.out
+    assert "largest savings" in done.out
     assert not (tmp_path / "outputs").exists()
 
 

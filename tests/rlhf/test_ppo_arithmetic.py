@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from posttrain.config.schema import PPOStage
+from posttrain.config.stages import PPOStage
 from posttrain.errors import ConfigError
 from posttrain.rlhf import losses
 from posttrain.rlhf.rollout import RolloutBuffer, join
-from posttrain.rlhf.rollout_plan import Schedule, episode_order, prompts_of_rollout, schedule
+from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, plan_rollouts, prompts_of_rollout
 
 
 def close(actual: torch.Tensor, expected: list[list[float]]) -> None:
@@ -118,17 +118,17 @@ def stage(**changes: object) -> PPOStage:
 
 
 def test_the_schedule_divides_the_work() -> None:
-    plan = schedule(stage(), prompts=20, processes=1)
+    plan = plan_rollouts(stage(), prompts=20, processes=1)
     assert (plan.accumulation, plan.steps_per_rollout, plan.micro_steps_per_rollout) == (2, 6, 12)
     assert plan.rollouts_per_epoch == 3
-    assert schedule(stage(), prompts=20, processes=2).accumulation == 1
+    assert plan_rollouts(stage(), prompts=20, processes=2).accumulation == 1
     with pytest.raises(ConfigError, match=r"× 3 processes; set stage.rollout_batch_size=12 or a smaller"):
-        schedule(stage(), prompts=20, processes=3)
+        plan_rollouts(stage(), prompts=20, processes=3)
 
 
 @pytest.mark.parametrize("prompts", [3, 8, 20])
 def test_no_prompt_is_left_out_and_a_rollout_is_a_function_of_its_number(prompts: int) -> None:
-    plan = schedule(stage(), prompts=prompts, processes=1)
+    plan = plan_rollouts(stage(), prompts=prompts, processes=1)
     stream = [index for number in range(40) for index in prompts_of_rollout(plan, 7, number)]
     passes = len(stream) // prompts
     for number in range(passes):
@@ -139,7 +139,7 @@ def test_no_prompt_is_left_out_and_a_rollout_is_a_function_of_its_number(prompts
 
 
 def test_each_pass_takes_every_episode_once_in_an_order_of_its_own() -> None:
-    plan = Schedule(20, 64, 64, 2, 3, 2, 2, 3)
+    plan = RolloutPlan(20, 64, 64, 2, 3, 2, 2, 3)
     orders = [episode_order(plan, 7, 0, ppo_epoch, 0) for ppo_epoch in range(3)]
     assert all(sorted(order) == list(range(64)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3

@@ -146,14 +146,14 @@ def test_switching_roles_changes_nothing_but_the_forward() -> None:
     inputs = {name: value for name, value in batch().items() if name != "completion"}
     before = {name: weight.requires_grad for name, weight in roles.named_parameters()}
     policy = roles.policy(**inputs).logits
-    with roles.role(None):
-        assert roles.active_role() is None
+    with roles.active_adapter(None):
+        assert roles.current_adapter() is None
         reference = roles.policy(**inputs).logits
-        with roles.role(VALUE):
-            assert roles.active_role() == VALUE
+        with roles.active_adapter(VALUE):
+            assert roles.current_adapter() == VALUE
             critic = roles.policy(**inputs).logits
-        assert roles.active_role() is None
-    assert roles.active_role() == "default"
+        assert roles.current_adapter() is None
+    assert roles.current_adapter() == "default"
     assert torch.equal(roles.policy(**inputs).logits, policy)
     torch.testing.assert_close(reference, base()(**inputs).logits)
     assert not torch.allclose(policy, reference)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REWARD, SHORT_PPO, Posttrain
 
-from posttrain.config.schema import PPOStage
+from posttrain.config.stages import PPOStage
 from posttrain.errors import PosttrainError
 from posttrain.rlhf.diagnostics import Alarms
 from posttrain.rlhf.ppo import PPOTrainer
@@ -73,7 +73,7 @@ def test_a_wrong_start_stops_the_run_and_names_its_cause(
     monkeypatch.setattr(PPOTrainer, "__init__", broken)
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD)
     assert done.code == 1, done
-    assert "PPO would start wrong" in done.err
+    assert "PPO step-0 check failed" in done.err
     assert told in done.err
     assert not Path("outputs/demo/ppo/posttrain.json").exists()
 
@@ -93,13 +93,17 @@ CALM = {
 ALARMS = {
     "negative KL": ({"kl": -1.0}, "below 0 by more than chance", "precision=fp32"),
     "high KL": ({"kl": 12.0}, "far from what the reward model has seen", "stage.kl_coef=0.2"),
-    "entropy": ({"entropy": 0.3}, "the policy hardly explores any more", "stage.entropy_coef=0.01"),
-    "longer": ({"response_length": 45.0}, "answers have become longer: 20 to 45 tokens", "stage.length_penalty=0.011"),
-    "shorter": ({"response_length": 8.0}, "answers have become shorter: 20 to 8 tokens", "stage.kl_coef=0.2"),
-    "constant": ({"reward_std": 0.0}, "all answers of a rollout got the same reward", "rollouts.jsonl"),
-    "endless": ({"ended_by_eos": 0.0}, "no answer of a rollout ended by itself", "stage.missing_eos_penalty=1"),
+    "entropy": ({"entropy": 0.3}, "entropy collapse", "stage.entropy_coef=0.01"),
+    "longer": (
+        {"response_length": 45.0},
+        "completions have become longer: 20 to 45 tokens",
+        "stage.length_penalty=0.011",
+    ),
+    "shorter": ({"response_length": 8.0}, "completions have become shorter: 20 to 8 tokens", "stage.kl_coef=0.2"),
+    "constant": ({"reward_std": 0.0}, "all completions of a rollout got the same reward", "rollouts.jsonl"),
+    "endless": ({"ended_by_eos": 0.0}, "no completion of a rollout ended by itself", "stage.missing_eos_penalty=1"),
     "large": ({"shaped_reward": -1e6}, "rewards are large (-1e+06 on average)", "stage.reward_scale=1e+06"),
-    "saturated": ({"reward_std": 0.01}, "rewards hardly differ any more", "stage.num_epochs"),
+    "saturated": ({"reward_std": 0.01}, "rewards are saturated", "stage.num_epochs"),
 }
 
 
@@ -146,7 +150,7 @@ def test_a_policy_that_does_not_move_is_told_half_way() -> None:
     watch = alarms()
     assert [watch(STILL) for _ in range(9)] == [[]] * 9
     [text] = watch(STILL)
-    assert "after 10 rollouts the policy is where it began" in text
+    assert "after 10 rollouts the policy has not moved" in text
     assert "stage.learning_rate=1e-05" in text
     for moved in (STILL | {"kl_k3": 0.02}, STILL | {"kl": 0.2}, STILL | {"reward": 3.0}):
         watch = alarms()
@@ -166,14 +170,14 @@ def test_a_run_that_has_learned_nothing_says_so_at_its_end(
     """Four rollouts, and one, after which nobody can tell."""
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.learning_rate=1e-9", f"stage.num_epochs={epochs}")
     assert done.code == 0, done
-    assert done.out.count("the policy is where it began") == told
+    assert done.out.count("the policy has not moved") == told
     assert done.out.count("stage.learning_rate=1e-08") == told
 
 
 def test_a_ceiling_is_an_error() -> None:
     watch = alarms(kl_ceiling=5.0)
     assert watch(CALM | {"kl": 4.9}) == []
-    with pytest.raises(PosttrainError, match=r"is 5.10 nats per answer, above stage.kl_ceiling=5;"):
+    with pytest.raises(PosttrainError, match=r"is 5.10 nats per completion, above stage.kl_ceiling=5;"):
         watch(CALM | {"kl": 5.1})
 
 

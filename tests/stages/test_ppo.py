@@ -55,13 +55,13 @@ def test_ppo_takes_both_models_of_the_run(
     models(*reward)
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.gate=warn", *ppo)
     assert done.code == 0, done
-    assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
+    assert "model: outputs/demo/sft (the sft model of this run)" in done.out
     assert held in done.out
     assert (
         f"critic = {critic}" in done.out.replace("outputs/demo/sft/model, an adapter", "an adapter")
         or critic in done.out
     )
-    assert "PPO will optimise its mistakes (stage.gate=warn)" in done.out
+    assert "PPO will optimise its mistakes as well (stage.gate=warn)" in done.out
     assert "step 0: probability ratio within 0.0e+00 of 1, KL within" in done.out
     inputs = manifest(PPO)["inputs"]
     assert inputs["model"]["stage"] == "sft"
@@ -141,10 +141,10 @@ def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts:
 
 
 WRONG = {
-    "nan": ("my_rewards.broken", 1, "reward function broken gave nan, which is no finite number"),
+    "nan": ("my_rewards.broken", 1, "reward function broken gave nan, which is not a finite number"),
     "inf": ("my_rewards.infinite", 1, "reward function infinite gave inf"),
     "too large for sums": ("my_rewards.huge", 1, "huge gave a reward of 1e+38 at step 0"),
-    "too few": ("my_rewards.few", 1, "reward function few gave 1 rewards for 4 answers"),
+    "too few": ("my_rewards.few", 1, "reward function few gave 1 rewards for 4 completions"),
     "no **columns": ("my_rewards.narrow", 1, "so it needs **columns"),
     "sys.exit": ("my_rewards.leaves", 1, "reward function leaves failed: SystemExit: 0 (my_rewards.py:"),
     "sys.exit in a generator": ("my_rewards.leaves_later", 1, "reward function leaves_later failed: SystemExit: 0"),
@@ -173,7 +173,7 @@ def test_a_wrong_reward_stops_the_run(posttrain: Posttrain, prompts: str, functi
 def test_a_constant_reward_is_told(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_functions=[my_rewards.constant]")
     assert done.code == 0, done
-    assert "all answers of a rollout got the same reward (3)" in done.out
+    assert "all completions of a rollout got the same reward (3)" in done.out
 
 
 def test_ppo_without_a_reward_or_with_a_wrong_one_is_refused(
@@ -185,7 +185,7 @@ def test_ppo_without_a_reward_or_with_a_wrong_one_is_refused(
     models()
     done = posttrain("stage=ppo", prompts, *SHORT_PPO)
     assert done.code == 2, done
-    assert "is not fit to be optimised against" in done.err
+    assert "is not good enough to optimise against" in done.err
     assert "go on with stage.gate=warn" in done.err
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_model=outputs/demo/sft")
     assert done.code == 2, done
@@ -204,7 +204,7 @@ REFUSED = {
     "no room": (("stage.max_new_tokens=64",), "leaves no room for a prompt in stage.max_length=64"),
     "uneven": (("stage.rollout_batch_size=9",), "stage.rollout_batch_size=9 must be a multiple of"),
     "prompts too long": (("stage.max_length=10",), "no rows left to train on"),
-    "top_k": (("trainer.top_k=5",), "trainer.top_k cannot be set: answers are sampled by temperature alone"),
+    "top_k": (("trainer.top_k=5",), "trainer.top_k cannot be set: completions are sampled"),
     "beta": (("trainer.beta=0.1",), "trainer.beta cannot be set: set stage.kl_coef"),
     "epsilon": (("trainer.epsilon=0.1",), "trainer.epsilon repeats stage.clip_ratio"),
     "accumulation": (("trainer.gradient_accumulation_steps=2",), "it follows from stage.rollout_batch_size"),
@@ -233,14 +233,14 @@ def test_long_prompts_are_counted_and_few_ones_told(posttrain: Posttrain, prompt
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.max_length=22", "stage.rollout_batch_size=16")
     assert done.code == 0, done
     assert "their prompt alone fills stage.max_length=22, of which stage.max_new_tokens=6 are kept free" in done.out
-    assert "prompts are fewer than stage.rollout_batch_size=16: some are answered more than once" in done.out
+    assert "prompts are fewer than stage.rollout_batch_size=16: some are completed more than once" in done.out
     assert manifest(PPO)["metrics"]["steps"] > 0
 
 
 def test_a_dry_run_shows_the_plan(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "dry_run=true")
     assert done.code == 0, done
-    assert "rollout: 8 prompts answered, learned from in 2 passes of 2 updates" in done.out
+    assert "rollout: 8 prompts completed, learned from in 2 passes of 2 updates" in done.out
     assert "batch: 4 per device × 1 accumulation × 1 device = 4 episodes per update" in done.out
     assert "steps: 16 (2 epochs of 8)" in done.out
     assert not Path("outputs").exists()
@@ -354,8 +354,8 @@ def test_answers_of_several_turns_and_a_reward_model_with_another_tokenizer(
     more = ("data.dataset_name=turns.jsonl", "stage.reward_model=./other", "stage.max_length=100")
     done = posttrain("stage=ppo", *SHORT_PPO, *more)
     assert done.code == 0, done
-    assert "no report card says whether it is fit" in done.out
-    assert "has a tokenizer of its own; answers are decoded and put through its chat template" in done.out
+    assert "no report_card.json found: quality unknown" in done.out
+    assert "has a tokenizer of its own; completions are decoded and put through its chat template" in done.out
     assert "the reward model has 24 positions" in done.out
     assert "critic = outputs/demo/sft/model, all weights" in done.out
     sample = read_rows(PPO / "rollouts.jsonl")[0]

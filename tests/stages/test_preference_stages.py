@@ -26,7 +26,7 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain import compute_dpo_loss
-from posttrain.config.reserved import LOSS_OPTIONS
+from posttrain.config.stages import LOSS_OPTIONS
 from posttrain.runs.checkpoint import MANIFEST
 
 FEW = (
@@ -51,12 +51,12 @@ def test_reward_ends_in_a_model_that_scores_when_loaded(
 ) -> None:
     done = posttrain("stage=reward", pairs, *FEW, *more)
     assert done.code == 0, done
-    assert "warning stage=reward expects an SFT model" in done.out
-    assert "read again, its scores are within" in done.out
+    assert "warning stage=reward expects a model from stage=sft" in done.out
+    assert "reloaded, its scores are within" in done.out
     for words in (
         "report card",
         "accuracy (95 % interval)",
-        "the longer answer wins",
+        "the longer completion wins",
         "calibration error",
         "verdict",
         "fit means",
@@ -114,7 +114,7 @@ def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
     monkeypatch.setattr(saving, "_scores_in_a_new_process", after_a_change)
     done = posttrain("stage=reward", pairs, *FEW)
     assert done.code == 1, done
-    assert "gives other scores than the model that was trained" in done.err
+    assert "does not give the scores of the trained model" in done.err
     assert not Path("outputs/demo/reward/posttrain.json").exists()
 
 
@@ -141,7 +141,7 @@ def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path
 def test_dpo_starts_at_ln_2_from_its_own_reference(posttrain: Posttrain, pairs: str, more: tuple[str, ...]) -> None:
     done = posttrain("stage=dpo", pairs, *FEW, *more)
     assert done.code == 0, done
-    assert "warning stage=dpo expects an SFT model" in done.out
+    assert "warning stage=dpo expects a model from stage=sft" in done.out
     assert "policy = " in done.out
     assert "reference = " in done.out
     assert "step 0: policy and reference agree within" in done.out
@@ -177,7 +177,7 @@ def test_in_every_chain_the_reference_is_the_sft_model(
     sft(*first)
     done = posttrain("stage=dpo", pairs, *FEW, *then, "trainer.max_steps=1", "data.test_size=4")
     assert done.code == 0, done
-    assert "model: outputs/demo/sft (the SFT model of this run)" in done.out
+    assert "model: outputs/demo/sft (the sft model of this run)" in done.out
     assert "first loss 0.693147" in done.out
     inputs = manifest(DPO)["inputs"]["model"]
     assert inputs["stage"] == "sft"
@@ -312,9 +312,9 @@ def test_a_beta_sweep_has_a_table_and_a_picture(posttrain: Posttrain, pairs: str
     table = done.out[done.out.index("sweep: outputs/demo/dpo") :]
     for words in (
         "stage.beta",
-        "held-out accuracy",
+        "accuracy",
         "reward margin",
-        "KL from reference",
+        "KL from the",
         "held-out loss",
         "0.05",
         "0.3",

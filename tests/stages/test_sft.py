@@ -22,7 +22,7 @@ def test_a_bare_run_trains_the_embedded_default(posttrain: Posttrain) -> None:
     assert "trainable parameters: 777,856 of 777,856 (100.0%)" in done.out
     assert "tokens that carry loss: 5,547 per epoch" in done.out
     for words in (
-        "held-out loss (per token)",
+        "held-out loss",
         "tokens per second",
         "trained tokens",
         "outputs/demo/sft/model",
@@ -194,7 +194,7 @@ def test_warnings_tell_what_would_go_unseen(posttrain: Posttrain, rows: Path) ->
     assert "model.dtype=bfloat16 trains all weights in it, where small updates round to nothing" in done.out
     assert "rows to train on repeat another one exactly" in done.out
     assert "no rows are held out" in done.out
-    assert "in 1 of 81 rows to train on the answer begins with its whole prompt" in done.out
+    assert "in 1 of 81 rows to train on the completion begins with its prompt" in done.out
     assert "lose the EOS" in done.out or "are cut" not in done.out
 
 

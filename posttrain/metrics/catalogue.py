@@ -1,0 +1,70 @@
+"""Every metric that is shown: its name, its unit and how its value is written."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+GOLD = "gold/"  # before the name of each eval reward function of an online stage, beside `gold`, their sum
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    name: str
+    unit: str = ""
+    is_share: bool = False  # written as a percentage
+    short: str = ""  # in a line of progress, where it is not the name
+
+
+METRICS = {
+    "loss": Metric("loss"),
+    "train_loss": Metric("train loss"),
+    "learning_rate": Metric("learning rate", short="lr"),
+    "accuracy": Metric("accuracy", is_share=True),
+    "rewards/accuracies": Metric("accuracy"),
+    "mean_margin": Metric("mean margin"),
+    "calibration_error": Metric("calibration error"),
+    "length_correlation": Metric("length correlation"),
+    "reward": Metric("reward"),
+    "gold": Metric("gold reward"),
+    "penalised_reward": Metric("reward − kl_coef × KL"),
+    "reward_margin": Metric("reward margin"),
+    "kl": Metric("KL from the reference", "nats per completion", short="KL"),
+    "entropy": Metric("entropy", "nats per token"),
+    "explained_variance": Metric("explained variance of the critic"),
+    "chosen_logp_change": Metric("chosen: log-probability since the start", "nats"),
+    "rejected_logp_change": Metric("rejected: log-probability since the start", "nats"),
+    "response_length": Metric("completion length", "tokens"),
+    "ended_by_eos": Metric("completions ended by EOS", is_share=True),
+    "distinct_1": Metric("distinct words", is_share=True),
+    "distinct_2": Metric("distinct pairs of words", is_share=True),
+    "perplexity": Metric("perplexity of held-out responses"),
+}
+# what a line of progress says, in this order
+PROGRESS = ("reward", "kl", "loss", "eval_loss", "eval_reward", "eval_kl", "learning_rate")
+
+
+def label(key: str) -> str:
+    """The name and unit of a metric: `eval_` before a key says that it is held out, and `gold/` names a function."""
+    metric = METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return f"{'held-out ' if key.startswith('eval_') else ''}{metric.name}{unit}"
+
+
+def short_label(key: str) -> str:
+    """As `label`, for a line of progress."""
+    metric = METRICS[key.removeprefix("eval_")]
+    return f"{'held-out ' if key.startswith('eval_') else ''}{metric.short or metric.name}"
+
+
+def formatted(key: str, value: float | None) -> str:
+    """A value for a table: shares as percentages, what is missing as nothing."""
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.1%}" if key in METRICS and METRICS[key].is_share else f"{value:.4f}"
+
+
+def with_gold_apart(shown: Iterable[str], metrics: Iterable[str]) -> list[str]:
+    """The keys that are shown, each eval reward function in place of their sum."""
+    parts = [key for key in metrics if key.startswith(GOLD) and not key.endswith("_before")]
+    return [name for key in shown for name in (parts if key == "gold" and parts else [key])]

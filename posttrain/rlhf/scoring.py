@@ -1,0 +1,162 @@
+"""What a sampled completion is worth: the reward that is optimised, its parts, and reward functions kept apart."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+from posttrain.data.encode import ChatEncoder
+from posttrain.data.formats import Message, Prompt
+from posttrain.errors import PosttrainError
+from posttrain.metrics.comparison import REWARD
+from posttrain.models.generate import completion_kl, generate, scores
+from posttrain.models.load import load_reward_model, max_positions
+from posttrain.rlhf.rewards import Encode, RewardFunction, encoded_again, same_ids
+from posttrain.rlhf.roles import RewardSource
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Opened = Callable[[], AbstractContextManager["PreTrainedModel"]]
+
+
+@dataclass
+class RewardScorer:
+    """Scores completions; `functions` has the reward model first, if there is one, and a weight for each."""
+
+    functions: list[RewardFunction]
+    weights: list[float]
+    eval_functions: list[RewardFunction]
+
+    def __call__(self, columns: Mapping[str, object]) -> dict[str, list[float | None]]:
+        """Score -> of each completion: the weighted reward, its parts, and each eval function; None: does not apply.
+
+        `columns` are those of TRL's reward functions: prompts, completions, completion_ids and the rows' own.
+
+        Raises:
+            PosttrainError: a function failed, or no function applies to a completion.
+        """
+        parts = {score_name(function): _call(function, columns) for function in self.functions}
+        found = {score_name(function): _call(function, columns) for function in self.eval_functions}
+        if not parts:
+            return found
+        reward: list[float | None] = []
+        for row in zip(*parts.values(), strict=True):
+            known = [weight * value for weight, value in zip(self.weights, row, strict=True) if value is not None]
+            total = sum(known)
+            if not known or total != total:
+                raise PosttrainError(f"the reward is not a finite number for a completion ({', '.join(parts)}: {row})")
+            reward.append(total)
+        return {REWARD: reward, **(parts if len(parts) > 1 else {}), **found}
+
+
+def score_name(function: RewardFunction) -> str:
+    """What a function's scores are called; `reward` alone is their weighted sum."""
+    return "reward()" if function.__name__ == REWARD else str(function.__name__)
+
+
+def _call(function: RewardFunction, columns: Mapping[str, object]) -> list[float | None]:
+    found = function(**columns)
+    return list(asyncio.run(found) if inspect.iscoroutine(found) else found)
+
+
+class ScoredCompletion(NamedTuple):
+    """A completion sampled to a held-out prompt; `kl` in nats, None without a reference that reads the same tokens."""
+
+    text: str
+    length: int  # tokens
+    ended: bool
+    scores: dict[str, float | None]
+    kl: float | None
+
+
+def columns_of(rows: Sequence[Prompt]) -> dict[str, list[object]]:
+    """The rows' own columns, None where a row lacks one."""
+    names = sorted({name for row in rows for name in row.columns})
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+def score_answers(
+    policy: "PreTrainedModel",
+    reference: Opened | None,
+    encoder: ChatEncoder,
+    rows: Sequence[Prompt],
+    scorer: RewardScorer,
+    new_tokens: int,
+    temperature: float,
+    **extra: object,
+) -> list[ScoredCompletion]:
+    """Sample a completion to each prompt, in one batch, and score it; `extra` is handed to the reward functions."""
+    made = generate(policy, encoder, rows, new_tokens, temperature=temperature)
+    pad = encoder.tokenizer.pad_token_id
+    kl: Sequence[float | None] = [None] * len(rows)
+    if reference is not None:
+        kl = completion_kl(policy, reference, made.prompts, made.completions, pad, 16).tolist()
+    texts = [str(text) for text in encoder.tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
+    scored = scorer(
+        {
+            **columns_of(rows),
+            "prompts": [row.prompt for row in rows],
+            "completions": [[{"role": "assistant", "content": text}] for text in texts],
+            "completion_ids": made.completions,
+            "prompt_ids": made.prompts,
+            **extra,
+        }
+    )
+    by_row = [{name: values[index] for name, values in scored.items()} for index in range(len(rows))]
+    columns = (texts, map(len, made.completions), made.ended, by_row, kl)
+    return [ScoredCompletion(*each) for each in zip(*columns, strict=True)]
+
+
+def mean_score(name: str, scored: Sequence[ScoredCompletion]) -> float:
+    """Over the completions that it applies to; NaN if there is none."""
+    known = [value for each in scored if (value := each.scores[name]) is not None]
+    return fmean(known) if known else float("nan")
+
+
+def encoding_for(source: RewardSource) -> Encode:
+    """How a reward model is handed a completion: its ids, or its text through a tokenizer of the model's own."""
+    if source.same_tokenizer:
+        return same_ids
+    return encoded_again(ChatEncoder(source.tokenizer, allow_special_tokens=True), max_positions(source.settings))
+
+
+class RewardModel:
+    """A trained reward model: a sequence classifier with one score, read at a conversation's last token."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        batch_size: int = 16,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.autocast = batch_size, autocast
+
+    @classmethod
+    def load(
+        cls,
+        source: RewardSource,
+        seed: int,
+        device: "torch.device",
+        batch_size: int = 16,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> "RewardModel":
+        """The one that a run names, frozen, on `device`."""
+        model = load_reward_model(source.settings, source.tokenizer, source.path, seed, quantised=False, new_head=False)
+        return cls(model.to(device).eval().requires_grad_(False), source.tokenizer, batch_size, autocast)
+
+    def __call__(self, rows: list[list[int]]) -> list[float]:
+        """The score of each conversation, given as token ids."""
+        with self.autocast():
+            return scores(self.model, rows, self.tokenizer.pad_token_id, self.batch_size)
+
+    def score(self, conversations: Sequence[list[Message]]) -> list[float]:
+        """The score of each conversation, given as messages; they go through the model's chat template."""
+        encoder = ChatEncoder(self.tokenizer, allow_special_tokens=True)
+        return self([ids for ids, _ in encoder.encode([encoder.segments(each) for each in conversations])])

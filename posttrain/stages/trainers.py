@@ -1,0 +1,99 @@
+"""TRL's trainers as the stages use them: whole checkpoints, held-out means over tokens or pairs, rows encoded ahead."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import trl
+from torch import Tensor
+from torch.utils.data import DataLoader
+from trl.models import prepare_deepspeed
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from posttrain.data.encode import IGNORED
+from posttrain.runs.safe_trainer import SafeTrainer
+from posttrain.values import JsonObject
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Batch = dict[str, Tensor]
+
+
+class SFTTrainer(SafeTrainer, trl.SFTTrainer):
+    """TRL's SFTTrainer on rows of `input_ids` and `labels`; the held-out loss is a mean over tokens."""
+
+    def held_out_collator(self) -> Callable[[list[Batch]], Batch]:
+        # held-out rows are never packed: each is scored as it would be read
+        collator: Callable[[list[Batch]], Batch] = DataCollatorForLanguageModeling(
+            pad_token_id=self.processing_class.pad_token_id
+        )
+        return collator
+
+    def held_out_weight(self, name: str, inputs: Batch) -> float:
+        # means over tokens, whatever the batch size and number of processes
+        return float((inputs["labels"][:, 1:] != IGNORED).sum())
+
+    def held_out_loss(self, inputs: Batch) -> Tensor:
+        tokens = torch.tensor(self.held_out_weight("loss", inputs), device=self.args.device)
+        loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=tokens)
+        mean: Tensor = loss / self.accelerator.num_processes
+        return mean
+
+
+class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
+    """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
+
+
+class DPOTrainer(SafeTrainer, trl.DPOTrainer):
+    """TRL's DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    `more_metrics` is handed the trainer and its held-out metrics at every evaluation, and returns more of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        more_metrics: Callable[["DPOTrainer", dict[str, float]], dict[str, float]] | None = None,
+        **options: object,
+    ) -> None:
+        self.more_metrics = more_metrics
+        self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0
+        self.start_logps: dict[str, Tensor] = {}  # the same of each held-out row, (rows)
+        super().__init__(**options)
+
+    def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
+        return dataset  # encoded already
+
+    def _precompute_ref_logps(self, dataset: "Dataset", name: str, batch_size: int) -> "Dataset":
+        """On every process, in memory: TRL's file is where the first process alone finds it (TRL 1.16)."""
+        rows: Any = dataset
+        loader = DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator)
+        whole = self.ref_model or self.model
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            whole = prepare_deepspeed(self.model, self.accelerator)
+        found = [
+            self.accelerator.gather_for_metrics(self.compute_ref_log_probs(whole, batch))
+            for batch in self.accelerator.prepare_data_loader(loader)
+        ]
+        for side, logps in zip(("chosen", "rejected"), zip(*found, strict=True), strict=True):
+            dataset = dataset.add_column(f"ref_{side}_logps", torch.cat(logps).float().tolist())
+        return dataset
+
+    def held_out_weight(self, name: str, inputs: Batch) -> float:
+        # what TRL takes over the tokens of completions; all else over pairs
+        chosen, rejected = (float(half.sum()) for half in inputs["completion_mask"][:, 1:].chunk(2))
+        tokens = {"logits/chosen": chosen, "mean_token_accuracy": chosen, "logits/rejected": rejected}
+        return (tokens | {"entropy": chosen + rejected}).get(name, super().held_out_weight(name, inputs))
+
+    def measure(self) -> dict[str, float]:
+        metrics = super().measure()
+        return metrics | self.more_metrics(self, metrics) if self.more_metrics is not None else metrics
+
+    def running(self) -> JsonObject:
+        return super().running() | {"start": self.start}
+
+    def resume(self, running: JsonObject, checkpoint: Path) -> None:
+        self.start = running["start"]
+        super().resume(running, checkpoint)
