@@ -4,7 +4,7 @@ usage: posttrain evaluate policies=[<folder or Hub id>,...] [key=value ...]
 
   policies=[...]               run folders, model folders or Hub ids; wins and KL
                                are against the first
-  data.dataset_name=f.jsonl    completion all rows of it; without it, the held-out
+  data.dataset_name=f.jsonl    complete all rows of it; without it, the held-out
                                prompts of the recipe
   reward_model=...             scores the completions, and so do reward_functions=[...]
                                and eval_reward_functions=[...]

@@ -220,7 +220,7 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> Non
     names = {override.key_or_group for override in overrides}
     prompts, online = EVALUATED_AS.data_format.name, EVALUATED_AS.name
     if online not in folders and not names & {"recipes", f"data.{prompts}"}:
-        say(f"no evaluation: name prompts to completion with data.{prompts}=<source>")
+        say(f"no evaluation: name prompts to compare on with data.{prompts}=<source>")
         return
     single = [override for override in overrides if not override.is_sweep_override()]
     asked, said = (

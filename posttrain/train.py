@@ -19,7 +19,7 @@ from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
-from posttrain.data.sources import Given, is_local_data
+from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import formatted, label, with_gold_apart
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have completed
 PANEL_SHOWN = 3
-TRAIN, EVAL = "train_dataset", "eval_dataset"  # what rows that a Python caller brings are called
 
 
 @dataclass
@@ -123,9 +122,7 @@ def run_stage(
         PosttrainError: the run failed, and why.
     """
     folder = RunFolder(path or run_path(config))
-    given = {} if train_dataset is None else {TRAIN: train_dataset}
-    if eval_dataset is not None:
-        given[EVAL] = eval_dataset
+    given = check_given({TRAIN: train_dataset, EVAL: eval_dataset})
     if given:
         held_out = EVAL if eval_dataset is not None else None
         data = replace(config.data, dataset_name=TRAIN, dataset_train_split=TRAIN, dataset_test_split=held_out)

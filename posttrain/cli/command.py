@@ -233,17 +233,20 @@ def _compose_all(
             remaining = [override for override in remaining if override not in bad]
 
 
-def _check_inputs(config: Config, to_come: Collection[str] | None) -> None:
+def _check_inputs(config: Config, to_come: Collection[str] | None, needs_data: bool) -> None:
     """Refuse a source, a model or a run folder that cannot be, before anything slow is imported."""
     check_path(config)
+    if not needs_data and config.data.dataset_name is None:
+        return
     found = with_data(with_models(config, STAGES)[0]) if to_come is None else resolve(config, to_come).config
     check_source(found.data)
 
 
-def read_command(arguments: Sequence[str], to_come: Collection[str] | None = ()) -> Command:
+def read_command(arguments: Sequence[str], to_come: Collection[str] | None = (), needs_data: bool = True) -> Command:
     """Check a command line; for a sweep each value of each swept key is checked.
 
-    What the stages `to_come` will make is not looked for; with None no model is.
+    What the stages `to_come` will make is not looked for; with None no model is. Without `needs_data`, a configuration
+    that names none is taken: the caller brings it.
 
     Raises:
         ConfigError: with every problem found, a line each.
@@ -269,7 +272,7 @@ def read_command(arguments: Sequence[str], to_come: Collection[str] | None = ())
             try:
                 configs.append(check(composed))
                 if not line.prints:
-                    _check_inputs(configs[-1], to_come)
+                    _check_inputs(configs[-1], to_come, needs_data)
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)
     if problems:
@@ -292,7 +295,7 @@ def configure(*overrides: str) -> Config:
     Raises:
         ConfigError: with every problem found, a line each.
     """
-    return read_command(overrides).config
+    return read_command(overrides, needs_data=False).config
 
 
 def _raw_value(override: Override) -> str:

@@ -415,7 +415,7 @@ def read_rows(data: DataConfig, given: Given, make: Make[Row], others: str = "ig
             if taken == data.max_rows:
                 cut_short = True
                 break
-            split = _split_of(record, part)
+            split = part if given else _split_of(record, part)
             row = reader.row(where, record)
             if row is not None:
                 by_split.setdefault(split, []).append(row)

@@ -47,6 +47,7 @@ class Problems:
 Record = tuple[str, object]  # where it stands, and what stands there
 Given = Mapping[str, "Dataset"]  # split -> data sets that a Python caller brings in place of data.dataset_name
 NOTHING_GIVEN: Given = {}
+TRAIN, EVAL = "train_dataset", "eval_dataset"
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
@@ -143,6 +144,26 @@ def data_files(data: DataConfig) -> set[str]:
     """The absolute paths of all local files that would be read, as the manifest records them."""
     names = [*_sources(data), *([data.dataset_test_split] if data.dataset_test_split is not None else [])]
     return {str(path.resolve()) for name in names for path in _files(name)}
+
+
+def check_given(named: Mapping[str, "Dataset | None"]) -> Given:
+    """The data sets that a Python caller brings, if they are some.
+
+    Raises:
+        ConfigError: one is of another type or empty, or rows to hold out come without rows to train on.
+    """
+    given = {name: rows for name, rows in named.items() if rows is not None}
+    if given:
+        from datasets import Dataset
+
+        for name, rows in given.items():
+            if not isinstance(rows, Dataset):
+                raise ConfigError(f"{name} must be a datasets.Dataset, got {type(rows).__name__}")
+            if not len(rows):
+                raise ConfigError(f"{name} has no rows")
+        if TRAIN not in given:
+            raise ConfigError(f"{EVAL} needs {TRAIN} beside it; or name both with data.*")
+    return given
 
 
 def check_source(data: DataConfig) -> None:

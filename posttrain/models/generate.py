@@ -1,4 +1,4 @@
-"""What a model completions to held-out prompts, how likely it finds a completion, and how it scores one."""
+"""What a model says to held-out prompts, how likely it finds a completion, and how it scores one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -36,7 +36,7 @@ class Generated(NamedTuple):
 
 
 def panel(rows: Sequence[Row], encoder: "ChatEncoder", size: int, room: int, drop_bad: bool = False) -> list[Row]:
-    """The first `size` rows whose prompts leave the model room to completion: the same ones before and after.
+    """The first `size` rows whose prompts leave the model room for a completion: the same ones before and after.
 
     Raises:
         DataError: names a row that the encoder refuses, unless `drop_bad` leaves it out.

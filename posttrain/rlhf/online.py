@@ -114,6 +114,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         self.kl_controller = losses.KLController(
             stage.kl_coef, stage.kl_controller == "adaptive", stage.kl_target, stage.kl_horizon
         )
+        self.reward_loop = self.async_loop if self._has_async_funcs else None  # that async reward functions run in
         self.trained_tokens = 0
         self._buffer: RolloutBuffer | None = None
         self._buffer_number = -1

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class RewardScorer:
     functions: list[RewardFunction]
     weights: list[float]
     eval_functions: list[RewardFunction]
+    loop: asyncio.AbstractEventLoop | None = None  # that async functions run in
 
     def __call__(self, columns: Mapping[str, object]) -> dict[str, list[float | None]]:
         """Score -> of each completion: the weighted reward, its parts, and each eval function; None: does not apply.
@@ -38,30 +40,45 @@ class RewardScorer:
         `columns` are those of TRL's reward functions: prompts, completions, completion_ids and the rows' own.
 
         Raises:
-            PosttrainError: a function failed, or no function applies to a completion.
+            PosttrainError: a function failed, or gave what is not a finite number.
         """
-        parts = {score_name(function): _call(function, columns) for function in self.functions}
-        found = {score_name(function): _call(function, columns) for function in self.eval_functions}
+        parts = [self._call(function, columns) for function in self.functions]
+        found = {score_name(function): self._call(function, columns) for function in self.eval_functions}
         if not parts:
             return found
-        reward: list[float | None] = []
-        for row in zip(*parts.values(), strict=True):
-            known = [weight * value for weight, value in zip(self.weights, row, strict=True) if value is not None]
-            total = sum(known)
-            if not known or total != total:
-                raise PosttrainError(f"the reward is not a finite number for a completion ({', '.join(parts)}: {row})")
-            reward.append(total)
-        return {REWARD: reward, **(parts if len(parts) > 1 else {}), **found}
+        reward = [self._weighted(row) for row in zip(*parts, strict=True)]
+        return {REWARD: reward, **(dict(zip(self.names(), parts, strict=True)) if len(parts) > 1 else {}), **found}
+
+    def names(self) -> list[str]:
+        """What the parts of the reward are called; a function that is called as another one has its place added."""
+        names = [score_name(function) for function in self.functions]
+        return [name if name not in names[:place] else f"{name} {place + 1}" for place, name in enumerate(names)]
+
+    def _weighted(self, row: Sequence[float | None]) -> float | None:
+        known = [weight * value for weight, value in zip(self.weights, row, strict=True) if value is not None]
+        total = math.fsum(known)
+        if not math.isfinite(total):
+            raise PosttrainError(
+                f"the reward is not a finite number for a completion ({', '.join(self.names())}: {row})"
+            )
+        return total if known else None
+
+    def _call(self, function: RewardFunction, columns: Mapping[str, object]) -> list[float | None]:
+        found = function(**columns)
+        if not inspect.iscoroutine(found):
+            return list(found)
+        # one loop for all calls: what a function keeps between them, such as a connection, belongs to a loop
+        if self.loop is None:
+            from trl.trainer.utils import start_event_loop_in_daemon
+
+            _, self.loop, ready = start_event_loop_in_daemon()
+            ready.wait()
+        return list(asyncio.run_coroutine_threadsafe(found, self.loop).result())
 
 
 def score_name(function: RewardFunction) -> str:
     """What a function's scores are called; `reward` alone is their weighted sum."""
     return "reward()" if function.__name__ == REWARD else str(function.__name__)
-
-
-def _call(function: RewardFunction, columns: Mapping[str, object]) -> list[float | None]:
-    found = function(**columns)
-    return list(asyncio.run(found) if inspect.iscoroutine(found) else found)
 
 
 class ScoredCompletion(NamedTuple):

@@ -18,7 +18,7 @@ from posttrain.data.encode import encode_prompts
 from posttrain.data.formats import Prompt, read_prompts
 from posttrain.data.sources import Given
 from posttrain.devices import process_state
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
 from posttrain.metrics.comparison import REWARD
 from posttrain.metrics.report_card import FIT
@@ -315,6 +315,7 @@ class HeldOut:
 
     def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
         context, stage = self.context, _stage(self.context.config)
+        self.scorer.loop = self.scorer.loop or trainer.reward_loop
         if not context.panel:
             return {}
         rows = [row for row in context.panel if isinstance(row, Prompt)]
@@ -330,6 +331,11 @@ class HeldOut:
                 trainer_state=trainer.state,
                 log_extra=trainer._log_completion_extra,
                 log_metric=trainer._log_metric,
+            )
+        if without := sum(each.scores[REWARD] is None for each in scored):
+            raise PosttrainError(
+                f"the reward is not a finite number for {without} of {len(scored)} held-out completions: no reward "
+                f"function applies to them ({', '.join(self.scorer.names())})"
             )
         reward, kl = scoring.mean_score(REWARD, scored), fmean(each.kl for each in scored if each.kl is not None)
         numbers = {

@@ -22,6 +22,7 @@ from conftest import (
     wait_for,
     weights,
 )
+from filelock import FileLock
 
 from posttrain import evaluate
 from posttrain.cli.launching import launch_command
@@ -98,6 +99,8 @@ def interrupted(stage: str, folder: Path, *more: str) -> None:
     wait_for(folder / f"outputs/cut/{stage}/checkpoint-2/checkpoint.json", longer)
     os.killpg(longer.pid, signal.SIGKILL)
     longer.communicate()
+    with FileLock(folder / f"outputs/cut/.{stage}.lock", timeout=60):
+        pass  # the launcher's children end a moment later
     again = several(folder, cut, whole)
     assert again.code == 0, again
     assert "find_unused_parameters" not in again.err

@@ -66,6 +66,26 @@ def test_without_held_out_rows_a_share_is_held_out_and_another_data_set_is_anoth
         run_stage(config, train_dataset=Dataset.from_list(PAIRS[:20]))
 
 
+def test_data_sets_that_cannot_be_taken_are_refused(folder: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows, empty = Dataset.from_list([row | {"split": "train"} for row in ROWS]), Dataset.from_list([])
+    config = configure(*SHORT)
+    for options in (
+        {"train_dataset": ROWS},
+        {"train_dataset": DatasetDict(train=rows)},
+        {"train_dataset": rows.to_iterable_dataset()},
+        {"train_dataset": empty},
+        {"train_dataset": rows, "eval_dataset": empty},
+        {"eval_dataset": rows},
+    ):
+        with pytest.raises(posttrain.errors.ConfigError, match=f"^{list(options)[-1]} "):
+            run_stage(config, **options)
+    with pytest.raises(posttrain.errors.ConfigError, match=r"data\.dataset_name is required"):
+        run_stage(configure("model=gpt2", *SHORT))
+    assert run_stage(configure(*SHORT, "dry_run=true"), train_dataset=rows) is None
+
+
 def test_a_bad_row_of_a_data_set_is_named(folder: Path) -> None:
     from datasets import Dataset
 

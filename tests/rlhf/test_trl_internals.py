@@ -52,7 +52,7 @@ SIGNATURES: dict[Any, list[str]] = {
 SUMS = {"_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step"}
 # set by RLOOTrainer and read by PPOTrainer
 ATTRIBUTES = ["_step", "_metrics", "_logs", "_tokenizer", "eos_token_ids", "reward_weights", "reward_func_names"]
-ATTRIBUTES += ["generation_config", "temperature", "ref_model", "use_vllm"]
+ATTRIBUTES += ["generation_config", "temperature", "ref_model", "use_vllm", "async_loop", "_has_async_funcs"]
 # of RLOOConfig
 FIELDS = ["max_completion_length", "temperature", "generation_batch_size", "num_iterations", "epsilon", "beta"]
 FIELDS += ["num_generations", "steps_per_generation", "disable_dropout", "remove_unused_columns", "reward_weights"]
