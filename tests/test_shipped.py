@@ -110,7 +110,7 @@ def test_the_other_commands_are_read_as_written(tmp_path: Path, monkeypatch: pyt
     from posttrain.evaluate import read_evaluation
 
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "mine.jsonl", [{"prompt": "Say 1."}])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Say 1."}])
     read = {
         "evaluate": lambda words: read_command(read_evaluation(words)[2], to_come=None),
         "chat": read_chat,
