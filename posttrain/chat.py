@@ -22,9 +22,9 @@ from posttrain.cli.command import configure, read_words
 from posttrain.cli.entry import entry_point
 from posttrain.console import say, tame
 from posttrain.data.formats import Message
-from posttrain.devices import process_state
+from posttrain.devices import setup_device
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_causal_lm, load_tokenizer
+from posttrain.models.load import load_model_and_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 from posttrain.values import JsonObject
 
@@ -56,9 +56,8 @@ class Talker:
         settings = beside(configure().model, path)
         with naming("model"):
             input_hashes(Path(resolve_path(settings)))  # refuses a result that has changed since
-            self.tokenizer, _ = load_tokenizer(settings)
-            self.model = load_causal_lm(settings, self.tokenizer, resolve_path(settings))
-        self.model = self.model.to(process_state().device).eval()
+            self.model, self.tokenizer = load_model_and_tokenizer(settings)
+        self.model = self.model.to(setup_device()).eval()
         self.path, self.system = path, system
         self.messages: list[Message] = []
         self.forget()

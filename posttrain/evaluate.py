@@ -43,7 +43,7 @@ from posttrain.devices import process_state, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
 from posttrain.models.generate import completion_logps, panel
-from posttrain.models.load import load_causal_lm, load_tokenizer
+from posttrain.models.load import load_model_and_tokenizer, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path, with_data
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
@@ -117,8 +117,7 @@ def compare(
         # 2. load the policy, and choose the prompts that fit it
         mine = _config_for(config, path)
         with naming("policies"):
-            tokenizer, _ = load_tokenizer(mine.model)
-            policy = load_causal_lm(mine.model, tokenizer, resolve_path(mine.model))
+            policy, tokenizer = load_model_and_tokenizer(mine.model)
         policy = policy.to(setup_device()).eval()
         reference = policy if reference is None else reference
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)

@@ -1,4 +1,4 @@
-"""One stage from data to manifest: prepare, load, train, judge, save, prove, and only then call it complete."""
+"""One stage from data to manifest: prepare, load, train, evaluate, save, reload, and only then call it complete."""
 
 import contextlib
 import hashlib

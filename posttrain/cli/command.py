@@ -236,10 +236,12 @@ def _compose_all(
 def _check_inputs(config: Config, to_come: Collection[str] | None, needs_data: bool) -> None:
     """Refuse a source, a model or a run folder that cannot be, before anything slow is imported."""
     check_path(config)
-    if not needs_data and config.data.dataset_name is None:
-        return
-    found = with_data(with_models(config, STAGES)[0]) if to_come is None else resolve(config, to_come).config
-    check_source(found.data)
+    if to_come is None:
+        found = with_data(with_models(config, STAGES)[0])
+    else:
+        found = resolve(config, to_come, needs_data).config
+    if found.data.dataset_name is not None:
+        check_source(found.data)
 
 
 def read_command(arguments: Sequence[str], to_come: Collection[str] | None = (), needs_data: bool = True) -> Command:

@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models, loaded so that nothing is missing, random or unexpected unseen."""
+"""Tokenizers and models, loaded strictly: missing, newly initialised or unexpected weights are errors."""
 
 import contextlib
 import os
@@ -344,7 +344,10 @@ def _agree_on_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTok
     model.generation_config.bos_token_id = tokenizer.bos_token_id
 
 
-def load_model_and_tokenizer(model: ModelConfig, folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load both, ready to train; `folder` takes the base weights where they have to be built first."""
+def load_model_and_tokenizer(
+    model: ModelConfig, folder: Path | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load both; `folder` takes the weights to train from where they have to be built first (see `prepare_base`)."""
     tokenizer, _ = load_tokenizer(model)
-    return load_causal_lm(model, tokenizer, prepare_base(model, tokenizer, folder)), tokenizer
+    path = resolve_path(model) if folder is None else prepare_base(model, tokenizer, folder)
+    return load_causal_lm(model, tokenizer, path), tokenizer

@@ -97,10 +97,11 @@ class Resolved:
         return {"model": self.start} | ({"reward_model": self.reward} if self.reward is not None else {})
 
 
-def resolve(config: Config, to_come: Collection[str] = ()) -> Resolved:
+def resolve(config: Config, to_come: Collection[str] = (), needs_data: bool = True) -> Resolved:
     """Find out what a stage starts from: model, reward model and rows.
 
     What stages that are still `to_come` will make is not asked for: the base model stands for what they start from.
+    Without `needs_data`, rows need not be named.
 
     Raises:
         ConfigError: a run whose model this stage would take has not finished, a path does not exist or holds no
@@ -112,7 +113,7 @@ def resolve(config: Config, to_come: Collection[str] = ()) -> Resolved:
     if isinstance(config.stage, OnlineStage) and config.stage.reward_model is not None:
         with naming("stage.reward_model"):
             reward = Path(resolve_path(beside(config.model, config.stage.reward_model)))
-    return Resolved(with_data(config), why, start, reward, to_come)
+    return Resolved(with_data(config) if needs_data else config, why, start, reward, to_come)
 
 
 def with_models(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:

@@ -4,15 +4,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from posttrain.config.schema import Config, renamed
 from posttrain.devices import cpu_only, mixed_precision
 from posttrain.errors import ConfigError
 from posttrain.values import JsonObject
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

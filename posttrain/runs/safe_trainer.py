@@ -322,7 +322,7 @@ class SafeTrainer(_TrainerBase):
             self.control.should_save = False
 
     def _check_processes_agree(self) -> None:
-        """Processes that each hold all weights hold the same: gradients that are not averaged would go unseen."""
+        """Under DDP all processes hold the same weights; refuse to go on where gradients were not all-reduced."""
         if self.accelerator.num_processes == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, PPOStage
@@ -171,7 +171,7 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     """Policy and critic as one module, and the two frozen models beside them."""
     import torch
 
-    from posttrain.rlhf.critic import VALUE, PolicyAndValue, ValueNetwork, add_value_adapter, critic_trunk, last_hidden
+    from posttrain.rlhf.critic import VALUE, PolicyAndValue, ValueNetwork, add_value_adapter, critic_trunk
 
     stage, settings = _stage(config), config.model
     policy_alone = hold_model(config, tokenizer)
@@ -205,10 +205,7 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
 
     def hidden_loss(batch: Batch) -> "torch.Tensor":
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        positions = mask.cumsum(-1) - 1
-        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        hidden = last_hidden(base.base_model, ids, mask, positions)
-        return hidden.sum() + both.hidden(VALUE, ids, mask, positions).sum()
+        return policy_alone.hidden_loss(batch) + both.hidden(VALUE, ids, mask, mask.cumsum(-1) - 1).sum()
 
     return Holdings(both, [both], held, loss, hidden_loss)
 
@@ -245,7 +242,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
         if not source.same_tokenizer:
             say("reward model: has a tokenizer of its own; completions are decoded and put through its chat template")
         functions.insert(0, rewards.model_reward(score_rows, scoring.encoding_for(source)))
-    weights = stage.reward_weights or [1.0] * len(functions)
+    scorer = RewardScorer(functions, stage.reward_weights or [1.0] * len(functions), data.eval_functions)
     path = str(model.config._name_or_path)
     trainer = PPOTrainer(
         rows=_inputs(rows, data.train.dataset["prompt_ids"]),
@@ -253,7 +250,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
         reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
         value=critic,
         on_rollout=RolloutLog(context, rollouts),
-        held_out=HeldOut(context, RewardScorer(functions, weights, data.eval_functions)),
+        held_out=HeldOut(context, scorer),
         args=trl_config(PPOConfig, arguments),
         model=model,
         reward_funcs=functions,
@@ -262,6 +259,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
         processing_class=tokenizer,
         peft_config=lora_config(config.model, model),
     )
+    scorer.loop = trainer.reward_loop
     if source is not None and head is not None:
         score = partial(roles.scores_of_adapter, trainer, head)
     elif source is not None:
@@ -275,10 +273,10 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
 
 def _inputs(rows: Sequence[Prompt], prompt_ids: Sequence[list[int]]) -> list["PromptRow"]:
     """What TRL hands to reward functions: each prompt, its ids and its other columns, None where a row lacks one."""
-    names = sorted({name for row in rows for name in row.columns})
+    columns = scoring.columns_of(rows)
     return [
-        {name: row.columns.get(name) for name in names} | {"prompt": row.prompt, "prompt_ids": ids}
-        for row, ids in zip(rows, prompt_ids, strict=True)
+        {name: values[place] for name, values in columns.items()} | {"prompt": row.prompt, "prompt_ids": ids}
+        for place, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True))
     ]
 
 
@@ -315,16 +313,14 @@ class HeldOut:
 
     def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
         context, stage = self.context, _stage(self.context.config)
-        self.scorer.loop = self.scorer.loop or trainer.reward_loop
         if not context.panel:
             return {}
-        rows = [row for row in context.panel if isinstance(row, Prompt)]
         with trainer.seeded(f"held out {context.config.seed}"), trainer.accelerator.autocast():
             scored = scoring.score_answers(
                 trainer.unwrapped_model(),
                 trainer.reference,
                 context.data.encoder,
-                rows,
+                cast("Sequence[Prompt]", context.panel),
                 self.scorer,
                 context.new_tokens,
                 stage.temperature,

@@ -81,6 +81,9 @@ def test_data_sets_that_cannot_be_taken_are_refused(folder: Path) -> None:
     ):
         with pytest.raises(posttrain.errors.ConfigError, match=f"^{list(options)[-1]} "):
             run_stage(config, **options)
+    for words in (["model.model_name_or_path=./nowhere"], ["stage=ppo"]):  # as on the command line, rows or not
+        with pytest.raises(posttrain.errors.ConfigError, match=r"nowhere: no such folder|needs a reward"):
+            configure(*words)
     with pytest.raises(posttrain.errors.ConfigError, match=r"data\.dataset_name is required"):
         run_stage(configure("model=gpt2", *SHORT))
     assert run_stage(configure(*SHORT, "dry_run=true"), train_dataset=rows) is None
