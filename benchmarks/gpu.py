@@ -83,7 +83,7 @@ def prepare(folder: Path, small: bool, length: int) -> dict[str, int]:
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    from posttrain.data.encode import plain_template
+    from posttrain.data.template import plain_template
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "posttrain" / "tiny")
     tokenizer.chat_template = plain_template(tokenizer)

@@ -37,7 +37,7 @@ def prepare(folder: Path) -> None:
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from posttrain.data.encode import plain_template
+    from posttrain.data.template import plain_template
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "posttrain" / "tiny")
     tokenizer.chat_template = plain_template(tokenizer)

@@ -54,7 +54,7 @@ def prepare(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-    from posttrain.data.encode import plain_template
+    from posttrain.data.template import plain_template
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "posttrain" / "tiny")

@@ -21,7 +21,7 @@ from pathlib import Path
 from posttrain.cli.command import configure, read_words
 from posttrain.cli.entry import entry_point
 from posttrain.console import say, tame
-from posttrain.data.formats import Message
+from posttrain.data.messages import Message
 from posttrain.devices import setup_device
 from posttrain.errors import ConfigError
 from posttrain.models.load import load_model_and_tokenizer

@@ -36,7 +36,8 @@ from posttrain.cli.entry import entry_point
 from posttrain.config.schema import Config, DataConfig
 from posttrain.config.stages import EVALUATED_AS, OnlineStage
 from posttrain.console import is_main_process, say, show_table, warn
-from posttrain.data.encode import ChatEncoder, encode_conversations
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.encode import encode_conversations
 from posttrain.data.formats import Prompt, read_instructions, read_prompts
 from posttrain.data.sources import Problems
 from posttrain.devices import process_state, setup_device

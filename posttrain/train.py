@@ -1,6 +1,7 @@
 """One stage from data to manifest: prepare, load, train, evaluate, save, reload, and only then call it complete."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
 from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
+from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import formatted, label, with_gold_apart
@@ -43,7 +45,7 @@ from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, write_atomically
-from posttrain.runs.folder import RunFolder, State, locked, read_lines, remove_if_empty, run_path, versions
+from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
 from posttrain.stages.base import EvalResult, StageContext, StageData, stage_named
 from posttrain.values import JsonObject
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from posttrain.data.formats import Example
+    from posttrain.data.splits import Example
     from posttrain.runs.safe_trainer import SafeTrainer
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have completed
@@ -157,7 +159,7 @@ def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
 def _dry_run(resolved: Resolved, given: Given) -> None:
     """Everything that can be known without loading a model."""
     config = resolved.config
-    tokenizer, data = _prepare(resolved, given)
+    tokenizer, data, _ = _prepare(resolved, given)
     show_dry_run(config, data, world_size())
     completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
     longest = config.stage.max_length if config.trainer.get("packing") else max(data.train.lengths) + completion
@@ -165,7 +167,7 @@ def _dry_run(resolved: Resolved, given: Given) -> None:
     say("dry run: nothing was trained or written")
 
 
-def _prepare(resolved: Resolved, given: Given) -> tuple["PreTrainedTokenizerBase", StageData]:
+def _prepare(resolved: Resolved, given: Given) -> tuple["PreTrainedTokenizerBase", StageData, datetime.datetime]:
     config = resolved.config
     chosen = config.model.start
     random = config.model.from_scratch or chosen == EMBEDDED
@@ -180,12 +182,15 @@ def _prepare(resolved: Resolved, given: Given) -> tuple["PreTrainedTokenizerBase
     if (Path(chosen) / CHECKPOINT).is_file():
         warn(f"{chosen} is a checkpoint from inside a run, not the result of one; that is {Path(chosen).parent}")
     tokenizer, notes = load_tokenizer(config.model)
-    for note in notes:
+    run = Path(config.output_dir) / config.run_name
+    begun = on_main_process(lambda: first_begun(run))
+    notes.append(keep_in_template(tokenizer, begun, config.data.chat_template_kwargs))
+    for note in filter(None, notes):
         say(note)
-    return tokenizer, stage_named(config.stage.name).prepare(config, tokenizer, given)
+    return tokenizer, stage_named(config.stage.name).prepare(config, tokenizer, given), begun
 
 
-def _identity(resolved: Resolved, prepared: StageData) -> JsonObject:
+def _identity(resolved: Resolved, prepared: StageData, begun: datetime.datetime) -> JsonObject:
     config = resolved.config
     return {
         "config": to_dict(config),
@@ -193,6 +198,7 @@ def _identity(resolved: Resolved, prepared: StageData) -> JsonObject:
         **{name: input_hashes(folder) for name, folder in resolved.folders.items()},
         "chat_template": hashlib.sha256(str(prepared.encoder.tokenizer.chat_template).encode()).hexdigest(),
         "code": code_hashes(all_reward_functions(config)),
+        "begun": begun.isoformat(),
         "processes": world_size(),
         "versions": versions(),
     }
@@ -208,8 +214,8 @@ def _run(
     config = resolved.config
     stage, spec = stage_named(config.stage.name), STAGES[config.stage.name]
     # 1. read the data, and see what is in the folder already
-    tokenizer, data = _prepare(resolved, given)
-    identity = _identity(resolved, data)
+    tokenizer, data, begun = _prepare(resolved, given)
+    identity = _identity(resolved, data, begun)
     state = on_main_process(lambda: folder.claim(identity, config.overwrite, config.move_aside))
     if state == "complete":
         manifest = folder.manifest()

@@ -1,5 +1,7 @@
 """One process, one thread, no network; the real entry points, called in this process or in one of their own."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -281,21 +283,19 @@ def command(stage: str, run_name: str, *more: str) -> list[str]:
     return [*common, *more]
 
 
-def data_config(name: Any, columns: Any, **changes: Any) -> Any:
-    """A DataConfig that holds nothing out, but for `changes`."""
-    from posttrain.config.schema import DataConfig
+@functools.cache
+def _composed(stage: str) -> Any:
+    from posttrain.cli.command import compose_config
+    from posttrain.config.check import check
 
-    settings: dict[str, Any] = {
-        "dataset_config": None,
-        "dataset_train_split": "train",
-        "dataset_test_split": None,
-        "test_size": 0.0,
-        "max_rows": None,
-        "overlength": "truncate",
-        "bad_rows": "error",
-        "allow_special_tokens": False,
-    }
-    return DataConfig(dataset_name=name, columns=columns, **(settings | changes))
+    return check(compose_config([f"stage={stage}", "data.dataset_name=rows"], None))
+
+
+def data_config(name: Any, stage: str, columns: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """The DataConfig of a stage that holds nothing out, but for `changes`."""
+    data = _composed(stage).data
+    mapped = dataclasses.replace(data.columns, **(columns or {}))
+    return dataclasses.replace(data, **({"dataset_name": name, "columns": mapped, "test_size": 0.0} | changes))
 
 
 def manifest(folder: str | Path) -> dict[str, Any]:

@@ -42,10 +42,11 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _leaves(node: object, path: str = "") -> typing.Iterator[tuple[str, object]]:
-    if isinstance(node, dict) and node:
+def _leaves(node: object, path: str = "", whole: typing.Container[str] = ()) -> typing.Iterator[tuple[str, object]]:
+    """Each value with its dotted path; those of `whole` in one piece."""
+    if isinstance(node, dict) and node and path not in whole:
         for name, value in node.items():
-            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+            yield from _leaves(value, f"{path}.{name}" if path else str(name), whole)
     else:
         yield path, node
 
@@ -194,9 +195,10 @@ def check(composed: DictConfig) -> Config:
     keys = _schema_keys(Config) | _schema_keys(spec.schema, "stage.") | _schema_keys(spec.columns, "data.columns.")
     trainer = plain.pop("trainer", None)
     # 2. each value alone
-    leaves = [*_leaves(plain), *_leaves(trainer, "trainer")]
+    whole = {path for path, item in keys.items() if "dict[" in str(item.type)}
+    leaves = [*_leaves(plain, whole=whole), *_leaves(trainer, "trainer")]
     problems = [text for path, value in leaves if (text := _leaf_problem(path, value, schema, keys, spec)) is not None]
-    problems += _missing(keys, {path for path, _ in _leaves(plain)})
+    problems += _missing(keys, {path for path, _ in _leaves(plain, whole=whole)})
     if trainer is None:
         problems.append("trainer is missing; trainer={} sets nothing")
     elif problems:

@@ -62,7 +62,31 @@ class ModelConfig:
 
 @dataclass
 class Columns:
-    """The names that the documented columns have in the source."""
+    """The names or dotted paths that the documented columns have in the source; these can go with every format."""
+
+    system: str | None = key()
+    history: str | None = key()
+    tools: str | None = key()
+
+
+@dataclass
+class MessagesConfig:
+    """What the messages of a conversation are called in the source."""
+
+    role: str | None = key()
+    content: str | None = key()
+    roles: dict[str, str] = key()
+    train: str | None = key()
+
+
+@dataclass
+class PreferenceConfig:
+    """Which of two answers is better, where a column of its own says so."""
+
+    winner: str | None = key()
+    a: Any = key()
+    b: Any = key()
+    tie: Any = key()
 
 
 @dataclass
@@ -78,7 +102,12 @@ class DataConfig:
     overlength: str = key(choices=("truncate", "drop", "error"))
     bad_rows: str = key(choices=("error", "drop"))
     allow_special_tokens: bool = key()
+    train_on: str = key(choices=("all", "last"))
+    chat_template_kwargs: dict[str, Any] = key()
     columns: Columns = key()  # of the stage's data format
+    messages: MessagesConfig = field(default_factory=MessagesConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    ignored_columns: list[str] = key()
 
 
 @dataclass

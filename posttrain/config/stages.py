@@ -81,27 +81,28 @@ class PPOStage(OnlineStage):
 class InstructionColumns(Columns):
     """The names that the documented columns have in the source."""
 
-    instruction: str = key()
-    response: str = key()
-    input: str = key()
-    system: str = key()
+    messages: str | None = key()
+    instruction: str | None = key()
+    response: str | None = key()
+    input: str | None = key()
+    text: str | None = key()
 
 
 @dataclass
 class PreferenceColumns(Columns):
     """The names that the documented columns have in the source."""
 
-    prompt: str = key()
+    prompt: str | None = key()
     chosen: str = key()
     rejected: str = key()
-    margin: str = key()
+    margin: str | None = key()
 
 
 @dataclass
 class PromptColumns(Columns):
-    """The name that the documented column has in the source; all others are handed to reward functions."""
+    """The names that the documented columns have in the source; all others are handed to reward functions."""
 
-    prompt: str = key()
+    prompt: str | None = key()
 
 
 class DataFormat(NamedTuple):

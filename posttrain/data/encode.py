@@ -1,49 +1,22 @@
-"""Conversations to token ids and labels: one encoder for every stage, so that all see the same text.
+"""Rows to token ids and labels: one encoder for every stage, so that all see the same text.
 
-The chat template renders a conversation; the text from the end of the generation prompt to the token that
-ends the turn is the response, and it alone carries loss. Prompt and response are tokenised apart, so a
-trained prompt has exactly the ids that the same prompt has when the model generates.
+Prompt and completion are tokenised apart, so a trained prompt has exactly the ids that the same prompt has when the
+model generates.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from posttrain.data.formats import Conversation, Counts, Message, Pair, Prompt, Splits
+from posttrain.data.chat import IGNORED, ChatEncoder, Segment
+from posttrain.data.formats import Conversation, Pair, Prompt
 from posttrain.data.sources import Problems
-from posttrain.errors import ConfigError, DataError
+from posttrain.data.splits import Counts, Splits
+from posttrain.errors import DataError
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # the label of a token without loss: torch.nn.CrossEntropyLoss(ignore_index=-100)
-
-# For models that come without a template: plain text, no token that the model does not know yet.
-PLAIN_TEMPLATE = """\
-{%- for message in messages %}
-{%- if message['role'] == 'system' %}{{ '### System:\\n' + message['content'] + '\\n\\n' }}
-{%- elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}
-{%- else %}{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
-
-
-def plain_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Ours, beginning with BOS where the tokenizer itself puts one."""
-    first = tokenizer("a").input_ids[:1]
-    begins_with_bos = bool(first) and first[0] == tokenizer.bos_token_id
-    return ("{{- bos_token }}\n" if begins_with_bos else "") + PLAIN_TEMPLATE
-
-
-class Segment(NamedTuple):
-    """A piece of a rendered conversation, and whether it is something to learn."""
-
-    text: str
-    is_response: bool
 
 
 @dataclass
@@ -56,137 +29,6 @@ class Encoded:
     tokens: int
     loss_tokens: int  # tokens of responses
     without_end: int  # rows with a response that lost the token that ends its turn, because it was cut
-
-
-class ChatEncoder:
-    """Renders and tokenises conversations with one tokenizer and its chat template.
-
-    Raises:
-        ConfigError: the template cannot be used for training, and why.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", allow_special_tokens: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.end_of_turn = self._find_end_of_turn()
-        self.end_id = tokenizer.convert_tokens_to_ids(self.end_of_turn)
-        special = [token for token in tokenizer.all_special_tokens if token.strip()]
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        names = sorted({*special, *added}, key=len, reverse=True)
-        self._special = None if allow_special_tokens else re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._anchor = self._find_anchor()
-
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # whatever a template raises: jinja2's errors and its own raise_exception
-            raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from error
-        assert isinstance(text, str)
-        return text
-
-    def _find_end_of_turn(self) -> str:
-        """The special token that the template writes after a completion; EOS where it writes none."""
-        question: list[Message] = [{"role": "user", "content": "Q"}]
-        name = self.tokenizer.name_or_path or "tokenizer"
-        try:
-            start = len(self.render(question, add_generation_prompt=True))
-            rendered = self.render([*question, {"role": "assistant", "content": "ANSWER"}])
-        except ValueError as error:
-            raise ConfigError(f"{name}, a plain question and answer: {error}") from error
-        answer = rendered.find("ANSWER", start)
-        if answer < 0:
-            raise ConfigError(f"{name}: the chat template does not begin a completion where its generation prompt ends")
-        after = rendered[answer + len("ANSWER") :].lstrip()
-        # the longest match first: <|im_end|> before <|im
-        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        for token in sorted(tokens, key=len, reverse=True):
-            if after.startswith(token):
-                return str(token)
-        if self.tokenizer.eos_token is None:
-            raise ConfigError(f"{name}: the tokenizer has no EOS token, so a model could never learn to stop")
-        return str(self.tokenizer.eos_token)
-
-    def _find_anchor(self) -> str | None:
-        """Text put before a continuation for tokenizers that start every text with a space of their own."""
-        plain = self._ids(["a"])[0]
-        anchor = self._ids(["\n"])[0]
-        return None if self._ids(["\na"])[0] == anchor + plain else "\n"
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _continuation_ids(self, text: str) -> list[int]:
-        for anchor in ("\n", ":", "a"):
-            before, both = self._ids([anchor, anchor + text])
-            if both[: len(before)] == before:
-                return both[len(before) :]
-        raise ValueError("the tokenizer merges the beginning of the response with any text before it")
-
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """The rendered conversation in pieces; a response ends with the token that ends its turn.
-
-        What the template writes after the last response is left out: nobody generates it. Messages that end with
-        a question are followed by the generation prompt.
-
-        Raises:
-            ValueError: the text of a message spells a control token, or the template cannot be followed.
-        """
-        if self._special is not None:
-            for message in messages:
-                if found := self._special.search(message["content"]):
-                    raise ValueError(
-                        f"a {message['role']} message contains the special token {found.group()!r}; "
-                        "data.allow_special_tokens=true lets it through as a control token"
-                    )
-        asks = messages[-1]["role"] != "assistant"
-        full = self.render(messages, add_generation_prompt=asks)
-        pieces: list[Segment] = []
-        position = 0
-        last = len(messages) - 1
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:index], add_generation_prompt=True)
-            if not full.startswith(prompt):
-                raise ValueError(
-                    "the chat template is not prefix-preserving: later messages change how earlier ones are rendered"
-                )
-            start, content = len(prompt), message["content"].strip()
-            at = full.find(content, start)
-            end = full.find(self.end_of_turn, at + len(content)) if at >= 0 else -1
-            if at < 0 or (end < 0 and index != last):
-                raise ValueError("the chat template changes a completion or does not mark its end")
-            if end < 0:
-                response = full[start : at + len(content)] + self.end_of_turn
-            else:
-                response = full[start : end + len(self.end_of_turn)]
-            pieces += [Segment(full[position:start], False), Segment(response, True)]
-            position = start + len(response)
-        if asks:
-            pieces.append(Segment(full[position:], False))
-        return pieces
-
-    def encode(self, batch: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[int]]]:
-        """Token ids and labels of each row; a label is the token itself in a response, IGNORED elsewhere."""
-        flat = [segment for segments in batch for segment in segments]
-        ids = iter(self._ids([segment.text for segment in flat]) if flat else [])
-        rows = []
-        for segments in batch:
-            row_ids: list[int] = []
-            labels: list[int] = []
-            for segment in segments:
-                piece = next(ids)
-                if self._anchor is not None and row_ids:
-                    piece = self._continuation_ids(segment.text)
-                row_ids += piece
-                labels += piece if segment.is_response else [IGNORED] * len(piece)
-            rows.append((row_ids, labels))
-        return rows
-
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids from which the model generates its completion."""
-        return self.encode([self.segments(messages)])[0][0]
 
 
 def response_start(labels: list[int], number: int) -> int:
@@ -280,8 +122,9 @@ def encode_conversations(
     max_length: int,
     overlength: str,
     dropped: Problems | None = None,
+    train_on: str = "all",
 ) -> Encoded:
-    """Encode instruction rows into `input_ids` and `labels`; every response carries loss, nothing else does.
+    """Encode instruction rows into `input_ids` and `labels`; completions carry loss (or the last one), nothing else.
 
     Raises:
         DataError: names the rows that contain control tokens, do not fit the template, or are too long. With a list of
@@ -294,7 +137,12 @@ def encode_conversations(
         room = rule.room(len(ids), response_start(labels, 0))
         return None if room is None else {"input_ids": ids[:room], "labels": labels[:room]}
 
-    dataset, kept = encode_rows(encoder, rows, lambda row: [encoder.segments(row.messages)], columns, counts, dropped)
+    def segments(row: Conversation) -> list[list[Segment]]:
+        if row.is_text:
+            return [encoder.raw_text(row.reference)]
+        return [encoder.segments(row.messages, row.inputs, train_on)]
+
+    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
     counts.kept = len(kept)
     lengths = [len(ids) for ids in dataset["input_ids"]] if kept else []
     labels = list(dataset["labels"]) if kept else []
@@ -304,7 +152,7 @@ def encode_conversations(
         lengths,
         tokens=sum(lengths),
         loss_tokens=sum(label != IGNORED for row in labels for label in row),
-        without_end=sum(row[-1] != encoder.end_id for row in labels),
+        without_end=counts.truncated,
     )
 
 
@@ -315,11 +163,13 @@ def encode_pairs(
     max_length: int,
     overlength: str,
     dropped: Problems | None = None,
+    learns_tokens: bool = False,
 ) -> Encoded:
     """Encode preference rows into `prompt_ids`, `chosen_ids`, `rejected_ids` and, where rows have one, `margin`.
 
     A completion's ids follow its prompt's and end with the token that ends the turn. A pair whose completions are the
-    same, perhaps only after the cut, teaches nothing and is left out and counted.
+    same, perhaps only after the cut, teaches nothing and is left out and counted. Where the stage learns each token of
+    the completions (`learns_tokens`), each is one message.
 
     Raises:
         DataError: as `encode_conversations`; or every pair is a tie.
@@ -327,11 +177,21 @@ def encode_pairs(
     rule = LengthRule(max_length, overlength, counts)
 
     def segments(row: Pair) -> list[list[Segment]]:
-        return [encoder.segments([*row.prompt, *answer]) for answer in (row.chosen, row.rejected)]
+        if learns_tokens and max(len(row.chosen), len(row.rejected)) > 1:
+            raise ValueError(
+                f"chosen has {len(row.chosen)} and rejected {len(row.rejected)} messages after the prompt that they "
+                "share, others' words among them, which DPO would learn; end each with its first answer"
+            )
+        sides = [encoder.answer(row.prompt, answer, row.inputs) for answer in (row.chosen, row.rejected)]
+        # where one of the two begins as a generation prompt ends (with a thought), the prompt ends before that
+        shorter = min(len(prompt.text) for prompt, _ in sides)
+        return [
+            [Segment(prompt.text[:shorter], False), Segment(prompt.text[shorter:] + answer.text, True)]
+            for prompt, answer in sides
+        ]
 
     def columns(row: Pair, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
-        answered = sum(message["role"] == "assistant" for message in row.prompt)
-        prompt = response_start(encoded[0][1], answered)
+        prompt = response_start(encoded[0][1], 0)
         room = rule.room(max(len(ids) for ids, _ in encoded), prompt)
         if room is None:
             return None
@@ -352,14 +212,13 @@ def encode_pairs(
         raise DataError(f"in all {len(rows)} pairs chosen and rejected are the same: there is nothing to learn")
     ids = [list(dataset[name]) if kept else [] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     sizes = [(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*ids, strict=True)]
-    ends = [(chosen[-1], rejected[-1]) for chosen, rejected in zip(ids[1], ids[2], strict=True)]
     return Encoded(
         dataset,
         kept,
         lengths=[prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes],
         tokens=sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in sizes),
         loss_tokens=sum(chosen + rejected for _, chosen, rejected in sizes),
-        without_end=sum(end != (encoder.end_id, encoder.end_id) for end in ends),
+        without_end=counts.truncated,
     )
 
 
@@ -389,7 +248,10 @@ def encode_prompts(
             return None
         return {"prompt_ids": ids}
 
-    dataset, kept = encode_rows(encoder, rows, lambda row: [encoder.segments(row.prompt)], columns, counts, dropped)
+    def segments(row: Prompt) -> list[list[Segment]]:
+        return [encoder.prompt(row.prompt, row.inputs)]
+
+    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
     counts.kept = len(kept)
     lengths = [len(ids) for ids in dataset["prompt_ids"]] if kept else []
     return Encoded(dataset, kept, lengths, tokens=sum(lengths), loss_tokens=0, without_end=0)

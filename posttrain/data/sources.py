@@ -2,10 +2,13 @@
 
 import csv
 import glob
+import gzip
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,7 @@ from posttrain.values import JsonObject
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 HELD_OUT_NAMES = ("test", "validation")
 SHOWN_PROBLEMS = 5
 
@@ -28,11 +31,14 @@ class Problems:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.count = 0
+        self._said: set[str] = set()
 
     def add(self, where: str, what: str) -> None:
+        """Count it; what has been said of an earlier row is not repeated."""
         self.count += 1
-        if len(self.lines) < SHOWN_PROBLEMS:
+        if len(self.lines) < SHOWN_PROBLEMS and what not in self._said:
             self.lines.append(f"{where}: {what}")
+            self._said.add(what)
 
     def summary(self) -> list[str]:
         """The first ones, and how many more there are."""
@@ -60,7 +66,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
-    with path.open("rb") as lines:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path} line {number}"
             try:
@@ -73,9 +79,22 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
                 problems.add(where, f"invalid JSON ({error})")
 
 
-def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+def _is_json_lines(text: bytes) -> bool:
+    """Whether the first of several lines is an object of its own."""
+    first, _, rest = text.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except ValueError:
+        return False
+
+
+def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+    text = path.read_bytes()
+    if _is_json_lines(text):
+        yield from _read_jsonl(path, problems)
+        return
+    try:
+        rows = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         problems.add(str(path), f"invalid JSON ({error})")
         return
@@ -118,10 +137,17 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
 
 _READERS: dict[str, Callable[[Path, Problems], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def _type(name: str | Path) -> str:
+    """Its ending, as FILE_TYPES has it."""
+    path = Path(str(name).lower())
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def _files(name: str) -> list[Path]:
@@ -175,14 +201,14 @@ def check_source(data: DataConfig) -> None:
     names = _sources(data)
     for name in names:
         found = _files(name)
-        looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in FILE_TYPES or name.count("/") > 1
-        if not found and not Path(name).is_dir() and (looks_local or "*" in name or len(names) > 1):
+        looks_local = name.startswith((".", "/", "~")) or _type(name) in FILE_TYPES or name.count("/") > 1
+        if not found and not Path(name).is_dir() and (looks_local or "*" in name):
             beside = map(str, Path(name).parent.glob("*.*"))
             raise ConfigError(f"data.dataset_name={name}: no such file{nearest(name, beside)}")
         for path in found:
-            if path.suffix not in _READERS:
+            if _type(path) not in _READERS:
                 known = ", ".join(FILE_TYPES)
-                raise ConfigError(f"data.dataset_name={path}: the type {path.suffix!r} is not one of {known}")
+                raise ConfigError(f"data.dataset_name={path}: the type {_type(path)!r} is not one of {known}")
 
 
 def _read_files(paths: list[Path], problems: Problems, sources: dict[str, str]) -> Iterator[Record]:
@@ -190,7 +216,9 @@ def _read_files(paths: list[Path], problems: Problems, sources: dict[str, str]) 
         try:
             with path.open("rb") as content:
                 sources[str(path.resolve())] = hashlib.file_digest(content, "sha256").hexdigest()
-            yield from _READERS[path.suffix](path, problems)
+            yield from _READERS[_type(path)](path, problems)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: invalid gzip ({error})") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
 
@@ -242,11 +270,15 @@ def records(data: DataConfig, given: Given, sources: dict[str, str], problems: P
         return {split: _read_dataset(rows, split, sources) for split, rows in given.items()}
     check_source(data)
     parts: dict[str, Iterable[Record]] = {}
-    paths = [path for name in _sources(data) for path in _files(name)]
-    if paths:
-        parts[data.dataset_train_split] = _read_files(paths, problems, sources)
-    else:
-        parts.update(_read_folder_or_hub(data, _sources(data)[0], sources))
+    for name in _sources(data):
+        paths = _files(name)
+        found = (
+            {data.dataset_train_split: _read_files(paths, problems, sources)}
+            if paths
+            else _read_folder_or_hub(data, name, sources)
+        )
+        for split, rows in found.items():
+            parts[split] = chain(parts.get(split, ()), rows)
     if data.dataset_test_split and (paths := _files(data.dataset_test_split)):
         parts[data.dataset_test_split] = _read_files(paths, problems, sources)
     return parts

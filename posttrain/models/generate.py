@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.formats import Row
+from posttrain.data.splits import Row
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from posttrain.data.encode import ChatEncoder
-    from posttrain.data.formats import Example
+    from posttrain.data.chat import ChatEncoder
+    from posttrain.data.splits import Example
 
 
 COMPLETED = 16  # prompts of the panel whose greedy completions are kept, before and after
@@ -45,8 +45,10 @@ def panel(rows: Sequence[Row], encoder: "ChatEncoder", size: int, room: int, dro
     for row in rows:
         if len(chosen) == size:
             break
+        if not row.prompt:  # raw text
+            continue
         try:
-            length = len(encoder.prompt_ids(row.prompt))
+            length = len(encoder.prompt_ids(row.prompt, row.inputs))
         except ValueError as error:
             if not drop_bad:
                 raise DataError(f"{row.where}: {error}") from error
@@ -71,7 +73,7 @@ def generate(
     """Complete each row's prompt, all in one left-padded batch; greedily, or sampled at `temperature`."""
     import torch
 
-    prompts = [encoder.prompt_ids(row.prompt) for row in rows]
+    prompts = [encoder.prompt_ids(row.prompt, row.inputs) for row in rows]
     width = max(map(len, prompts))
     pad = encoder.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.config.schema import Config, ModelConfig
-from posttrain.data.encode import ChatEncoder, plain_template
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.template import plain_template
 from posttrain.devices import process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.resolve import adapter_base, beside, naming, resolve_path
@@ -332,7 +333,7 @@ def _fit_embeddings(model: "PreTrainedModel", size: int) -> None:
 
 def _agree_on_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """The model stops at EOS and at the token that ends a turn, and pads with the tokenizer's pad token."""
-    end = tokenizer.convert_tokens_to_ids(ChatEncoder(tokenizer).end_of_turn)
+    end = ChatEncoder(tokenizer).end_id
     stops = model.generation_config.eos_token_id
     known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     wanted = list(dict.fromkeys([end, tokenizer.eos_token_id, *known]))

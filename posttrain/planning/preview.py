@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.console import say, show_markup, show_table, verbatim, warn
-from posttrain.data.encode import IGNORED, Encoded
-from posttrain.data.formats import Counts
+from posttrain.data.chat import IGNORED
+from posttrain.data.encode import Encoded
+from posttrain.data.splits import Counts
 from posttrain.stages.base import StageData, stage_named
 from posttrain.values import JsonObject
 

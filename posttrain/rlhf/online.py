@@ -22,7 +22,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from posttrain.config.stages import OnlineStage
-from posttrain.data.formats import Message
+from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
 from posttrain.models.lora import active_adapter, adapter_layers
 from posttrain.rlhf import losses

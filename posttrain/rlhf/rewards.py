@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.suggest import nearest
 from posttrain.console import say, warn
-from posttrain.data.encode import ChatEncoder
-from posttrain.data.formats import Message
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.messages import Message
 from posttrain.errors import ConfigError, PosttrainError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def encoded_again(encoder: ChatEncoder, limit: int | None) -> Encode:
     def encode(prompt: list[Message], answer: str, prompt_ids: list[int], completion_ids: list[int]) -> list[int]:
         nonlocal warned
         messages = [*prompt, {"role": "assistant", "content": answer}]
-        [(ids, _)] = encoder.encode([encoder.segments(messages)])
+        ids = encoder.conversation_ids(messages)
         if limit is not None and len(ids) > limit:
             if not warned:
                 warned = True

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.encode import ChatEncoder
-from posttrain.data.formats import Message, Prompt
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.formats import Prompt
+from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
 from posttrain.metrics.comparison import REWARD
 from posttrain.models.generate import completion_kl, generate, scores
@@ -176,4 +177,4 @@ class RewardModel:
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
         """The score of each conversation, given as messages; they go through the model's chat template."""
         encoder = ChatEncoder(self.tokenizer, allow_special_tokens=True)
-        return self([ids for ids, _ in encoder.encode([encoder.segments(each) for each in conversations])])
+        return self([encoder.conversation_ids(each) for each in conversations])

@@ -185,6 +185,14 @@ def remove_if_empty(folder: Path) -> None:
             path.rmdir()
 
 
+def first_begun(run: Path) -> datetime.datetime:
+    """When the first of the stages in a run's folder began; now, where none has."""
+    found = [read_object(file, (), "delete it") or {} for file in run.glob(f"*/{IDENTITY}")]
+    begun = [identity["begun"] for identity in found if "begun" in identity]
+    now = datetime.datetime.now().replace(microsecond=0)
+    return datetime.datetime.fromisoformat(min(begun)) if begun else now
+
+
 class RunFolder:
     """One run's folder. Only the main process writes to it."""
 
@@ -360,6 +368,7 @@ def changes(earlier: JsonObject, identity: JsonObject, finished: bool) -> dict[s
 
 def _comparable(identity: JsonObject) -> JsonObject:
     """Reward functions by name and code, whatever the folder of their file is."""
+    identity = {name: part for name, part in identity.items() if name != "begun"}
     named = {re.split(r"[:.]", spec)[-1]: digest for spec, digest in identity.get("code", {}).items()}
     return {**identity, "code": named} if "code" in identity else identity
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain.config.schema import Config, DataConfig
 from posttrain.config.stages import STAGES
-from posttrain.data.encode import ChatEncoder, Encoded, encode_splits
-from posttrain.data.formats import Counts, Example, Splits, left_out
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.encode import Encoded, encode_splits
 from posttrain.data.sources import Given, Problems
+from posttrain.data.splits import Counts, Example, Splits, left_out
 from posttrain.errors import ConfigError
 from posttrain.models.generate import Completion
 from posttrain.models.load import Load, load_causal_lm, max_positions
@@ -153,6 +154,11 @@ def prepare_rows(
         lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength, dropped), splits, room
     )
     splits.notes += left_out(dropped) if dropped else []
+    if encoder.unlike_generation:
+        splits.notes.append(
+            f"{encoder.unlike_generation:,} completions do not begin with {encoder.opening!r}, as those that the model "
+            "generates do: it is trained without (data.chat_template_kwargs may turn it off)"
+        )
     return StageData(encoder, splits, train, test, room, new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1)))
 
 

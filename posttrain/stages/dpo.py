@@ -4,20 +4,31 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import DPOStage
 from posttrain.console import say, warn
+from posttrain.data.encode import encode_pairs
+from posttrain.data.formats import read_preferences
+from posttrain.data.sources import Given
 from posttrain.errors import PosttrainError
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
 from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import Batch, Holdings, fuse_head, hold_model, meta_model, weight_bytes
 from posttrain.runs.arguments import trainer_arguments, trl_config
-from posttrain.stages.base import EvalResult, Stage, StageContext, load_policy, plan_steps
-from posttrain.stages.reward import prepare_pairs
+from posttrain.stages.base import (
+    EvalResult,
+    Stage,
+    StageContext,
+    StageData,
+    load_policy,
+    plan_steps,
+    prepare_rows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +60,11 @@ def compute_dpo_loss(
     chosen = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected = beta * (policy_rejected_logps - reference_rejected_logps)
     return -torch.nn.functional.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
+
+
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
+    """Read and encode the preference rows, each completion one message."""
+    return prepare_rows(config, tokenizer, given, read_preferences, partial(encode_pairs, learns_tokens=True))
 
 
 def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
@@ -254,7 +270,7 @@ def evaluate_model(context: StageContext, trainer: "DPOTrainer") -> EvalResult:
 
 
 STAGE = Stage(
-    prepare=prepare_pairs,
+    prepare=prepare,
     plan=plan_steps,
     hold=hold,
     load=load_policy,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from posttrain.stages.trainers import RewardModelTrainer
 
 
-def prepare_pairs(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
-    """Read and encode the preference rows, for the reward model and for DPO alike."""
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
+    """Read and encode the preference rows."""
     return prepare_rows(config, tokenizer, given, read_preferences, encode_pairs)
 
 
@@ -105,7 +105,7 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
 
 
 STAGE = Stage(
-    prepare=prepare_pairs,
+    prepare=prepare,
     plan=plan_steps,
     hold=partial(hold_model, scores=True),
     load=load,

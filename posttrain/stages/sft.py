@@ -5,7 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
-from posttrain.data.encode import IGNORED, encode_conversations
+from posttrain.data.chat import IGNORED
+from posttrain.data.encode import encode_conversations
 from posttrain.data.formats import read_instructions
 from posttrain.data.sources import Given
 from posttrain.models.generate import COMPLETED, complete, share_ended
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
     """Read and encode the instruction rows."""
-    return prepare_rows(config, tokenizer, given, read_instructions, encode_conversations)
+    encode = partial(encode_conversations, train_on=config.data.train_on)
+    return prepare_rows(config, tokenizer, given, read_instructions, encode)
 
 
 def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from trl.models import prepare_deepspeed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from posttrain.data.encode import IGNORED
+from posttrain.data.chat import IGNORED
 from posttrain.runs.safe_trainer import SafeTrainer
 from posttrain.values import JsonObject
 

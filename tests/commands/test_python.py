@@ -113,7 +113,7 @@ def test_each_piece_as_a_notebook_uses_it(folder: Path) -> None:
         load_model_and_tokenizer,
         setup_device,
     )
-    from posttrain.data.encode import ChatEncoder
+    from posttrain.data.chat import ChatEncoder
 
     model, tokenizer = load_model_and_tokenizer(configure("model=tiny").model, folder / "base")
     encoder = ChatEncoder(tokenizer)
@@ -178,7 +178,7 @@ def test_ppo_as_a_notebook_uses_it(folder: Path) -> None:
 
     from posttrain import PPOTrainer, ValueNetwork, load_model_and_tokenizer
     from posttrain.config.stages import PPOStage
-    from posttrain.data.encode import ChatEncoder
+    from posttrain.data.chat import ChatEncoder
     from posttrain.rlhf.critic import critic_trunk
     from posttrain.rlhf.ppo import PPOConfig
     from posttrain.rlhf.rollout_plan import plan_rollouts

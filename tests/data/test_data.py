@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT, data_config, write_rows
 
 from posttrain.config.schema import DataConfig
-from posttrain.config.stages import InstructionColumns
 from posttrain.data.formats import format_instruction, read_instructions
 from posttrain.errors import ConfigError, DataError
 
@@ -16,9 +15,7 @@ GOOD = {"instruction": "Say yes.", "response": "Yes."}
 
 
 def data(name: Any, **changes: Any) -> DataConfig:
-    columns = {"instruction": "instruction", "response": "response", "input": "input", "system": "system"}
-    columns |= changes.pop("columns", {})
-    return data_config(name, InstructionColumns(**columns), **changes)
+    return data_config(name, "sft", changes.pop("columns", {}), **changes)
 
 
 def read(path: Path, **changes: Any) -> Any:
@@ -46,7 +43,7 @@ def some(count: int) -> list[dict[str, str]]:
         ('{"instruction": "a", "response": "\\ud800"}', "line 2: 'response' contains an unpaired surrogate"),
         ('{"question": "a", "answer": "b"}', "try data.columns.instruction=question data.columns.response=answer"),
         ('{"instruction": [{"role": "usr", "content": "a"}], "response": "b"}', "has the role 'usr'"),
-        ('{"instruction": [{"role": "user"}], "response": "b"}', "must have the keys role and content"),
+        ('{"instruction": [{"role": "user"}], "response": "b"}', "data.messages.content"),
         (
             '{"instruction": [{"role": "assistant", "content": "a"}], "response": "b"}',
             "line 2: the roles are assistant, assistant; user and assistant must take turns",
@@ -63,12 +60,13 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, line: str, told:
     assert told in str(error.value)
 
 
-def test_the_first_five_bad_rows_are_told_and_the_rest_counted(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "response": ""}] * 8)
+def test_five_faults_of_bad_rows_are_told_once_each_and_the_rows_counted(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "response": fault} for fault in ("", 1, None, {}, [], True, [1], "")]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"instruction": "a", "response": ""}])
     with pytest.raises(DataError) as error:
         read(path)
     assert len(error.value.problems) == 6
-    assert error.value.problems[-1] == "... and 3 more rows"
+    assert error.value.problems[-1] == "... and 4 more rows"
 
 
 def test_values_stay_what_they_are(tmp_path: Path) -> None:
@@ -143,9 +141,13 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path: Path) -> None:
 
 def test_columns_are_mapped_and_others_are_told(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b", "text": "trap", "labels": [1]}] * 2)
-    splits = read(path, columns={"instruction": "question", "response": "answer"})
+    mapped = {"instruction": "question", "response": "answer"}
+    splits = read(path, columns=mapped, ignored_columns=["labels"])
     assert splits.train[0].messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert splits.notes == ["column 'labels' is ignored (2 rows)", "column 'text' is ignored (2 rows)"]
+    told = ["column 'labels' is ignored (2 rows)", "column 'text' is ignored (2 rows)"]
+    assert splits.notes == ["format: instruction and response, 2 rows", *told]
+    with pytest.raises(ConfigError, match=r"data.ignored_columns=\[labels\]"):
+        read(path, columns=mapped)
 
 
 def test_a_row_is_never_in_both_splits(tmp_path: Path) -> None:

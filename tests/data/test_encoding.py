@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 import tokenizers_for_tests as made
 
-from posttrain.data.encode import IGNORED, ChatEncoder, encode_conversations, plain_template
-from posttrain.data.formats import Conversation, Counts, Prompt
+from posttrain.data.chat import IGNORED, ChatEncoder
+from posttrain.data.encode import encode_conversations
+from posttrain.data.formats import Conversation, Prompt
+from posttrain.data.splits import Counts
+from posttrain.data.template import plain_template
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.generate import panel
 
@@ -113,7 +116,7 @@ def test_a_template_without_an_end_gets_eos() -> None:
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     assert joined(encoded(tokenizer, ONE_TURN))[-1] == (" Paris<|endoftext|>", True)
-    with pytest.raises(ValueError, match="does not mark its end"):
+    with pytest.raises(ValueError, match="does not mark the end"):
         ChatEncoder(tokenizer).segments(TWO_TURNS)
 
 

@@ -8,9 +8,12 @@ import pytest
 import tokenizers_for_tests as made
 from conftest import data_config, write_rows
 
-from posttrain.config.stages import PreferenceColumns
-from posttrain.data.encode import ChatEncoder, encode_pairs, plain_template
-from posttrain.data.formats import Counts, format_preference, parse_transcript, read_preferences
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.encode import encode_pairs
+from posttrain.data.formats import format_preference, read_preferences
+from posttrain.data.messages import parse_transcript
+from posttrain.data.splits import Counts
+from posttrain.data.template import plain_template
 from posttrain.errors import DataError
 from posttrain.stages.reward import conversations
 
@@ -23,8 +26,7 @@ USER = [
 
 
 def read(path: Path, **changes: Any) -> Any:
-    columns = PreferenceColumns(prompt="prompt", chosen="chosen", rejected="rejected", margin="margin")
-    return read_preferences(data_config(str(path), columns, **changes))
+    return read_preferences(data_config(str(path), "dpo", changes.pop("columns", {}), **changes))
 
 
 def says(text: str) -> list[dict[str, str]]:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import configure
-from posttrain.data.encode import IGNORED, ChatEncoder, plain_template
+from posttrain.data.chat import IGNORED, ChatEncoder
 from posttrain.data.formats import read_instructions
+from posttrain.data.template import plain_template
 from posttrain.errors import ConfigError, DataError
 
 ANY = settings(max_examples=150, deadline=None)
@@ -72,11 +73,11 @@ PIECE = st.text("ab <>#:|[]\n\t", max_size=5)
 ENDS = ("<|im_end|>", "<|endoftext|>", "")
 
 
-def template(before: str, after: str, opening: str, gap: str, end: str, tail: str) -> str:
-    question, answer = (
-        f"{{{{ {json.dumps(left)} + message['content'] + {json.dumps(right)} }}}}"
-        for left, right in ((before, after), (opening, gap + end + tail))
-    )
+def template(before: str, after: str, opening: str, gap: str, end: str, tail: str, earlier: str) -> str:
+    """`earlier` ends a completion that is not the last."""
+    question = f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(after)} }}}}"
+    ends = f"({json.dumps(end)} if loop.last else {json.dumps(earlier)})"
+    answer = f"{{{{ {json.dumps(opening)} + message['content'] + {json.dumps(gap)} + {ends} + {json.dumps(tail)} }}}}"
     return (
         f"{{% for message in messages %}}{{% if message['role'] == 'user' %}}{question}{{% else %}}{answer}"
         f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {json.dumps(opening)} }}}}{{% endif %}}"
@@ -85,25 +86,28 @@ def template(before: str, after: str, opening: str, gap: str, end: str, tail: st
 
 @ANY
 @given(
-    st.tuples(PIECE, PIECE, PIECE, PIECE, st.sampled_from(ENDS), PIECE),
+    st.tuples(PIECE, PIECE, PIECE, PIECE, st.sampled_from(ENDS), PIECE, st.sampled_from([*ENDS, None])),
     st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
 )
 def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: list[tuple[str, str]]) -> None:
     """What is learned is worked out here from the template's pieces, not from what it renders."""
-    before, after, opening, gap, end, tail = pieces
+    before, after, opening, gap, end, tail, other = pieces
+    earlier = end if other is None else other
     tokenizer = made.chatml()
-    tokenizer.chat_template = template(*pieces)
+    tokenizer.chat_template = template(before, after, opening, gap, end, tail, earlier)
     encoder = ChatEncoder(tokenizer)
-    marked = end == "<|endoftext|>" or (end != "" and not gap.strip())
-    assert encoder.end_of_turn == (end if marked else "<|endoftext|>")
+    assert encoder.end_of_turn == (end or "<|endoftext|>")
     messages = [
         {"role": role, "content": text}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-    if not marked and len(turns) > 1:
-        with pytest.raises(ValueError, match="does not mark its end"):
+    # without an end after the last completion, text between the earlier ones and their ends may belong to either
+    cannot_tell = not earlier or (not end and gap.strip())
+    if cannot_tell and len(turns) > 1:
+        with pytest.raises(ValueError, match=r"data\.train_on=last"):
             encoder.segments(messages)
+        assert encoder.segments(messages, train_on="last")[-1].text.endswith(end or "<|endoftext|>")
         return
     [(ids, labels)] = encoder.encode([encoder.segments(messages)])
     expected = [
@@ -111,7 +115,9 @@ def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: lis
         for number, (question, answer) in enumerate(turns)
         for piece, learned in (
             (("" if number == 0 else tail) + before + question + after + opening, False),
-            (answer + gap + end if marked else answer.rstrip() + "<|endoftext|>", True),
+            (answer + gap + earlier, True)
+            if number < len(turns) - 1
+            else (answer + gap + end if end else answer.rstrip() + "<|endoftext|>", True),
         )
     ]
     for wanted in (False, True):
@@ -127,7 +133,7 @@ def test_rows_are_read_as_they_were_written(rows: list[tuple[str, str]]) -> None
         file = Path(folder) / "rows.jsonl"
         written = [{"instruction": question, "response": answer} for question, answer in rows]
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
-        read = read_instructions(data_config(str(file), _columns()))
+        read = read_instructions(data_config(str(file), "sft"))
     assert [tuple(message["content"] for message in row.messages) for row in read.train] == rows
     assert read.counts["train"].read == len(rows)
 
@@ -151,13 +157,7 @@ def test_a_broken_row_is_named_wherever_it_stands(before: int, after: int, broke
         file = Path(folder) / "rows.jsonl"
         file.write_text("\n".join([good] * before + [broken] + [good] * after) + "\n", encoding="utf-8")
         with pytest.raises(DataError, match=f"line {before + 1}\\b"):
-            read_instructions(data_config(str(file), _columns()))
-
-
-def _columns() -> Any:
-    from posttrain.config.stages import InstructionColumns
-
-    return InstructionColumns(instruction="instruction", response="response", input="input", system="system")
+            read_instructions(data_config(str(file), "sft"))
 
 
 NUMBERS = st.floats(-5, 5, width=32)

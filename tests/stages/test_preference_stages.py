@@ -244,7 +244,7 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
     assert done.code == 0, done
     from transformers import AutoTokenizer
 
-    from posttrain.data.encode import ChatEncoder
+    from posttrain.data.chat import ChatEncoder
     from posttrain.models.generate import completion_logps
 
     tokenizer = AutoTokenizer.from_pretrained("outputs/demo/dpo/model")

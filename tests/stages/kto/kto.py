@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 import trl
 
 from posttrain.config.schema import Config
-from posttrain.data.encode import ChatEncoder, Encoded, LengthRule, Segment, encode_rows, response_start
-from posttrain.data.formats import Counts, Prompt, as_messages, check_turns, read_rows, require_columns
+from posttrain.data.chat import ChatEncoder, Segment
+from posttrain.data.encode import Encoded, LengthRule, encode_rows, response_start
+from posttrain.data.formats import Prompt, require_columns
+from posttrain.data.messages import as_messages, check_turns
 from posttrain.data.sources import Given, Problems
+from posttrain.data.splits import Counts, read_rows
 from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
 from posttrain.runs.arguments import trainer_arguments, trl_config
@@ -41,13 +44,13 @@ def encode(
 
     def columns(row: Prompt, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
         [(ids, labels)] = encoded
-        start = response_start(labels, sum(message["role"] == "assistant" for message in row.prompt))
+        start = response_start(labels, 0)
         end = rule.room(len(ids), start)
         label = row.columns["label"]
         return None if end is None else {"prompt_ids": ids[:start], "completion_ids": ids[start:end], "label": label}
 
     def segments(row: Prompt) -> list[list[Segment]]:
-        return [encoder.segments([*row.prompt, *row.columns["completion"]])]
+        return [encoder.answer(row.prompt, row.columns["completion"])]
 
     dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
     counts.kept = len(kept)

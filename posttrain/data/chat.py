@@ -1,0 +1,400 @@
+"""Conversations as the model sees them: rendered by its chat template, in segments that carry loss or do not.
+
+A prompt is what the model generates from: the template's own text, tokenised by itself. Where a template has
+{% generation %} marks, its own or TRL's for it, they say what of a conversation carries loss; elsewhere a completion
+reaches from the end of the generation prompt to the token that ends its turn.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from posttrain.data.messages import Message
+from posttrain.data.splits import NO_INPUTS, TemplateInputs
+from posttrain.data.template import training_template
+from posttrain.errors import ConfigError
+from posttrain.values import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label of a token without loss: torch.nn.CrossEntropyLoss(ignore_index=-100)
+_LAST = "; data.train_on=last trains the last completion alone"
+_THINK = re.compile(r"</?think>")
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation, and whether it is something to learn."""
+
+    text: str
+    is_response: bool
+
+
+class ChatEncoder:
+    """Renders and tokenises conversations with one tokenizer and its chat template.
+
+    Raises:
+        ConfigError: the template cannot be used for training, and why.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", allow_special_tokens: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or "the tokenizer"
+        self.training = training_template(tokenizer)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = {*(token for token in tokenizer.all_special_tokens if token.strip()), *added}
+        # the longest match first: <|im_end|> before <|im
+        names = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+        self._special, self._special_at_end = re.compile(names), re.compile(rf"(?:\s*(?:{names}))+\s*\Z")
+        self._refuses_special = not allow_special_tokens
+        self._call_forms: dict[str | None, tuple[str | None, bool]] = {}
+        self.unlike_generation = 0  # completions that do not begin as a generation prompt ends
+        self.end_of_turn, self.tail, self.opening = self._probe()
+        self._anchor = self._find_anchor()
+
+    # --- what the template writes
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, inputs: TemplateInputs = NO_INPUTS
+    ) -> str:
+        return self._render(messages, inputs, add_generation_prompt=add_generation_prompt)[0]
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        inputs: TemplateInputs,
+        template: str | None = None,
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text by a template, else by the tokenizer's own, and where {% generation %} marks begin and end."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = self._in_its_words(messages, inputs, template)
+        try:
+            [text], [marks] = render_jinja_template(
+                conversations=[given],
+                tools=inputs.tools or None,
+                chat_template=template or self.tokenizer.get_chat_template(tools=inputs.tools or None),
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **inputs.options},
+            )
+        except Exception as error:  # whatever a template raises: jinja2's errors and its own raise_exception
+            raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from error
+        return str(text), marks
+
+    def _in_its_words(self, messages: Sequence[Message], inputs: TemplateInputs, template: str | None) -> list[Message]:
+        """The messages with what this template reads where: tool calls, and the developer as the system."""
+        own = template or str(self.tokenizer.get_chat_template(tools=inputs.tools or None))
+        made = []
+        for message in messages:
+            message = {name: value for name, value in message.items() if name != "train"}
+            if message["role"] == "developer" and "developer" not in own:
+                message["role"] = "system"
+            if calls := message.get("tool_calls"):
+                if template not in self._call_forms:
+                    self._call_forms[template] = self._find_call_form(inputs, template)
+                empty, as_text = self._call_forms[template]
+                message["content"] = message["content"] or empty
+                message["tool_calls"] = [_call(each, as_text) for each in calls]
+            made.append(message)
+        return made
+
+    def _find_call_form(self, inputs: TemplateInputs, template: str | None) -> tuple[str | None, bool]:
+        """How the template wants calls: their empty content "" or None, and arguments as an object or as JSON text."""
+        call = {"type": "function", "function": {"name": "name_of_tool", "arguments": {"key_of_tool": "value_of_tool"}}}
+        for form in itertools.product(("", None), (False, True)):
+            self._call_forms[template] = form
+            asked: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            result: Message = {"role": "tool", "name": "name_of_tool", "content": "result_of_tool"}
+            with contextlib.suppress(ValueError):  # then the next form
+                text = self._render([{"role": "user", "content": "Q"}, asked, result], inputs, template)[0]
+                if all(word in text for word in ("name_of_tool", "key_of_tool", "value_of_tool", "result_of_tool")):
+                    return form
+        del self._call_forms[template]
+        raise ValueError(
+            f"it has tool calls, which the chat template of {self.name} does not write; name one that does with "
+            "model.chat_template_path"
+        )
+
+    def _probe(self) -> tuple[str, str, str]:
+        """The token that ends a completion, what follows it, and what only generation prompts end with (<think>)."""
+        question: list[Message] = [{"role": "user", "content": "Q"}]
+        answered: list[Message] = [*question, {"role": "assistant", "content": "ANSWER"}]
+        try:
+            asked, own = self.render(question, add_generation_prompt=True), self.render(answered)
+            trained, _ = self._render(answered, NO_INPUTS, self.training)
+        except ValueError as error:
+            raise ConfigError(f"{self.name}, a plain question and answer: {error}") from error
+        shared = _shared(own, asked)
+        if shared < len(asked):
+            shared = len(own[:shared].removesuffix("<think>"))
+        if own.find("ANSWER", shared) < 0 or "Q" not in own[:shared]:
+            raise ConfigError(
+                f"{self.name}: the chat template does not begin a completion where its generation prompt ends"
+            )
+        rest = own[own.rindex("ANSWER") + len("ANSWER") :]
+        if (found := self._special.search(rest)) is not None:
+            return found.group(), rest[found.end() :], asked[shared:]
+        # TRL's template may end it where the model's own leaves that to what follows
+        marked = self._special.search(trained, trained.rindex("ANSWER"))
+        if marked is None and self.tokenizer.eos_token is None:
+            raise ConfigError(f"{self.name}: the tokenizer has no EOS token, so a model could never learn to stop")
+        return marked.group() if marked else str(self.tokenizer.eos_token), rest, asked[shared:]
+
+    # --- what of it carries loss
+
+    def segments(
+        self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS, train_on: str = "all"
+    ) -> list[Segment]:
+        """A conversation in pieces; each completion that is trained ends with the token that ends its turn.
+
+        What the template writes after the last one is left out: nobody generates it.
+
+        Raises:
+            ValueError: a message spells a control token, the template drops or changes one, or what of the text
+                belongs to which completion cannot be told.
+        """
+        self._check_words(messages, inputs)
+        completions = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [index for index in completions if messages[index].get("train", True)]
+        if train_on == "last":
+            trained = trained[-1:]
+        if not trained:
+            raise ValueError("no completion of it is trained (data.messages.train names the key that says so)")
+        last = trained[-1]
+        if len(completions) > 1 and trained == completions[-1:]:
+            return self.answer(messages[:last], messages[last:], inputs)
+        if self.training is None:
+            text = self.render(messages, inputs=inputs)
+            spans = [self._span(text, messages, index, inputs) for index in trained]
+        else:
+            text, marks = self._render(messages, inputs, self.training)
+            spans = [span for span in _merged(marks) if text[slice(*span)].strip()]
+            for index in set(completions) - set(trained):
+                begin = _shared(text, self._render(messages[:index], inputs, self.training)[0])
+                later = next((other for other in completions if other > index), None)
+                before_it = self._render(messages[:later], inputs, self.training)[0]
+                end = len(text) if later is None else _shared(text, before_it)
+                spans = [span for span in spans if not begin <= span[0] < end]
+        self._check_kept(text, spans, messages, trained)
+        return self._pieces(text, spans)
+
+    def answer(
+        self, prompt: Sequence[Message], answer: Sequence[Message], inputs: TemplateInputs = NO_INPUTS
+    ) -> list[Segment]:
+        """What the model generates from, and the messages of its completion up to the token that ends the last.
+
+        Raises:
+            ValueError: as `segments`.
+        """
+        messages = [*prompt, *answer]
+        self._check_words(messages, inputs)
+        text = self.render(messages, inputs=inputs)
+        span = (self._start(text, prompt, inputs), self._ends(text, 0)[1])
+        self._check_kept(text, [span], messages, range(len(prompt), len(messages)))
+        return self._pieces(text, [span])
+
+    def prompt(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> list[Segment]:
+        """What the model generates its completion from."""
+        self._check_words(messages, inputs)
+        text = self.render(messages, add_generation_prompt=True, inputs=inputs)
+        self._check_kept(text, [], messages, ())
+        return [Segment(text, False)]
+
+    def raw_text(self, text: str) -> list[Segment]:
+        """A text without a template, as the model would write it from its first token to the last."""
+        self._check_words([{"role": "raw", "content": text}], NO_INPUTS)
+        begins = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+        first = [Segment(str(self.tokenizer.bos_token), False)] if begins else []
+        return [*first, Segment(text + str(self.tokenizer.eos_token), True)]
+
+    def _check_words(self, messages: Sequence[Message], inputs: TemplateInputs) -> None:
+        """No message spells a control token, and the tools are written."""
+        if self._refuses_special:
+            for message in messages:
+                words = message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
+                if found := self._special.search(words):
+                    raise ValueError(
+                        f"a {message['role']} message contains the special token {found.group()!r}; "
+                        "data.allow_special_tokens=true lets it through as a control token"
+                    )
+        if inputs.tools and not self._writes(inputs.tools[0]):
+            raise ValueError(
+                f"it has 'tools', which the chat template of {self.name} does not write; name one that does with "
+                "model.chat_template_path, or leave them out with data.columns.tools=null"
+            )
+
+    def _writes(self, tool: JsonObject) -> bool:
+        text = self.render([{"role": "user", "content": "Q"}], inputs=TemplateInputs([tool], {}))
+        return str(tool["function"]["name"]) in text
+
+    def _start(self, text: str, prompt: Sequence[Message], inputs: TemplateInputs) -> int:
+        """Where the completion of a prompt begins in the text of a conversation."""
+        asked = self.render(prompt, add_generation_prompt=True, inputs=inputs)
+        if text.startswith(asked):
+            return len(asked)
+        if self.opening and asked.endswith(self.opening) and text.startswith(asked.removesuffix(self.opening)):
+            self.unlike_generation += 1
+            return len(asked) - len(self.opening)
+        raise ValueError(
+            f"the chat template of {self.name} is not prefix-preserving: later messages change how earlier ones are "
+            f"rendered{_LAST}"
+        )
+
+    def _ends(self, text: str, start: int) -> tuple[int, int]:
+        """Where the words of the last completion end, and where the token ends that ends its turn, if there is one."""
+        if text.endswith(self.end_of_turn + self.tail):
+            return (end := len(text) - len(self.tail)) - len(self.end_of_turn), end
+        if (found := self._special_at_end.search(text, start)) is not None:  # another one, as after a tool call
+            *_, token = self._special.finditer(text, found.start())
+            return token.start(), token.end()
+        return (end := len(text.removesuffix(self.tail).rstrip())), end
+
+    def _span(self, text: str, messages: Sequence[Message], index: int, inputs: TemplateInputs) -> tuple[int, int]:
+        """Of a template without marks: from where a completion is generated to the token that ends it."""
+        start = self._start(text, messages[:index], inputs)
+        if index == len(messages) - 1:
+            return start, self._ends(text, start)[1]
+        alone = self.render(messages[: index + 1], inputs=inputs)
+        words, end = self._ends(alone, start)
+        if text[:words] != alone[:words]:
+            raise ValueError(
+                f"the chat template of {self.name} renders a completion otherwise once messages follow it{_LAST}"
+            )
+        # the token that ends it here, which is not the one that begins a message of the user
+        after = len(text) - len(text[words:].lstrip())
+        token = self._special.match(text, after)
+        is_new = token is not None and token.group() != alone[words:end]
+        if token is None or (is_new and token.group() in self._before_user(messages, inputs)):
+            raise ValueError(
+                f"the chat template of {self.name} does not mark the end of a completion that others follow{_LAST}"
+            )
+        return start, token.end()
+
+    def _before_user(self, messages: Sequence[Message], inputs: TemplateInputs) -> str:
+        """The text up to the user's first words."""
+        first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+        text = self.render(messages[: first + 1], inputs=inputs)
+        return text[: text.rfind(messages[first]["content"].strip())]
+
+    def _check_kept(
+        self, text: str, spans: Sequence[tuple[int, int]], messages: Sequence[Message], trained: Sequence[int]
+    ) -> None:
+        """What is to be learned stands in the spans, what others say stands outside of them, in their order."""
+
+        def inside(start: int, end: int) -> bool:
+            return any(begin < end and start < stop for begin, stop in spans)
+
+        position = 0
+        for number, message in enumerate(messages):
+            learned = number in trained
+            if message["role"] == "tool" or (message["role"] == "assistant" and not learned):
+                continue
+            ends = [position]
+            for name, words in _words(message, split=learned):
+                at = text.find(words, position)
+                while at >= 0 and inside(at, at + len(words)) != learned:
+                    at = text.find(words, at + 1)
+                if at < 0:
+                    what = f"the {name} of message {number + 1}, by the {message['role']} ({words[:30]!r})"
+                    raise ValueError(
+                        f"the chat template of {self.name} drops or changes {what}; leave it out of the data, or name "
+                        f"another template with model.chat_template_path{_LAST if len(trained) > 1 else ''}"
+                    )
+                ends.append(at + len(words))
+            position = max(ends)
+
+    def _pieces(self, text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
+        pieces, position = [], 0
+        for start, end in spans:
+            pieces += [Segment(text[position:start], False)] if start > position else []
+            pieces.append(Segment(text[start:end], True))
+            position = end
+        if self._special_at_end.search(pieces[-1].text) is None:  # the template itself ends it with no token
+            pieces[-1] = Segment(pieces[-1].text + self.end_of_turn, True)
+        return pieces
+
+    # --- token ids
+
+    def _find_anchor(self) -> str | None:
+        """Text put before a continuation for tokenizers that start every text with a space of their own."""
+        plain = self._ids(["a"])[0]
+        anchor = self._ids(["\n"])[0]
+        return None if self._ids(["\na"])[0] == anchor + plain else "\n"
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _continuation_ids(self, text: str) -> list[int]:
+        for anchor in ("\n", ":", "a"):
+            before, both = self._ids([anchor, anchor + text])
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        raise ValueError("the tokenizer merges the beginning of the response with any text before it")
+
+    def encode(self, batch: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[int]]]:
+        """Token ids and labels of each row; a label is the token itself in a response, IGNORED elsewhere."""
+        flat = [segment for segments in batch for segment in segments]
+        ids = iter(self._ids([segment.text for segment in flat]) if flat else [])
+        rows = []
+        for segments in batch:
+            row_ids: list[int] = []
+            labels: list[int] = []
+            for segment in segments:
+                piece = next(ids)
+                if self._anchor is not None and row_ids:
+                    piece = self._continuation_ids(segment.text)
+                row_ids += piece
+                labels += piece if segment.is_response else [IGNORED] * len(piece)
+            rows.append((row_ids, labels))
+        return rows
+
+    def prompt_ids(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+        """The ids from which the model generates its completion."""
+        return self.encode([self.prompt(messages, inputs)])[0][0]
+
+    @property
+    def end_id(self) -> int:
+        """Of the token that ends a turn."""
+        return int(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))
+
+    def conversation_ids(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+        """The ids of a conversation that a reward model reads: up to the token that ends its last completion."""
+        return self.encode([self.answer(messages[:-1], messages[-1:], inputs)])[0][0]
+
+
+def _call(call: JsonObject, as_text: bool) -> JsonObject:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False) if as_text else function["arguments"]
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+
+
+def _merged(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Marks that meet, as one."""
+    spans: list[tuple[int, int]] = []
+    for start, end in marks:
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _words(message: Message, split: bool) -> Iterator[tuple[str, str]]:
+    """What of a message must stand in the rendered text; templates set a completion's thoughts apart from the rest."""
+    if message.get("reasoning_content"):
+        yield "reasoning", message["reasoning_content"].strip()
+    for part in _THINK.split(message["content"]) if split else [message["content"]]:
+        if part.strip():
+            yield "content", part.strip()
+    for call in message.get("tool_calls", ()):
+        yield "tool call", call["function"]["name"]

@@ -1,0 +1,425 @@
+"""Rows of one format: read strictly, counted, and split into those to train on and those held out.
+
+No type is inferred and no value changed: a row is what its file says, or an error that names file and line.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from posttrain.config.schema import DataConfig, PreferenceConfig
+from posttrain.data.messages import Message, kind
+from posttrain.data.sources import HELD_OUT_NAMES, Given, Problems, records
+from posttrain.errors import ConfigError, DataError
+from posttrain.values import Fields
+
+ECHO = 20  # characters of a prompt from which on a completion that begins with them is hardly a coincidence
+
+
+class TemplateInputs(NamedTuple):
+    """What the chat template is given beside a row's messages."""
+
+    tools: list[Fields]
+    options: Fields  # the row's own chat_template_kwargs
+
+
+NO_INPUTS = TemplateInputs([], {})
+
+
+class Example(Protocol):
+    """What a checked row of any format has."""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the last completion."""
+
+    @property
+    def where(self) -> str:
+        """Where it stood."""
+
+    @property
+    def reference(self) -> str:
+        """The completion that the data gives or prefers; empty where it gives none."""
+
+    @property
+    def inputs(self) -> TemplateInputs:
+        """What the chat template is given beside the messages."""
+
+    @property
+    def content(self) -> str:
+        """What makes two rows the same row."""
+
+
+Row = TypeVar("Row", bound=Example)
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one split."""
+
+    read: int = 0
+    kept: int = 0
+    duplicates: int = 0  # exact repetitions, kept
+    repeats_prompt: int = 0  # kept although the completion begins with its whole prompt
+    in_test_too: int = 0  # left out of training because the same row is held out
+    bad: int = 0  # left out on request (data.bad_rows=drop)
+    ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
+    truncated: int = 0  # kept without their end
+    prompt_too_long: int = 0  # left out: nothing of the response would remain
+    too_long: int = 0  # left out on request (data.overlength=drop)
+
+
+@dataclass
+class Splits(Generic[Row]):
+    """The rows to train on and the rows held out; no row is in both."""
+
+    train: list[Row]
+    test: list[Row]
+    counts: dict[str, Counts]
+    sources: dict[str, str]  # resolved file or Hub id -> sha256 of its bytes, or the Hub's own fingerprint
+    notes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> dict[str, str]:
+        """sha256 over the content of each split, in order."""
+        return {
+            name: hashlib.sha256("\n".join(row.content for row in rows).encode()).hexdigest()
+            for name, rows in (("train", self.train), ("test", self.test))
+        }
+
+
+class Shape(NamedTuple):
+    """A way in which public data sets write a row: the columns that it needs, ours -> theirs (a name or a path)."""
+
+    name: str  # in the summary
+    needs: dict[str, str | None]
+    unless: tuple[str, ...] = ()  # columns of the source that must not be there
+    more: Mapping[str, str | None] = MappingProxyType({})  # columns that it may have, besides EXTRAS
+    documented: bool = False  # its columns are those of data.columns
+
+
+EXTRAS = ("system", "history", "tools")  # of data.columns, in every format
+
+
+def at(record: Fields, path: str | None) -> object:
+    """The value of a column, or of a dotted path into it; None where there is none."""
+    if path is None or path in record:
+        return None if path is None else record[path]
+    value: object = record
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+# columns that look as if they say which row or answer is good; where two answers have names that say it themselves,
+# scores and ranks are more of the same
+_DECIDES = re.compile(r"(?:^|_)(?:winner|better|labels?|preferences?|preferred|ranks?|scores?)(?:_|$)", re.IGNORECASE)
+_MEASURES = re.compile(r"(?:^|_)(?:ranks?|scores?)(?:_|$)", re.IGNORECASE)
+
+# What columns are often called elsewhere: only to suggest a mapping, never to guess one.
+_ALIASES = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "instruction": ("question", "prompt", "query", "problem"),
+    "response": ("output", "answer", "completion", "solution"),
+    "prompt": ("question", "instruction", "input", "query", "problem"),
+    "chosen": ("preferred", "response_chosen", "better"),
+    "rejected": ("dispreferred", "response_rejected", "worse"),
+    "input": ("context", "passage"),
+    "system": ("system_prompt", "system_message"),
+}
+
+
+def _hints(record: Fields, columns: dict[str, str | None]) -> str:
+    """The keys that would read a row which no known shape fits."""
+    if {"completion", "label"} <= record.keys():
+        return "; rows of one answer and a label are unpaired: KTO's losses take them, pairs cannot be made of them"
+    if {"chosen", "rejected"} <= record.keys() and "response" in columns:
+        return "; pairs are for stage=reward and stage=dpo; data.columns.response=chosen trains on the better answers"
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and {"rank", "score"} & value[0].keys():
+            return f"; {name!r} ranks several answers: write the pairs that you want as prompt, chosen and rejected"
+        if name in ("replies", "children", "parent_id"):
+            return f"; {name!r} looks like a tree: write each path through it as messages"
+    found = []
+    for ours, theirs in columns.items():
+        alias = next((name for name in _ALIASES.get(ours, ()) if name in record), None)
+        if alias is not None and at(record, theirs) is None:
+            found.append(f"data.columns.{ours}={alias}")
+    if not found and isinstance(record.get("text"), str) and "text" in columns:
+        found = ["data.columns.text=text (raw text) or data.columns.messages=text (a transcript)"]
+    if "chosen" in columns and at(record, columns["chosen"]) is None and "data.columns.chosen" not in "".join(found):
+        found.append("data.columns.chosen=… data.columns.rejected=… (the two answers)")
+    return f"; try {' '.join(found)}" if found else ""
+
+
+def _is(value: object, wanted: object) -> bool:
+    if isinstance(wanted, list):
+        return any(_is(value, each) for each in wanted)
+    if wanted in ("positive", "negative") and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value > 0 if wanted == "positive" else value < 0
+    return wanted is not None and str(value) == str(wanted)
+
+
+# (the documented columns of a record, where it stood, its other columns) -> a row
+Make = Callable[[Fields, str, Fields], Row]
+
+
+class _Reader(Generic[Row]):
+    """Turns records into rows of one format, counting as it goes."""
+
+    def __init__(self, data: DataConfig, make: Make[Row], shapes: Sequence[Shape], hands_on: bool) -> None:
+        self.columns: dict[str, str | None] = dict(vars(data.columns))
+        self.make: Any = make
+        self.rule: PreferenceConfig = data.preference
+        # a column that was named decides; only the shapes that it belongs to are looked for
+        named = {ours for ours, theirs in self.columns.items() if theirs not in (ours, None)}
+        chosen = [shape for shape in shapes if shape.documented and named & shape.needs.keys()]
+        self.shapes, self.is_named = chosen or list(shapes), bool(chosen)
+        self.hands_on = hands_on
+        self.may_ignore = {*data.ignored_columns, "split", "chat_template_kwargs"}
+        self.drop_bad = data.bad_rows == "drop"
+        self.problems, self.dropped = Problems(), Problems()
+        self.others: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.with_more: Counter[str] = Counter()
+        self.left_out: dict[str, Counts] = defaultdict(Counts)  # split -> what became of the rows that it lost
+
+    def row(self, where: str, record: object, split: str) -> Row | None:
+        """The row, or None where it is left out and counted."""
+        counts = self.left_out[split]
+        try:
+            row = self._row(where, record)
+            counts.ties += row is None
+        except ConfigError:
+            raise
+        except ValueError as error:
+            (self.dropped if self.drop_bad else self.problems).add(where, str(error))
+            counts.bad, row = counts.bad + 1, None
+        counts.read += row is None
+        return row
+
+    def _row(self, where: str, record: object) -> Row | None:
+        if not isinstance(record, dict):
+            raise ValueError(f"must be an object, got {kind(record)}")
+        fits = [
+            shape
+            for shape in self.shapes
+            if all(at(record, theirs) is not None for theirs in shape.needs.values())
+            and not any(record.get(name) is not None for name in shape.unless)
+        ]
+        try:
+            # by the documented columns where no shape fits, which fails and says what is missing
+            row = self._read(fits[0] if fits else Shape("", {}, more=self.columns), where, record)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ValueError(self._explained(str(error), record)) from error
+        if not self.hands_on:
+            self._compare(row, fits, where, record)
+        return row
+
+    def _mapped(self, shape: Shape, record: Fields) -> tuple[Fields, Fields]:
+        """The record in our names, and its other columns."""
+        used = {**{name: self.columns.get(name) for name in EXTRAS}, **shape.more, **shape.needs}
+        # `history` mapped to be the prompt is the prompt alone
+        taken = {path for ours, path in used.items() if ours not in EXTRAS}
+        mapped = {ours: at(record, path) for ours, path in used.items() if ours not in EXTRAS or path not in taken}
+        mapped = {ours: value for ours, value in mapped.items() if value is not None or used[ours] in record}
+        known = {path.split(".")[0] if path not in record else path for path in used.values() if path}
+        known |= {self.rule.winner} if self.rule.winner else set()
+        others = {str(name): value for name, value in record.items() if name not in known | {"split"}}
+        if "chat_template_kwargs" in others:
+            mapped["chat_template_kwargs"] = others.pop("chat_template_kwargs")
+        return mapped, others
+
+    def _read(self, shape: Shape, where: str, record: Fields) -> Row | None:
+        mapped, others = self._mapped(shape, record)
+        if shape.name and not self.hands_on:
+            self._check_others(others)
+        if self.rule.winner is not None:
+            says = at(record, self.rule.winner)
+            if _is(says, self.rule.tie):
+                return None
+            if _is(says, self.rule.b):
+                mapped["chosen"], mapped["rejected"] = mapped["rejected"], mapped["chosen"]
+            elif not _is(says, self.rule.a):
+                raise ValueError(
+                    f"{self.rule.winner!r} is {says!r}, which is none of data.preference.a={self.rule.a}, "
+                    f"data.preference.b={self.rule.b}, data.preference.tie={self.rule.tie}"
+                )
+        made: Row = self.make(mapped, where, others)
+        self.formats[shape.name] += 1
+        self.with_more.update(ours for ours in ("system", "history", "tools") if mapped.get(ours))
+        self.others.update(name for name, value in others.items() if value not in (None, "", [], {}))
+        return made
+
+    def _check_others(self, others: Fields) -> None:
+        """No column is left unread that may say which rows or answers are good."""
+        for name in sorted(others.keys() - self.may_ignore, key=lambda name: bool(_MEASURES.search(name))):
+            decides = _DECIDES.search(name) and others[name] not in (None, "", [])
+            if decides and self.rule.winner is None and (self.is_named or not self._says_it(name)):
+                how = f"data.preference.winner={name} with data.preference.a and b, or " if self._two_answers() else ""
+                raise ConfigError(
+                    f"data.dataset_name: column {name!r} looks as if it decides which rows or answers are good, and "
+                    f"nothing reads it; set {how}data.ignored_columns=[{name}] to train without it"
+                )
+
+    def _two_answers(self) -> bool:
+        return "chosen" in self.columns
+
+    def _says_it(self, name: str) -> bool:
+        return self._two_answers() and _MEASURES.search(name) is not None
+
+    def _compare(self, row: Row | None, fits: Sequence[Shape], where: str, record: Fields) -> None:
+        """Two readings of a row that differ are one too many."""
+        for shape in fits[1:]:
+            mapped, others = self._mapped(shape, record)
+            try:
+                other: Row = self.make(mapped, where, others)
+            except ValueError:  # it is not one of this shape then
+                continue
+            if row is not None and (row.reference, row.prompt[-1:]) != (other.reference, other.prompt[-1:]):
+                ways = " or ".join(
+                    " ".join(f"data.columns.{ours}={path}" for ours, path in each.needs.items())
+                    for each in (fits[0], shape)
+                    if each.needs.keys() <= self.columns.keys()
+                )
+                raise ConfigError(
+                    f"{where}: reads as {fits[0].name} and as {shape.name}, and these differ; choose one"
+                    + (f" ({ways}; null leaves a column out)" if ways else "")
+                )
+
+    def _explained(self, what: str, record: Fields) -> str:
+        """An error about a missing column in the source's names, and what may be meant."""
+        if not what.startswith("no '"):
+            return what
+        what = re.sub(r"\(found: [^)]*\)", lambda _: f"(found: {', '.join(record) or 'nothing'})", what)
+        for ours, theirs in self.columns.items():
+            if ours != theirs:
+                what = what.replace(f"no {ours!r} ", f"no {theirs!r}, which data.columns.{ours} names ")
+        return what + _hints(record, self.columns)
+
+    def notes(self, others: str) -> list[str]:
+        """What was read as what, and which columns were not."""
+        more = ", ".join(f"{name} in {count:,}" for name, count in self.with_more.items())
+        read = "; ".join(f"{name}, {count:,} rows" for name, count in self.formats.items())
+        found = [f"format: {read}{'; ' + more if more else ''}"] if read else []
+        for name, count in sorted(self.others.items()):
+            ours = [ours for ours in self.columns if name in _ALIASES.get(ours, ())] if not self.hands_on else []
+            hint = f"; data.columns.{ours[0]}={name} reads it" if ours and ours[0] in ("input", "system") else ""
+            found.append(f"column {name!r} is {others} ({count} rows){hint}")
+        return found + left_out(self.dropped)
+
+
+def _held_out(rows: list[Row], test_size: float) -> tuple[list[Row], list[Row]]:
+    """Split by content, so that equal rows stay together and the choice depends on nothing but the rows."""
+    if test_size <= 0:
+        return rows, []
+    wanted = int(test_size) if test_size >= 1 else round(test_size * len(rows))
+    if not 0 < wanted < len(rows):
+        raise ConfigError(
+            f"data.test_size={test_size:g} of {len(rows)} rows leaves {len(rows) - wanted} to train on and "
+            f"{wanted} held out; data.test_size=0 holds out none"
+        )
+    by_content: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_content.setdefault(row.content, []).append(index)
+    order = sorted(by_content, key=lambda content: hashlib.sha256(content.encode()).digest())
+    chosen: set[int] = set()
+    for content in order:
+        if len(chosen) + len(by_content[content]) <= wanted:
+            chosen.update(by_content[content])
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def _split_of(record: object, default: str) -> str:
+    split = record.get("split") if isinstance(record, dict) else None
+    return split if isinstance(split, str) and split else default
+
+
+def left_out(dropped: Problems) -> list[str]:
+    """Notes on rows that data.bad_rows=drop has left out."""
+    return [f"left out (data.bad_rows=drop): {line}" for line in dropped.summary()]
+
+
+def read_rows(
+    data: DataConfig, given: Given, make: Make[Row], others: str = "ignored", shapes: Sequence[Shape] = ()
+) -> Splits[Row]:
+    """Read, check and split the rows that `data` names, by the first of the `shapes` that a row has.
+
+    Raises:
+        DataError: names file, line and fault of the first bad rows and counts the others.
+        ConfigError: a source or split does not exist, a column would decide and is not read, or two readings differ.
+    """
+    sources: dict[str, str] = {}
+    reader: _Reader[Row] = _Reader(
+        data, make, shapes or [Shape("rows", {}, more=vars(data.columns))], others != "ignored"
+    )
+    by_split: dict[str, list[Row]] = {}
+    cut_short = False
+    for part, found in records(data, given, sources, reader.problems).items():
+        for taken, (where, record) in enumerate(found):
+            if taken == data.max_rows:
+                cut_short = True
+                break
+            split = part if given else _split_of(record, part)
+            row = reader.row(where, record, split)
+            if row is not None:
+                by_split.setdefault(split, []).append(row)
+    reader.problems.raise_if_any()
+    notes = reader.notes(others)
+    if cut_short:
+        notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
+    train = by_split.pop(data.dataset_train_split, [])
+    if not train:
+        there = ", ".join(by_split) or "no rows at all"
+        wanted = f"no rows of split {data.dataset_train_split} (found: {there})"
+        raise DataError(f"data.dataset_name={data.dataset_name}: {wanted}", *left_out(reader.dropped))
+    return _splits(data, train, by_split, reader.left_out, sources, notes)
+
+
+def _repeats_prompt(row: Row) -> bool:
+    question = row.prompt[-1]["content"].strip() if row.prompt else ""
+    return len(question) >= ECHO and row.reference.strip().startswith(question)
+
+
+def _splits(
+    data: DataConfig,
+    train: list[Row],
+    others: dict[str, list[Row]],
+    left_out: dict[str, Counts],
+    sources: dict[str, str],
+    notes: list[str],
+) -> Splits[Row]:
+    """Set the held-out rows apart: the source's own, else a share of those read."""
+    counts = {"train": left_out[data.dataset_train_split], "test": Counts()}
+    test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in others), None)
+    if test_split is None:
+        train, test = _held_out(train, data.test_size)
+        counts["train"].read += len(train)
+    else:
+        if test_split not in others:
+            raise ConfigError(
+                f"data.dataset_test_split={test_split} is neither a file nor a split of {data.dataset_name} "
+                f"(found: {', '.join([data.dataset_train_split, *others])})"
+            )
+        test = others.pop(test_split)
+        counts["test"] = left_out[test_split]
+        counts["train"].read += len(train)
+        held_out = {row.content for row in test}
+        kept = [row for row in train if row.content not in held_out]
+        counts["train"].in_test_too = len(train) - len(kept)
+        train = kept
+    counts["test"].read += len(test)
+    notes += [f"{len(rows)} rows of split {name!r} are not used" for name, rows in others.items()]
+    for name, rows in (("train", train), ("test", test)):
+        counts[name].kept = len(rows)
+        counts[name].duplicates = len(rows) - len({row.content for row in rows})
+        counts[name].repeats_prompt = sum(map(_repeats_prompt, rows))
+    if not train:
+        raise DataError("no rows left to train on: every one of them is also among the held-out rows")
+    return Splits(train, test, counts, sources, notes)
