@@ -25,6 +25,7 @@ from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.config.stages import STAGES
 from posttrain.console import say
+from posttrain.data.chat import ChatEncoder
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.resolve import adapter_base, input_hashes, parent_of
 from posttrain.paths import PACKAGE
@@ -54,8 +55,8 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
     return folder, options
 
 
-def model_card(manifest: JsonObject) -> str:
-    """A card in the Hub's format: metadata, lineage, numbers, settings and versions."""
+def model_card(manifest: JsonObject, encoder: ChatEncoder | None = None) -> str:
+    """A card in the Hub's format: metadata, lineage, numbers, settings, versions; of a reward model how to score."""
     base = manifest["config"]["model"]["base_model"]
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, (int, float))}
     environment = Environment(
@@ -67,6 +68,7 @@ def model_card(manifest: JsonObject) -> str:
         base=None if base.startswith("posttrain/") or Path(base).exists() else base,
         spec=STAGES[manifest["stage"]],
         metrics=metrics,
+        end_of_text=None if encoder is None else encoder.end_of_text(),
         settings={name: value for name, value in manifest["config"]["stage"].items() if value is not None},
     )
 
@@ -116,7 +118,10 @@ def _main() -> None:
     difference = check_merge(folder, manifest)
     if difference is not None:
         say(f"merged model and base with adapter agree within {difference:.1e}")
-    card = model_card(manifest)
+    from transformers import AutoTokenizer
+
+    scores = STAGES[manifest["stage"]].is_classifier
+    card = model_card(manifest, ChatEncoder(AutoTokenizer.from_pretrained(folder / "model")) if scores else None)
     if "to" in options:
         target = Path(options["to"])
         shutil.copytree(folder / "model", target)

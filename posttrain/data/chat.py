@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a token without loss: torch.nn.CrossEntropyLoss(ignore_index=-100)
 _LAST = "; data.train_on=last trains the last completion alone"
 _THINK = re.compile(r"</?think>")
+_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")  # of a thought, where a generation prompt ends with one
 
 
 class Segment(NamedTuple):
@@ -51,8 +52,8 @@ class ChatEncoder:
         self._special, self._special_at_end = re.compile(names), re.compile(rf"(?:\s*(?:{names}))+\s*\Z")
         self._refuses_special = not allow_special_tokens
         self._call_forms: dict[str | None, tuple[str | None, bool]] = {}
-        self.unlike_generation = 0  # completions that do not begin as a generation prompt ends
-        self.end_of_turn, self.tail, self.opening = self._probe()
+        self.unlike_generation = 0  # completions that do not begin with the thought that a generation prompt begins
+        self.end_of_turn, self.tail = self._probe()
         self._anchor = self._find_anchor()
 
     # --- what the template writes
@@ -120,8 +121,8 @@ class ChatEncoder:
             "model.chat_template_path"
         )
 
-    def _probe(self) -> tuple[str, str, str]:
-        """The token that ends a completion, what follows it, and what only generation prompts end with (<think>)."""
+    def _probe(self) -> tuple[str, str]:
+        """The token that ends a completion, and what the template writes after it."""
         question: list[Message] = [{"role": "user", "content": "Q"}]
         answered: list[Message] = [*question, {"role": "assistant", "content": "ANSWER"}]
         try:
@@ -129,21 +130,21 @@ class ChatEncoder:
             trained, _ = self._render(answered, NO_INPUTS, self.training)
         except ValueError as error:
             raise ConfigError(f"{self.name}, a plain question and answer: {error}") from error
-        shared = _shared(own, asked)
-        if shared < len(asked):
-            shared = len(own[:shared].removesuffix("<think>"))
-        if own.find("ANSWER", shared) < 0 or "Q" not in own[:shared]:
+        if "Q" not in own or "ANSWER" not in own:
+            raise ConfigError(f"{self.name}: the chat template does not write messages whose content is a text")
+        self._opens = _OPENING.search(asked) is not None
+        if not own.startswith((asked, _OPENING.sub("", asked))):
             raise ConfigError(
                 f"{self.name}: the chat template does not begin a completion where its generation prompt ends"
             )
         rest = own[own.rindex("ANSWER") + len("ANSWER") :]
         if (found := self._special.search(rest)) is not None:
-            return found.group(), rest[found.end() :], asked[shared:]
+            return found.group(), rest[found.end() :]
         # TRL's template may end it where the model's own leaves that to what follows
         marked = self._special.search(trained, trained.rindex("ANSWER"))
         if marked is None and self.tokenizer.eos_token is None:
             raise ConfigError(f"{self.name}: the tokenizer has no EOS token, so a model could never learn to stop")
-        return marked.group() if marked else str(self.tokenizer.eos_token), rest, asked[shared:]
+        return marked.group() if marked else str(self.tokenizer.eos_token), rest
 
     # --- what of it carries loss
 
@@ -180,6 +181,9 @@ class ChatEncoder:
                 before_it = self._render(messages[:later], inputs, self.training)[0]
                 end = len(text) if later is None else _shared(text, before_it)
                 spans = [span for span in spans if not begin <= span[0] < end]
+            if self._opens and spans:
+                opening = _OPENING.search(self.render(messages[:last], add_generation_prompt=True, inputs=inputs))
+                self.unlike_generation += opening is not None and opening.group() not in text[slice(*spans[-1])]
         self._check_kept(text, spans, messages, trained)
         return self._pieces(text, spans)
 
@@ -237,9 +241,9 @@ class ChatEncoder:
         asked = self.render(prompt, add_generation_prompt=True, inputs=inputs)
         if text.startswith(asked):
             return len(asked)
-        if self.opening and asked.endswith(self.opening) and text.startswith(asked.removesuffix(self.opening)):
+        if text.startswith(without := _OPENING.sub("", asked)):
             self.unlike_generation += 1
-            return len(asked) - len(self.opening)
+            return len(without)
         raise ValueError(
             f"the chat template of {self.name} is not prefix-preserving: later messages change how earlier ones are "
             f"rendered{_LAST}"
@@ -361,6 +365,11 @@ class ChatEncoder:
     def end_id(self) -> int:
         """Of the token that ends a turn."""
         return int(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))
+
+    def end_of_text(self) -> tuple[str, str]:
+        """What to take from the end of a rendered conversation, and then to put there, to have what is trained."""
+        text = self.render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}])
+        return self.tail, "" if text.endswith(self.end_of_turn + self.tail) else self.end_of_turn
 
     def conversation_ids(self, messages: Sequence[Message], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """The ids of a conversation that a reward model reads: up to the token that ends its last completion."""

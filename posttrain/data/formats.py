@@ -363,6 +363,7 @@ def read_prompts(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Promp
 
     shapes = [
         _documented(data.columns, "prompt"),
+        *_ANSWERS,
         Shape("chosen and rejected", {"chosen": "chosen", "rejected": "rejected"}),
         Shape("messages", {"messages": "messages"}),
         Shape(

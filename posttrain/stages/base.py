@@ -156,8 +156,8 @@ def prepare_rows(
     splits.notes += left_out(dropped) if dropped else []
     if encoder.unlike_generation:
         splits.notes.append(
-            f"{encoder.unlike_generation:,} completions do not begin with {encoder.opening!r}, as those that the model "
-            "generates do: it is trained without (data.chat_template_kwargs may turn it off)"
+            f"{encoder.unlike_generation:,} completions do not begin with the <think> that the generation prompt ends "
+            "with: the model will generate otherwise than it is trained (data.chat_template_kwargs may turn it off)"
         )
     return StageData(encoder, splits, train, test, room, new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1)))
 

@@ -1,9 +1,11 @@
 """Talking to a finished model, taking it elsewhere, and the four lines for a notebook."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import tokenizers_for_tests as made
 from conftest import Outcome, Posttrain, ended, start
 
 from posttrain import export
@@ -65,6 +67,36 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     assert again.code == 2
     assert "to=exported is there already" in again.err
     assert entry(export.main, "outputs/demo/sft", "push_to_hub=someone/model").code == 1  # no Hub can be reached here
+
+
+TOLD = [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ChatML"])
+def test_the_card_of_a_reward_model_scores_as_ppo_does(
+    posttrain: Posttrain, entry: Posttrain, tmp_path: Path, kind: str
+) -> None:
+    import torch
+
+    from posttrain.cli.command import configure
+    from posttrain.models.load import load_reward_model, load_tokenizer
+    from posttrain.models.resolve import beside
+    from posttrain.rlhf.scoring import RewardModel
+
+    template = tmp_path / "chatml.jinja"
+    template.write_text(made.CHATML)
+    written = [f"model.chat_template_path={template}"] if kind == "ChatML" else []
+    assert posttrain("stage=reward", "data.max_rows=60", *RUN, *written).code == 0
+    assert entry(export.main, "outputs/demo/reward", "to=exported").code == 0
+    [code] = re.findall(r"```python\n(.*?)```", Path("exported/README.md").read_text(), re.DOTALL)
+    found: dict[str, float] = {}
+    exec(code, {"path": "exported", "messages": TOLD}, found)
+    settings = beside(configure().model, "outputs/demo/reward")
+    tokenizer, _ = load_tokenizer(settings)
+    model = load_reward_model(settings, tokenizer, "outputs/demo/reward/model", 0, quantised=False, new_head=False)
+    with torch.no_grad():
+        [score] = RewardModel(model.eval(), tokenizer).score([TOLD])
+    assert found["score"] == pytest.approx(score, abs=1e-6)
 
 
 def test_an_export_is_refused(entry: Posttrain) -> None:

@@ -1,0 +1,168 @@
+"""What is kept with a chat template, which completions carry loss, and what a template that drops words is told."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers_for_tests as made
+from conftest import Posttrain, write_rows
+
+from posttrain.data.chat import IGNORED, ChatEncoder
+from posttrain.data.splits import TemplateInputs
+from posttrain.data.template import keep_in_template
+from posttrain.errors import ConfigError
+from posttrain.runs.folder import first_begun
+
+DAY = datetime.datetime(2026, 7, 3, 4, 5)
+DATED = "{{ strftime_now('%d %b %Y') }} {{ enable_thinking }}\n" + made.CHATML
+ASKED = {"role": "user", "content": "Q1"}
+TALK = [ASKED, {"role": "assistant", "content": "A1"}, {"role": "user", "content": "Q2"}]
+TALK += [{"role": "assistant", "content": "A2"}]
+
+
+def kept(template: str, options: dict[str, Any] | None = None) -> Any:
+    tokenizer = made.chatml()
+    tokenizer.chat_template = template
+    keep_in_template(tokenizer, DAY, options or {})
+    return tokenizer
+
+
+def text(tokenizer: Any, **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(TALK, tokenize=False, **options))
+
+
+def test_date_and_arguments_stay_with_the_template() -> None:
+    tokenizer = kept(DATED, {"enable_thinking": False})
+    assert text(tokenizer).startswith("03 Jul 2026 False\n<|im_start|>")
+    assert text(tokenizer, enable_thinking=True).startswith("03 Jul 2026 True\n")
+    assert ChatEncoder(tokenizer).render(TALK) == text(tokenizer)
+    # a later stage, on another day, changes what it names and nothing else
+    keep_in_template(tokenizer, DAY + datetime.timedelta(days=400), {})
+    assert text(tokenizer).startswith("03 Jul 2026 False\n")
+    keep_in_template(tokenizer, DAY + datetime.timedelta(days=400), {"enable_thinking": True})
+    assert text(tokenizer).startswith("03 Jul 2026 True\n")
+    assert text(kept(made.CHATML)) == text(made.chatml())
+    assert kept(made.CHATML).chat_template == made.CHATML
+    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.enable_thinkin "):
+        kept(DATED, {"enable_thinkin": False})
+
+
+def test_a_row_has_arguments_of_its_own() -> None:
+    encoder = ChatEncoder(kept(DATED, {"enable_thinking": False}))
+    own = encoder.segments(TALK, TemplateInputs([], {"enable_thinking": True}))
+    assert own[0].text.startswith("03 Jul 2026 True\n")
+    assert encoder.segments(TALK)[0].text.startswith("03 Jul 2026 False\n")
+
+
+def test_all_stages_of_a_run_have_the_day_of_the_first(
+    posttrain: Posttrain, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text(DATED)
+    began = tmp_path / "outputs" / "demo" / "reward"
+    began.mkdir(parents=True)
+    (began / "run.json").write_text(json.dumps({"begun": DAY.isoformat()}))
+    assert first_begun(began.parent) == DAY
+    assert first_begun(tmp_path).date() == datetime.datetime.now().date()
+    command = (f"data.dataset_name={rows}", "trainer.max_steps=2", f"model.chat_template_path={template}")
+    options = "data.chat_template_kwargs={enable_thinking: true}"
+    done = posttrain(*command, options)
+    assert done.code == 0, done
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained("outputs/demo/sft/model")
+    assert text(saved).startswith("03 Jul 2026 True\n")
+    assert json.loads(Path("outputs/demo/sft/run.json").read_text())["begun"] == DAY.isoformat()
+    again = posttrain(*command, options)
+    assert again.code == 0
+    assert "already complete" in again.out
+    other = posttrain(*command, "data.chat_template_kwargs={enable_thinking: false}")
+    assert other.code == 2
+    assert "chat_template_kwargs" in other.err
+
+
+def test_one_completion_or_those_that_the_row_names_carry_loss() -> None:
+    encoder = ChatEncoder(made.chatml())
+    tokenizer = encoder.tokenizer
+    skipped = [TALK[0], TALK[1] | {"train": False}, *TALK[2:]]
+    for messages, train_on in ((TALK, "last"), (skipped, "all")):
+        [(ids, labels)] = encoder.encode([encoder.segments(messages, train_on=train_on)])
+        assert tokenizer.decode([label for label in labels if label != IGNORED]) == "A2<|im_end|>"
+        assert ids[: len(encoder.prompt_ids(TALK[:-1]))] == encoder.prompt_ids(TALK[:-1])
+    first = [TALK[0], TALK[1], TALK[2], TALK[3] | {"train": False}]
+    [(_, labels)] = encoder.encode([encoder.segments(first)])
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "A1<|im_end|>"
+    with pytest.raises(ValueError, match=r"data\.messages\.train"):
+        encoder.segments([ASKED, TALK[1] | {"train": False}])
+
+
+LOSSY = {
+    "the system message": "{% for m in messages if m.role != 'system' %}",
+    "a thought": "{% for m in messages %}",
+}
+
+
+@pytest.mark.parametrize("dropped", LOSSY)
+def test_a_template_that_drops_words_is_refused(dropped: str) -> None:
+    tokenizer = made.chatml()
+    body = "<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = LOSSY[dropped] + body + asks
+    encoder = ChatEncoder(tokenizer)
+    told = [{"role": "system", "content": "Told"}] if dropped == "the system message" else []
+    thinks = {"role": "assistant", "content": "<think>Mused</think>A1"}
+    with pytest.raises(ValueError, match="'Told'" if told else "'Mused'"):
+        encoder.segments([*told, ASKED, thinks if not told else TALK[1]])
+    # what an earlier turn thought is no part of a prompt, in training as in generation
+    if not told:
+        [prompt, answer] = encoder.segments([ASKED, thinks, *TALK[2:]], train_on="last")
+        assert "Mused" not in prompt.text
+        assert answer.text == "A2<|im_end|>"
+        assert prompt.text == encoder.render([ASKED, thinks, TALK[2]], add_generation_prompt=True)
+
+
+def test_tools_and_calls_need_a_template_that_writes_them() -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    encoder = ChatEncoder(made.chatml())
+    with pytest.raises(ValueError, match=r"data\.columns\.tools=null"):
+        encoder.segments(TALK, TemplateInputs([tool], {}))
+    called = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    with pytest.raises(ValueError, match=r"model\.chat_template_path"):
+        encoder.segments([*called, TALK[1]])
+
+
+def test_the_developer_is_the_system_where_the_template_knows_no_developer() -> None:
+    developer = {"role": "developer", "content": "Told"}
+    encoder = ChatEncoder(made.chatml())
+    assert encoder.render([developer, ASKED]).startswith("<|im_start|>system\nTold")
+    named = made.chatml()
+    named.chat_template = "{# developer #}" + made.CHATML
+    assert ChatEncoder(named).render([developer, ASKED]).startswith("<|im_start|>developer\nTold")
+
+
+@pytest.mark.parametrize("kind", ["plain", "chatml", "llama"])
+def test_a_reward_model_reads_the_text_that_transformers_renders(kind: str) -> None:
+    from posttrain.data.template import plain_template
+
+    tokenizer = {"plain": made.gpt2_like, "chatml": made.chatml, "llama": made.llama_like}[kind]()
+    tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)
+    encoder = ChatEncoder(tokenizer)
+    tail, end = encoder.end_of_text()
+    read = tokenizer(text(tokenizer).removesuffix(tail) + end, add_special_tokens=False).input_ids
+    assert encoder.conversation_ids(TALK) == read
+    assert kind != "plain" or (tail, end) == ("", "")  # nothing stands after EOS: all of the text is read
+
+
+def test_raw_text_carries_loss_on_every_token(posttrain: Posttrain, tmp_path: Path) -> None:
+    texts = write_rows(tmp_path / "text.jsonl", [{"text": f"The year {year} was long."} for year in range(40)])
+    done = posttrain(f"data.dataset_name={texts}", "data.columns.text=text", "trainer.max_steps=2")
+    assert done.code == 0, done
+    assert json.loads(Path("outputs/demo/sft/posttrain.json").read_text())["metrics"]["eval_loss"] > 0
+    tokenizer = made.gpt2_like()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    [(ids, labels)] = (encoder := ChatEncoder(tokenizer)).encode([encoder.raw_text("The year")])
+    assert ids == labels
+    assert tokenizer.decode(ids) == "The year<|endoftext|>"
