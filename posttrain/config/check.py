@@ -167,6 +167,15 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     targets = model.lora_target_modules
     if not isinstance(targets, str) and not (targets and all(isinstance(name, str) for name in targets)):
         yield f"model.lora_target_modules={targets!r} must be all-linear or a list of module names"
+    rule, stage = config.data.preference, STAGES[config.stage.name]
+    said = {name: value for name, value in vars(rule).items() if value is not None}
+    if said and not {"winner", "a", "b"} <= said.keys():
+        gone = ", ".join(f"data.preference.{name}" for name in ("winner", "a", "b") if name not in said)
+        yield f"data.preference.{next(iter(said))} needs {gone} beside it"
+    if said and "chosen" not in {item.name for item in dataclasses.fields(stage.columns)}:
+        yield f"data.preference is about two answers, of which the rows of stage={stage.name} have one or none"
+    if config.data.train_on == "last" and "response" not in {item.name for item in dataclasses.fields(stage.columns)}:
+        yield f"data.train_on=last is about the completions of stage=sft; stage={stage.name} learns one of each row"
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"

@@ -1,13 +1,17 @@
 """The shapes in which public data sets write conversations, preferences and prompts, and what must be refused."""
 
+import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import data_config, write_rows
 
+from posttrain.cli.command import compose_config
+from posttrain.config.check import check
 from posttrain.config.schema import MessagesConfig, PreferenceConfig
 from posttrain.data.formats import read_instructions, read_preferences, read_prompts
 from posttrain.errors import ConfigError, DataError
@@ -18,7 +22,8 @@ WRONG = {"role": "assistant", "content": "Five."}
 MORE = [ASKED, SAID, {"role": "user", "content": "And one more?"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-READERS = {"sft": read_instructions, "dpo": read_preferences, "ppo": read_prompts}
+READERS = {"sft": read_instructions, "reward": read_preferences, "dpo": read_preferences, "ppo": read_prompts}
+ROOT = Path(__file__).parents[2]
 MESSAGES = MessagesConfig(role=None, content=None, roles={}, train=None)
 
 
@@ -299,3 +304,72 @@ def test_files_of_each_ending_and_lines_in_json(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('{"rows": [\n1]}')
     with pytest.raises(DataError, match="list of objects"):
         read_instructions(data_config(str(tmp_path / "d.json"), "sft"))
+
+
+TALK = [ASKED, SAID]
+COLUMNS_OF: dict[str, dict[str, Any]] = {
+    "HuggingFaceH4/ultrachat_200k": {"prompt": "Two plus two?", "prompt_id": "a1", "messages": TALK},
+    "allenai/tulu-3-sft-mixture": {"id": "a1", "messages": TALK, "source": "made"},
+    "teknium/OpenHermes-2.5": {
+        **{"conversations": sharegpt(TALK), "source": "made", "custom_instruction": None, "category": None},
+        **{"system_prompt": None, "model_name": None, "rank": None, "skip_prompt_formatting": False},
+    },
+    "tatsu-lab/alpaca": {"instruction": "Two plus two?", "input": "", "output": "Four.", "text": "Below is …"},
+    "databricks/databricks-dolly-15k": {
+        **{"instruction": "Two plus two?", "context": "", "response": "Four.", "category": "open_qa"}
+    },
+    "Salesforce/xlam-function-calling-60k": {
+        **{"id": 0, "query": "Two plus two?", "answers": json.dumps([CALL["function"]])},
+        "tools": json.dumps([{"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}]),
+    },
+    "HuggingFaceH4/ultrafeedback_binarized": {
+        **{"prompt": "Two plus two?", "prompt_id": "a1", "chosen": TALK, "rejected": [ASKED, WRONG]},
+        **{"messages": TALK, "score_chosen": 8.0, "score_rejected": 5.0},
+    },
+    "Intel/orca_dpo_pairs": {"system": "", "question": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
+    "Anthropic/hh-rlhf": {
+        side: f"\n\nHuman: Two plus two?\n\nAssistant: {said['content']}"
+        for side, said in (("chosen", SAID), ("rejected", WRONG))
+    },
+    "stanfordnlp/SHP": {
+        **{
+            "post_id": "p",
+            "domain": "made",
+            "history": "Two plus two?",
+            "human_ref_A": "Five.",
+            "human_ref_B": "Four.",
+        },
+        **{"labels": 0, "score_A": 3, "score_B": 9, "score_ratio": 3.0, "upvote_ratio": 0.9},
+    },
+    "nvidia/HelpSteer3": {
+        **{"domain": "made", "language": "english", "context": [ASKED], "response1": "Five.", "response2": "Four."},
+        **{"overall_preference": 2, "individual_preference": [{"score": 2, "reasoning": "right"}]},
+    },
+    "openai/gsm8k": {"question": "Two plus two?", "answer": "#### 4"},
+}
+DOCUMENTED = {
+    found[1]: (found[2], re.findall(r"data\.\S+=[^\s`]+", found[3]))
+    for found in re.finditer(
+        r"^\| `(\S+/\S+)` \| (\w+) \|(.*)\|$", (ROOT / "docs" / "data.md").read_text(), flags=re.MULTILINE
+    )
+}
+
+
+def test_the_page_shows_these_public_sets() -> None:
+    assert DOCUMENTED.keys() == COLUMNS_OF.keys()
+
+
+@pytest.mark.parametrize("name", COLUMNS_OF)
+def test_a_public_set_is_read_with_the_keys_of_the_page(tmp_path: Path, name: str) -> None:
+    stage, keys = DOCUMENTED[name]
+    composed = check(compose_config([f"stage={stage}", "data.dataset_name=rows", *keys], None)).data
+    assert composed.dataset_name == "rows"
+    path = write_rows(tmp_path / "rows.jsonl", [COLUMNS_OF[name]] * 2)
+    local = {"dataset_name": str(path), "dataset_train_split": "train", "dataset_test_split": None, "test_size": 0.0}
+    splits = READERS[stage](dataclasses.replace(composed, **local))
+    row = splits.train[0]
+    assert row.prompt[-1] == ASKED
+    if stage in ("dpo", "reward"):
+        assert (row.chosen, row.rejected) == ([SAID], [WRONG])
+    elif stage == "sft":
+        assert row.messages[-1] == (SAID if "xlam" not in name else {**SAID, "content": "", "tool_calls": [CALL]})
