@@ -121,7 +121,12 @@ def _comments(file: Path) -> dict[str, list[str]]:
 
 def _rows(prefix: str, node: DictConfig, notes: dict[str, list[str]]) -> Iterator[str]:
     """A line for each key with its value, its comment below it; a comment that begins with -- is a heading."""
+    groups: set[str] = set()
     for key, value in _leaves(node):
+        group = key.rpartition(".")[0]
+        if group and group not in groups and notes.get(group):
+            groups.add(group)
+            yield from _wrapped(f"-- {prefix}.{group}: {' '.join(notes[group])}", "  ")
         note = notes.get(key, [])
         for heading in note:
             yield from _wrapped(heading, "  ") if heading.startswith("--") else ()
@@ -137,7 +142,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 def _leaves(node: DictConfig, path: str = "") -> Iterator[tuple[str, str]]:
     for key in map(str, node):
         inner = node._get_node(key)
-        if isinstance(inner, DictConfig):
+        if isinstance(inner, DictConfig) and len(inner):
             yield from _leaves(inner, f"{path}{key}.")
         elif path + key != "name":
             yield path + key, _shown(inner)
@@ -148,5 +153,7 @@ def _shown(node: Any) -> str:
     value = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node._value()
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
+    if value == {}:
+        return "{}"
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)

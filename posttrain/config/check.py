@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.config.reserved import ALWAYS
-from posttrain.config.schema import Config, StageConfig, renamed
+from posttrain.config.schema import ROLES, Config, StageConfig, renamed
 from posttrain.config.stages import STAGES, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
@@ -167,6 +167,9 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     targets = model.lora_target_modules
     if not isinstance(targets, str) and not (targets and all(isinstance(name, str) for name in targets)):
         yield f"model.lora_target_modules={targets!r} must be all-linear or a list of module names"
+    for name, role in config.data.messages.roles.items():
+        if role not in ROLES:
+            yield one_of(f"data.messages.roles.{name}", role, ROLES)
     rule, stage = config.data.preference, STAGES[config.stage.name]
     said = {name: value for name, value in vars(rule).items() if value is not None}
     if said and not {"winner", "a", "b"} <= said.keys():

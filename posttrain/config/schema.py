@@ -69,6 +69,9 @@ class Columns:
     tools: str | None = key()
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
 @dataclass
 class MessagesConfig:
     """What the messages of a conversation are called in the source."""

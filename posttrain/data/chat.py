@@ -75,17 +75,17 @@ class ChatEncoder:
 
         given = self._in_its_words(messages, inputs, template)
         try:
-            [text], [marks] = render_jinja_template(
+            [text], marks = render_jinja_template(
                 conversations=[given],
                 tools=inputs.tools or None,
                 chat_template=template or self.tokenizer.get_chat_template(tools=inputs.tools or None),
                 add_generation_prompt=add_generation_prompt,
-                return_assistant_tokens_mask=True,
+                return_assistant_tokens_mask=template is not None,
                 **{**self.tokenizer.special_tokens_map, **inputs.options},
             )
         except Exception as error:  # whatever a template raises: jinja2's errors and its own raise_exception
             raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from error
-        return str(text), marks
+        return str(text), marks[0] if marks else []
 
     def _in_its_words(self, messages: Sequence[Message], inputs: TemplateInputs, template: str | None) -> list[Message]:
         """The messages with what this template reads where: tool calls, and the developer as the system."""
@@ -144,7 +144,7 @@ class ChatEncoder:
         marked = self._special.search(trained, trained.rindex("ANSWER"))
         if marked is None and self.tokenizer.eos_token is None:
             raise ConfigError(f"{self.name}: the tokenizer has no EOS token, so a model could never learn to stop")
-        return marked.group() if marked else str(self.tokenizer.eos_token), rest
+        return marked.group() if marked else str(self.tokenizer.eos_token), rest[len(rest.rstrip()) :]
 
     # --- what of it carries loss
 
@@ -256,7 +256,7 @@ class ChatEncoder:
         if (found := self._special_at_end.search(text, start)) is not None:  # another one, as after a tool call
             *_, token = self._special.finditer(text, found.start())
             return token.start(), token.end()
-        return (end := len(text.removesuffix(self.tail).rstrip())), end
+        return (end := len(text.rstrip())), end
 
     def _span(self, text: str, messages: Sequence[Message], index: int, inputs: TemplateInputs) -> tuple[int, int]:
         """Of a template without marks: from where a completion is generated to the token that ends it."""

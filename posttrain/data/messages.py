@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from posttrain.config.schema import MessagesConfig
+from posttrain.config.schema import ROLES, MessagesConfig
 from posttrain.values import JsonObject
 
 Message = JsonObject
 REASONING = ("reasoning_content", "thinking", "reasoning")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # who may speak next; "" stands before the first message
 _NEXT = {
     "": ("system", "developer", "user"),

@@ -252,7 +252,7 @@ class _Reader(Generic[Row]):
                 )
         made: Row = self.make(mapped, where, others)
         self.formats[shape.name] += 1
-        self.with_more.update(ours for ours in ("system", "history", "tools") if mapped.get(ours))
+        self.with_more.update(ours for ours in (*EXTRAS, "chat_template_kwargs") if mapped.get(ours))
         self.others.update(name for name, value in others.items() if value not in (None, "", [], {}))
         return made
 

@@ -154,6 +154,9 @@ def prepare_rows(
         lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength, dropped), splits, room
     )
     splits.notes += left_out(dropped) if dropped else []
+    options = {name for row in splits.train for name in row.inputs.options}
+    if unread := sorted(name for name in options if name not in str(tokenizer.chat_template)):
+        splits.notes.append(f"the chat template reads no {', '.join(unread)} of the rows' chat_template_kwargs")
     if encoder.unlike_generation:
         splits.notes.append(
             f"{encoder.unlike_generation:,} completions do not begin with the <think> that the generation prompt ends "

@@ -82,8 +82,10 @@ def test_the_help_of_a_stage_names_every_key_with_its_value_and_comment(command:
     assert done.code == 0, done
     composed = compose_all([f"stage={stage}"], None)
     for section in ("stage", "data", "model", "trainer"):
-        keys = [key for key in composed[section] if key not in ("name", "columns")]
+        keys = [key for key in composed[section] if key not in ("name", "columns", "messages", "preference")]
         assert [key for key in keys if f"  {section}.{key}=" not in done.out] == []
+    assert "  data.columns.system=system\n" in done.out
+    assert "  data.messages.roles={}\n" in done.out
     assert f"  stage.max_length={composed.stage.max_length}\n" in done.out
     assert "  data.dataset_name=null\n" in done.out
     words = " ".join(done.out.split())

@@ -102,8 +102,8 @@ def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: lis
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-    # without an end after the last completion, text between the earlier ones and their ends may belong to either
-    cannot_tell = not earlier or (not end and gap.strip())
+    # without an end after the last completion, text that the template writes there may belong to either
+    cannot_tell = not earlier or (not end and (gap + tail).strip())
     if cannot_tell and len(turns) > 1:
         with pytest.raises(ValueError, match=r"data\.train_on=last"):
             encoder.segments(messages)
@@ -117,7 +117,7 @@ def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: lis
             (("" if number == 0 else tail) + before + question + after + opening, False),
             (answer + gap + earlier, True)
             if number < len(turns) - 1
-            else (answer + gap + end if end else answer.rstrip() + "<|endoftext|>", True),
+            else (answer + gap + end if end else (answer + gap + tail).rstrip() + "<|endoftext|>", True),
         )
     ]
     for wanted in (False, True):
