@@ -27,6 +27,7 @@ HARMLESS = (
     "`is_gradient_checkpointing` is deprecated",
     # shares of the steps are compared with their number; what may not differ is refused by posttrain itself
     "The following arguments do not match the ones in the `trainer_state.json`",
+    "_pattern keys did not match any targeted module",  # PEFT looks at modules alone, and experts are parameters
     "'pin_memory' argument is set as true but no accelerator is found",
 )
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.config.reserved import ALWAYS
-from posttrain.config.schema import Config, StageConfig, renamed
+from posttrain.config.schema import CHANGE_BASE, Config, StageConfig, renamed
 from posttrain.config.stages import STAGES, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
@@ -164,8 +164,16 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
         yield f"data.dataset_name={names!r} must be a path, a Hub id or a list of paths"
     targets = model.lora_target_modules
-    if not isinstance(targets, str) and not (targets and all(isinstance(name, str) for name in targets)):
+    named = targets or (model.lora_target_parameters and targets is not None)  # parameters may stand alone
+    if not isinstance(targets, str) and not (named and all(isinstance(name, str) for name in targets)):
         yield f"model.lora_target_modules={targets!r} must be all-linear or a list of module names"
+    if model.lora_init_weights in CHANGE_BASE and STAGES[config.stage.name].has_reference:
+        yield (
+            f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights, which are the reference of "
+            f"stage={config.stage.name}; set it for stages without a reference"
+        )
+    if model.lora_init_weights in CHANGE_BASE and (model.load_in_4bit or model.load_in_8bit):
+        yield f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights, which are quantised"
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 NEW_PAD = "<|pad|>"
+# Fields of a config that put chance into a forward pass in training: dropout of any kind, and noise at a router.
+_RANDOM = re.compile("drop|jitter")
+# Weights that a model has no place for and does without, besides those that its class in transformers names itself.
+_SUPERFLUOUS = {r"\.masked_bias$": "a constant of the causal mask, which old releases stored"}
+_REPLACED = {r"^(lm_head|embed_out)\.": "the head that predicts tokens, in whose place a reward model has its own"}
 # Texts on which a tokenizer as loaded must agree with its own tokenizer.json.
 _PROBES = ("It has 13 legs, or 1300.", "\n\n  def f(x):\n\treturn x", "naïve café — 東京 🙂", " The end.")
 
@@ -126,15 +132,15 @@ def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return [f"pad token: {NEW_PAD} (added; EOS is never used for padding)"]
 
 
-def hub_config(model: ModelConfig) -> "PretrainedConfig":
-    """The model's own config.json, an adapter's base model's for an adapter.
+def hub_config(model: ModelConfig, path: str | None = None) -> "PretrainedConfig":
+    """The config.json at `path`, or else the model's own, an adapter's base model's for an adapter.
 
     Raises:
         ConfigError: it cannot be read.
     """
     from transformers import AutoConfig
 
-    folder = resolve_path(model)
+    folder = path or resolve_path(model)
     if (Path(folder) / "adapter_config.json").is_file():
         folder = _adapter_base(model, folder)
     with _named_failure(model, "its config.json cannot be read"):
@@ -173,7 +179,7 @@ def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", fol
         raise ConfigError(f"{where}: no adapter_model.safetensors; other files of weights are not read")
     path = _adapter_base(model, folder)
     with naming(f"{folder}/adapter_config.json: base_model_name_or_path"):
-        base = load_causal_lm(beside(model, path), tokenizer, path)
+        base = load_causal_lm(beside(model, path), tokenizer, path, dropout=True)
     with _named_failure(model, "its adapter cannot be loaded"):
         adapted = get_peft_model(base, PeftConfig.from_pretrained(folder))
         report = adapted.load_adapter(folder, "default")
@@ -215,16 +221,25 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
 
 
 def load_causal_lm(
-    model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    path: str,
+    quantised: bool = True,
+    dropout: bool = False,
 ) -> "PreTrainedModel":
     """A causal language model with every weight there and finite, and as many embeddings as the tokenizer needs.
 
+    Its config has all dropout at 0, but with `dropout`, which leaves it as it is.
+
     Raises:
-        ConfigError: weights are missing, have another shape, are not finite, or are not safetensors.
+        ConfigError: weights are missing, unexpected, of another shape, not finite, or not safetensors.
     """
     from transformers import AutoModelForCausalLM
 
-    loaded = _load(AutoModelForCausalLM, model, tokenizer, path, quantised)
+    config = hub_config(model, path)
+    if not dropout:
+        _switch_dropout_off(config)
+    loaded = _load(AutoModelForCausalLM, model, tokenizer, path, config, quantised)
     _agree_on_special_tokens(loaded, tokenizer)
     return loaded
 
@@ -240,14 +255,28 @@ def load_reward_model(
     """A sequence-classification model with one output, its head new (drawn with `seed`) or as it was saved.
 
     Raises:
-        ConfigError: as `load_causal_lm`; with `new_head` the head alone may be missing.
+        ConfigError: as `load_causal_lm`, but that with `new_head` the head may be missing; it has more than one output,
+            or transformers has no such model of this architecture.
     """
-    from transformers import AutoModelForSequenceClassification, set_seed
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, set_seed
 
+    config = hub_config(model, path)
+    where = f"model.model_name_or_path={model.start}"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not model.trust_remote_code:
+        raise ConfigError(
+            f"{where}: transformers has no reward model (sequence classifier) of the architecture {config.model_type}; "
+            "take another model for it, as stage.reward_model may have a tokenizer of its own"
+        )
+    scores = not new_head or any("ForSequenceClassification" in name for name in config.architectures or [])
+    if scores and config.num_labels != 1:
+        raise ConfigError(
+            f"{where}: it has {config.num_labels} outputs, one is needed: the reward. Train one with stage=reward, or "
+            "save its model with num_labels=1"
+        )
+    config.num_labels = 1
+    _switch_dropout_off(config)
     set_seed(seed)
-    known = {"num_labels": 1}
-    may_miss = {"score.weight"} if new_head else set()
-    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, quantised, may_miss, **known)
+    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, config, quantised, new_head)
     # the score is read at the last token that is not padding, so padding has to be known by its id
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
@@ -258,13 +287,14 @@ def _load(
     model: ModelConfig,
     tokenizer: "PreTrainedTokenizerBase",
     path: str,
+    config: "PretrainedConfig",
     quantised: bool,
-    may_miss: Collection[str] = (),
-    **options: Any,
+    new_head: bool = False,
 ) -> "PreTrainedModel":
     import torch
     from transformers import BitsAndBytesConfig
 
+    options: JsonObject = {}
     if quantised and (model.load_in_4bit or model.load_in_8bit):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=model.load_in_4bit,
@@ -281,22 +311,34 @@ def _load(
         options["attn_implementation"] = model.attn_implementation
     if path == model.start:
         options["revision"] = model.model_revision
+    if "output_router_logits" in (text := config.get_text_config()).to_dict():
+        text.output_router_logits = False  # TRL asks for them where it needs them; generation fails over them
     with _named_failure(model, "its weights cannot be loaded"):
         loaded, report = auto_class.from_pretrained(
             path,
+            config=config,
             dtype=model.dtype,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             **options,
         )
-    for kind in ("missing_keys", "mismatched_keys"):
-        names = sorted({str(name) for name in report[kind]} - set(may_miss))
+    superfluous = "|".join([*_SUPERFLUOUS, *(_REPLACED if new_head else [])])
+    faults = {
+        "missing": ({"score.weight"} if new_head else set(), "transformers would fill them with random numbers"),
+        "mismatched": (set(), "transformers would fill them with random numbers"),
+        "unexpected": (
+            {name for name in report["unexpected_keys"] if re.search(superfluous, name)},
+            "transformers would leave them out, and so give another model than the one that was trained; does "
+            "config.json belong to these weights?",
+        ),
+    }
+    for kind, (allowed, harm) in faults.items():
+        names = sorted({str(name) for name in report[f"{kind}_keys"]} - allowed)
         if names:
             raise ConfigError(
-                f"model.model_name_or_path={model.start}: {len(names)} {kind.replace('_', ' ')} in its "
-                f"weights ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
-                "transformers would fill them with random numbers"
+                f"model.model_name_or_path={model.start}: {len(names)} {kind} keys in its "
+                f"weights ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); {harm}"
             )
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
@@ -304,6 +346,13 @@ def _load(
     _keep_quantised_layers_trainable(loaded)
     _fit_embeddings(loaded, len(tokenizer))
     return loaded
+
+
+def _switch_dropout_off(config: "PretrainedConfig") -> None:
+    """In the config, because a model may call dropout as a function, where no module can be switched off."""
+    for part in (config, config.get_text_config()):
+        numbers = {name: value for name, value in part.to_dict().items() if isinstance(value, float) and value > 0}
+        part.update({name: 0.0 for name in numbers if _RANDOM.search(name)})
 
 
 def _keep_quantised_layers_trainable(model: "PreTrainedModel") -> None:
@@ -350,4 +399,4 @@ def load_model_and_tokenizer(
     """Load both; `folder` takes the weights to train from where they have to be built first (see `prepare_base`)."""
     tokenizer, _ = load_tokenizer(model)
     path = resolve_path(model) if folder is None else prepare_base(model, tokenizer, folder)
-    return load_causal_lm(model, tokenizer, path), tokenizer
+    return load_causal_lm(model, tokenizer, path, dropout=True), tokenizer

@@ -9,6 +9,7 @@ from posttrain.data.encode import IGNORED, encode_conversations
 from posttrain.data.formats import read_instructions
 from posttrain.data.sources import Given
 from posttrain.models.generate import COMPLETED, complete, share_ended
+from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import Holdings, hold_model
 from posttrain.runs.arguments import trainer_arguments, trl_config
@@ -17,7 +18,6 @@ from posttrain.stages.base import (
     Stage,
     StageContext,
     StageData,
-    load_policy,
     no_preflight,
     plan_steps,
     prepare_rows,
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
     """Read and encode the instruction rows."""
     return prepare_rows(config, tokenizer, given, read_instructions, encode_conversations)
+
+
+def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
+    """The policy, its dropout as its config has it."""
+    return load_causal_lm(config.model, tokenizer, path, quantised, dropout=True)
 
 
 def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
@@ -100,7 +105,7 @@ STAGE = Stage(
     prepare=prepare,
     plan=plan_steps,
     hold=hold,
-    load=load_policy,
+    load=load,
     build=build,
     preflight=no_preflight,  # the labels have been checked row by row
     evaluate_model=evaluate_model,
