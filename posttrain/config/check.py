@@ -167,13 +167,12 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     named = targets or (model.lora_target_parameters and targets is not None)  # parameters may stand alone
     if not isinstance(targets, str) and not (named and all(isinstance(name, str) for name in targets)):
         yield f"model.lora_target_modules={targets!r} must be all-linear or a list of module names"
-    if model.lora_init_weights in CHANGE_BASE and STAGES[config.stage.name].has_reference:
+    quantised = model.load_in_4bit or model.load_in_8bit
+    if model.lora_init_weights in CHANGE_BASE and (quantised or STAGES[config.stage.name].follows):
         yield (
-            f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights, which are the reference of "
-            f"stage={config.stage.name}; set it for stages without a reference"
+            f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights: it is for stage=sft without "
+            "quantised weights; in other stages they are the reference, or carry a new head beside the adapter"
         )
-    if model.lora_init_weights in CHANGE_BASE and (model.load_in_4bit or model.load_in_8bit):
-        yield f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights, which are quantised"
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"

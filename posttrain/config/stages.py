@@ -149,11 +149,6 @@ class StageSpec:
         return issubclass(self.schema, OnlineStage)
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the model that it starts from stays beside the one that it trains."""
-        return bool(self.follows) and not self.is_classifier
-
-    @property
     def columns(self) -> type[Columns]:
         """The schema of data.columns."""
         return self.data_format.columns

@@ -56,12 +56,13 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
     _check_names("lora_modules_to_save", model.lora_modules_to_save, modules, "module")
     _check_names("lora_exclude_modules", model.lora_exclude_modules, linear, "linear layer")
     _check_names("lora_target_parameters", model.lora_target_parameters, weights, "parameter")
-    layers, tokens = loaded.config.get_text_config().num_hidden_layers, loaded.get_input_embeddings().num_embeddings
+    layers, embeddings = loaded.config.get_text_config().num_hidden_layers, loaded.get_input_embeddings()
+    head = loaded.get_output_embeddings()
     _check_numbers("lora_layers_to_transform", model.lora_layers_to_transform, layers, "layers")
-    _check_numbers("lora_trainable_token_indices", model.lora_trainable_token_indices, tokens, "tokens")
+    tokens = model.lora_trainable_token_indices
+    _check_numbers("lora_trainable_token_indices", tokens, embeddings.num_embeddings, "tokens")
     targets = model.lora_target_modules
     if targets == ALL_LINEAR and model.lora_layers_to_transform is not None:  # PEFT takes layers beside names alone
-        head = loaded.get_output_embeddings()
         targets = sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head})
     try:
         config = LoraConfig(
@@ -73,7 +74,7 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
             target_parameters=model.lora_target_parameters,
             exclude_modules=model.lora_exclude_modules,
             layers_to_transform=model.lora_layers_to_transform,
-            trainable_token_indices=model.lora_trainable_token_indices,
+            trainable_token_indices=tokens,
             modules_to_save=model.lora_modules_to_save,
             init_lora_weights=model.lora_init_weights if model.lora_init_weights != "default" else True,
             use_rslora=model.use_rslora,
@@ -91,8 +92,15 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
             f"model.lora_target_modules: {', '.join(unmatched)} match no linear layer (matched: {matched}; "
             f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
         )
+    if tokens and head is not None and head.weight is embeddings.weight:
+        raise ConfigError(
+            "model.lora_trainable_token_indices: in this model the head is tied to the embeddings, and TRL's loss takes "
+            "no single tokens of a head; set model.lora_modules_to_save to train the whole embedding"
+        )
     chosen = [module for name, module in linear.items() if not named or name.rsplit(".", 1)[-1] in named]
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in chosen)  # GPT-2 keeps its weights transposed
+    if config.fan_in_fan_out and model.lora_init_weights == "olora":
+        raise ConfigError("model.lora_init_weights=olora: PEFT has it for plain linear layers alone; try pissa")
     if config.target_parameters:
         _fit_to_parameters(config, model)
     return config
