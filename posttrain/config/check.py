@@ -170,8 +170,8 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     quantised = model.load_in_4bit or model.load_in_8bit
     if model.lora_init_weights in CHANGE_BASE and (quantised or STAGES[config.stage.name].follows):
         yield (
-            f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights: it is for stage=sft without "
-            "quantised weights; in other stages they are the reference, or carry a new head beside the adapter"
+            f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights: it is for stage=sft "
+            "without load_in_4bit or load_in_8bit; later stages have them as a reference, or put a head on them"
         )
     size = config.data.test_size
     if size >= 1 and size != int(size):

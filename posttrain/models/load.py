@@ -3,9 +3,9 @@
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from posttrain.config.schema import Config, ModelConfig
 from posttrain.data.encode import ChatEncoder, plain_template
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        GenerationConfig,
         PretrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -29,6 +30,8 @@ PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|v
 NEW_PAD = "<|pad|>"
 # Fields of a config that put chance into a forward pass in training: dropout of any kind, and noise at a router.
 _RANDOM = re.compile("drop|jitter")
+# Generation settings that say how completions are generated; the others refine it.
+_MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
 # Weights that a model has no place for and does without, besides those that its class in transformers names itself.
 _SUPERFLUOUS = {r"\.masked_bias$": "a constant of the causal mask, which old releases stored"}
 _REPLACED = {r"^(lm_head|embed_out)\.": "the head that predicts tokens, in whose place a reward model has its own"}
@@ -82,11 +85,47 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
     if not tokenizer(_PROBES[0], add_special_tokens=False).input_ids:
         # transformers 5 makes up a tokenizer without a vocabulary where a folder holds none
         raise ConfigError(f"model.model_name_or_path={model.start}: it has no tokenizer (no tokenizer.json)")
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:  # an encoder's, such as BERT's
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+        notes.append(f"EOS token: {tokenizer.eos_token}, the separator (the tokenizer has no other)")
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.model_name_or_path={model.start}: the tokenizer has no EOS token")
     notes += _ensure_chat_template(tokenizer, model)
     notes += _ensure_pad_token(tokenizer)
-    return tokenizer, notes
+    return tokenizer, notes + _notes_of_weights(model, len(tokenizer))
+
+
+def _notes_of_weights(model: ModelConfig, tokens: int) -> list[str]:
+    """What loading the model will change in it."""
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    notes = []
+    rows = hub_config(model).get_text_config().vocab_size
+    if tokens > rows:
+        notes.append(f"embeddings: {rows} grow to the tokenizer's {tokens}; a new one begins as the mean of the old")
+    folder, name, known = _folder_of_weights(model), "generation_config.json", {"revision": model.model_revision}
+    if cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **known) is not None:
+        with _named_failure(model, f"its {name} cannot be read"):
+            _, without = _mend(GenerationConfig.from_pretrained(folder, **known))
+        if without:
+            notes.append(f"{name}: {', '.join(without)} left out, as transformers refuses to save them with the rest")
+    return notes
+
+
+def _mend(settings: "GenerationConfig") -> tuple["GenerationConfig", list[str]]:
+    """Generation settings that transformers saves, and what was left out of them: all that contradicts the mode."""
+    from transformers import GenerationConfig
+
+    kept: JsonObject = {}
+    without = []
+    for name, value in sorted(settings.to_diff_dict().items(), key=lambda item: item[0] not in _MODES):
+        try:
+            GenerationConfig.from_dict(kept | {name: value}).validate(strict=True)
+            kept[name] = value
+        except ValueError:
+            without.append(f"{name}={value}")
+    return (GenerationConfig.from_dict(kept), without) if without else (settings, [])
 
 
 def _agrees_with(tokenizer: "PreTrainedTokenizerBase", file: str) -> bool:
@@ -133,20 +172,24 @@ def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def hub_config(model: ModelConfig, path: str | None = None) -> "PretrainedConfig":
-    """The config.json at `path`, or else the model's own, an adapter's base model's for an adapter.
+    """The config.json at `path`, or else beside the model's weights.
 
     Raises:
         ConfigError: it cannot be read.
     """
     from transformers import AutoConfig
 
-    folder = path or resolve_path(model)
-    if (Path(folder) / "adapter_config.json").is_file():
-        folder = _adapter_base(model, folder)
+    folder = path or _folder_of_weights(model)
     with _named_failure(model, "its config.json cannot be read"):
         return AutoConfig.from_pretrained(
             folder, revision=model.model_revision, trust_remote_code=model.trust_remote_code
         )
+
+
+def _folder_of_weights(model: ModelConfig) -> str:
+    """The folder or Hub id that holds them, an adapter's base model's for an adapter."""
+    folder = resolve_path(model)
+    return _adapter_base(model, folder) if (Path(folder) / "adapter_config.json").is_file() else folder
 
 
 def max_positions(model: ModelConfig) -> int | None:
@@ -240,6 +283,7 @@ def load_causal_lm(
     if not dropout:
         _switch_dropout_off(config)
     loaded = _load(AutoModelForCausalLM, model, tokenizer, path, config, quantised)
+    loaded.generation_config, _ = _mend(loaded.generation_config)
     _agree_on_special_tokens(loaded, tokenizer)
     return loaded
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-
 def _is_called(module: str, name: str) -> bool:
     """Whether peft takes a module of that path for one that is named so."""
     return module == name or module.endswith(f".{name}")
@@ -94,8 +93,8 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
         )
     if tokens and head is not None and head.weight is embeddings.weight:
         raise ConfigError(
-            "model.lora_trainable_token_indices: in this model the head is tied to the embeddings, and TRL's loss takes "
-            "no single tokens of a head; set model.lora_modules_to_save to train the whole embedding"
+            "model.lora_trainable_token_indices: in this model the head is tied to the embeddings, and TRL's loss "
+            "takes no single tokens of a head; set model.lora_modules_to_save to train the whole embedding"
         )
     chosen = [module for name, module in linear.items() if not named or name.rsplit(".", 1)[-1] in named]
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in chosen)  # GPT-2 keeps its weights transposed
