@@ -30,9 +30,25 @@ def _check_names(key: str, names: Iterable[str] | None, known: Collection[str], 
             raise ConfigError(f"model.{key}: {name} matches no {what}{nearest(name, leaves)}")
 
 
-def _check_numbers(key: str, numbers: Sequence[int] | None, size: int, what: str) -> None:
-    if wrong := [number for number in numbers or () if not 0 <= number < size]:
+def _check_numbers(key: str, numbers: Sequence[int], size: int, what: str) -> None:
+    if wrong := [number for number in numbers if not 0 <= number < size]:
         raise ConfigError(f"model.{key}: this model has {size} {what}, 0 to {size - 1}; there is no {wrong[0]}")
+
+
+def _check_choices(model: ModelConfig, loaded: "PreTrainedModel", linear: Collection[str]) -> None:
+    _check_names("lora_modules_to_save", model.lora_modules_to_save, dict(loaded.named_modules()), "module")
+    _check_names("lora_exclude_modules", model.lora_exclude_modules, linear, "linear layer")
+    _check_names("lora_target_parameters", model.lora_target_parameters, dict(loaded.named_parameters()), "parameter")
+    if numbers := model.lora_layers_to_transform:
+        _check_numbers("lora_layers_to_transform", numbers, loaded.config.get_text_config().num_hidden_layers, "layers")
+    if tokens := model.lora_trainable_token_indices:
+        embeddings, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+        _check_numbers("lora_trainable_token_indices", tokens, embeddings.num_embeddings, "tokens")
+        if head is not None and head.weight is embeddings.weight:
+            raise ConfigError(
+                "model.lora_trainable_token_indices: in this model the head is tied to the embeddings, and TRL's loss "
+                "takes no single tokens of a head; set model.lora_modules_to_save to train the whole embedding"
+            )
 
 
 def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = "CAUSAL_LM") -> "LoraConfig | None":
@@ -48,41 +64,34 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
 
     if not model.use_peft:
         return None
-    modules, weights = dict(loaded.named_modules()), dict(loaded.named_parameters())
-    linear = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = {name: module for name, module in loaded.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     linear.pop("score", None)  # a reward model's head is trained whole, not through an adapter
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    _check_names("lora_modules_to_save", model.lora_modules_to_save, modules, "module")
-    _check_names("lora_exclude_modules", model.lora_exclude_modules, linear, "linear layer")
-    _check_names("lora_target_parameters", model.lora_target_parameters, weights, "parameter")
-    layers, embeddings = loaded.config.get_text_config().num_hidden_layers, loaded.get_input_embeddings()
-    head = loaded.get_output_embeddings()
-    _check_numbers("lora_layers_to_transform", model.lora_layers_to_transform, layers, "layers")
-    tokens = model.lora_trainable_token_indices
-    _check_numbers("lora_trainable_token_indices", tokens, embeddings.num_embeddings, "tokens")
+    _check_choices(model, loaded, linear)
     targets = model.lora_target_modules
-    if targets == ALL_LINEAR and model.lora_layers_to_transform is not None:  # PEFT takes layers beside names alone
-        targets = sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head})
-    try:
-        config = LoraConfig(
-            task_type=task_type,
-            r=model.lora_r,
-            lora_alpha=model.lora_alpha,
-            lora_dropout=model.lora_dropout,
-            target_modules=[targets] if isinstance(targets, str) and targets != ALL_LINEAR else targets,
-            target_parameters=model.lora_target_parameters,
-            exclude_modules=model.lora_exclude_modules,
-            layers_to_transform=model.lora_layers_to_transform,
-            trainable_token_indices=tokens,
-            modules_to_save=model.lora_modules_to_save,
-            init_lora_weights=model.lora_init_weights if model.lora_init_weights != "default" else True,
-            use_rslora=model.use_rslora,
-            use_dora=model.use_dora,
-        )
-        # PEFT does it again by itself; what experts were called before transformers 5 becomes their parameters
+    config = LoraConfig(
+        task_type=task_type,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=[targets] if isinstance(targets, str) and targets != ALL_LINEAR else targets,
+        target_parameters=model.lora_target_parameters,
+        exclude_modules=model.lora_exclude_modules,
+        trainable_token_indices=model.lora_trainable_token_indices,
+        modules_to_save=model.lora_modules_to_save,
+        init_lora_weights=model.lora_init_weights if model.lora_init_weights != "default" else True,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+    )
+    try:  # PEFT does it again by itself; what experts were called before transformers 5 becomes their parameters
         convert_peft_config_for_transformers(config, loaded, None)
     except ValueError as error:
-        raise ConfigError(f"model.lora_*: {error}") from error
+        raise ConfigError(f"model.lora_target_modules: {error}") from error
+    if model.lora_layers_to_transform is not None:
+        config.layers_to_transform = model.lora_layers_to_transform
+        if config.target_modules == ALL_LINEAR:  # PEFT takes layers beside names alone
+            head = loaded.get_output_embeddings()
+            config.target_modules = {name.rsplit(".", 1)[-1] for name in linear if linear[name] is not head}
     named = [] if config.target_modules == ALL_LINEAR else sorted(config.target_modules or ())
     counts = {target: sum(_is_called(name, target) for name in linear) for target in named}
     if unmatched := [target for target, count in counts.items() if not count]:
@@ -90,11 +99,6 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
         raise ConfigError(
             f"model.lora_target_modules: {', '.join(unmatched)} match no linear layer (matched: {matched}; "
             f"this model has {', '.join(leaves)}){nearest(unmatched[0], leaves)}"
-        )
-    if tokens and head is not None and head.weight is embeddings.weight:
-        raise ConfigError(
-            "model.lora_trainable_token_indices: in this model the head is tied to the embeddings, and TRL's loss "
-            "takes no single tokens of a head; set model.lora_modules_to_save to train the whole embedding"
         )
     chosen = [module for name, module in linear.items() if not named or name.rsplit(".", 1)[-1] in named]
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in chosen)  # GPT-2 keeps its weights transposed
