@@ -275,11 +275,17 @@ def load_causal_lm(
     Its config has all dropout at 0, but with `dropout`, which leaves it as it is.
 
     Raises:
-        ConfigError: weights are missing, unexpected, of another shape, not finite, or not safetensors.
+        ConfigError: weights are missing, unexpected, of another shape, not finite or no safetensors; or the model reads
+            in both directions.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
     config = hub_config(model, path)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.to_dict().get("is_decoder"):
+        raise ConfigError(
+            f"model.model_name_or_path={model.start}: {config.model_type} is an encoder, reads in both directions and "
+            "writes no completions; it can be a reward model only"
+        )
     if not dropout:
         _switch_dropout_off(config)
     loaded = _load(AutoModelForCausalLM, model, tokenizer, path, config, quantised)

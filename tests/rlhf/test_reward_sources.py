@@ -97,6 +97,13 @@ def test_a_conversation_that_is_too_long_keeps_its_first_token_and_its_end(tmp_p
     assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
 
 
+def test_an_encoder_is_no_policy(posttrain: Posttrain, sources: Path) -> None:
+    path = encoder(sources / "encoder")
+    done = posttrain(*command("sft", "run", f"model.model_name_or_path={path}"))
+    assert done.code == 2, done
+    assert "it can be a reward model only" in done.err
+
+
 def test_a_reward_model_with_two_outputs_is_refused(posttrain: Posttrain, sources: Path) -> None:
     two = encoder(sources / "two", num_labels=2)
     done = posttrain(
