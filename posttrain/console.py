@@ -27,6 +27,8 @@ HARMLESS = (
     "`is_gradient_checkpointing` is deprecated",
     # shares of the steps are compared with their number; what may not differ is refused by posttrain itself
     "The following arguments do not match the ones in the `trainer_state.json`",
+    "_pattern keys did not match any targeted module",  # PEFT looks at modules alone, and experts are parameters
+    "changes the base weights of the model and should thus not be used",  # it is converted, as the advice goes on
     "'pin_memory' argument is set as true but no accelerator is found",
 )
 

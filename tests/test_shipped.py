@@ -268,3 +268,9 @@ def test_the_gpu_benchmark_runs_at_a_cpus_size(tmp_path: Path, case: str) -> Non
     lines = [line for line in done.stdout.splitlines() if line.startswith("small, ")]
     assert len(lines) == (1 if case else 10)
     assert all(float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_the_install_line_for_a_cpu_names_a_torch_that_the_project_takes() -> None:
+    """A newer one would be replaced at once, by one with CUDA."""
+    [ours] = re.findall(r'"torch>=[\d.]+,(<[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert re.findall(r'pip install "torch(\S+)" --index-url', (ROOT / "README.md").read_text()) == [ours]

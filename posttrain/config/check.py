@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.config.reserved import ALWAYS
-from posttrain.config.schema import ROLES, Config, StageConfig, renamed
+from posttrain.config.schema import CHANGE_BASE, ROLES, Config, StageConfig, renamed
 from posttrain.config.stages import STAGES, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
@@ -165,8 +165,15 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
         yield f"data.dataset_name={names!r} must be a path, a Hub id or a list of paths"
     targets = model.lora_target_modules
-    if not isinstance(targets, str) and not (targets and all(isinstance(name, str) for name in targets)):
+    named = targets or (model.lora_target_parameters and targets is not None)  # parameters may stand alone
+    if not isinstance(targets, str) and not (named and all(isinstance(name, str) for name in targets)):
         yield f"model.lora_target_modules={targets!r} must be all-linear or a list of module names"
+    quantised = model.load_in_4bit or model.load_in_8bit
+    if model.lora_init_weights in CHANGE_BASE and (quantised or STAGES[config.stage.name].follows):
+        yield (
+            f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights: it is for stage=sft "
+            "without load_in_4bit or load_in_8bit; later stages have them as a reference, or put a head on them"
+        )
     for name, role in config.data.messages.roles.items():
         if role not in ROLES:
             yield one_of(f"data.messages.roles.{name}", role, ROLES)

@@ -29,6 +29,10 @@ class StageConfig:
     warmup_steps: int = key(at_least=0, trl="warmup_steps")
 
 
+# first weights of an adapter that PEFT takes out of the frozen ones, which are others from then on
+CHANGE_BASE = ("pissa", "olora")
+
+
 @dataclass
 class ModelConfig:
     """The model and how it is trained, in the words of TRL's ModelConfig."""
@@ -46,7 +50,12 @@ class ModelConfig:
     lora_alpha: int = key(at_least=1)
     lora_dropout: float = key(at_least=0, below=1)
     lora_target_modules: Any = key()
+    lora_target_parameters: list[str] | None = key()
+    lora_exclude_modules: list[str] | None = key()
+    lora_layers_to_transform: list[int] | None = key()
     lora_modules_to_save: list[str] | None = key()
+    lora_trainable_token_indices: list[int] | None = key()
+    lora_init_weights: str = key(choices=("default", "gaussian", "orthogonal", *CHANGE_BASE))
     use_rslora: bool = key()
     use_dora: bool = key()
     load_in_4bit: bool = key()

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from posttrain.config.schema import Config, ModelConfig
 from posttrain.data.chat import ChatEncoder
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        GenerationConfig,
         PretrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 NEW_PAD = "<|pad|>"
+# Fields of a config that put chance into a forward pass in training: dropout of any kind, and noise at a router.
+_RANDOM = re.compile("drop|jitter")
+# Generation settings that say how completions are generated; the others refine it.
+_MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
+# Weights that a model has no place for and does without, besides those that its class in transformers names itself.
+_SUPERFLUOUS = {r"\.masked_bias$": "a constant of the causal mask, which old releases stored"}
+_REPLACED = {r"^(lm_head|embed_out)\.": "the head that predicts tokens, in whose place a reward model has its own"}
 # Texts on which a tokenizer as loaded must agree with its own tokenizer.json.
 _PROBES = ("It has 13 legs, or 1300.", "\n\n  def f(x):\n\treturn x", "naïve café — 東京 🙂", " The end.")
 
@@ -77,11 +86,47 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
     if not tokenizer(_PROBES[0], add_special_tokens=False).input_ids:
         # transformers 5 makes up a tokenizer without a vocabulary where a folder holds none
         raise ConfigError(f"model.model_name_or_path={model.start}: it has no tokenizer (no tokenizer.json)")
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:  # an encoder's, such as BERT's
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+        notes.append(f"EOS token: {tokenizer.eos_token}, the separator (the tokenizer has no other)")
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.model_name_or_path={model.start}: the tokenizer has no EOS token")
     notes += _ensure_chat_template(tokenizer, model)
     notes += _ensure_pad_token(tokenizer)
-    return tokenizer, notes
+    return tokenizer, notes + _notes_of_weights(model, len(tokenizer))
+
+
+def _notes_of_weights(model: ModelConfig, tokens: int) -> list[str]:
+    """What loading the model will change in it."""
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    notes = []
+    rows = hub_config(model).get_text_config().vocab_size
+    if tokens > rows:
+        notes.append(f"embeddings: {rows} grow to the tokenizer's {tokens}; a new one begins as the mean of the old")
+    folder, name, known = _folder_of_weights(model), "generation_config.json", {"revision": model.model_revision}
+    if cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **known) is not None:
+        with _named_failure(model, f"its {name} cannot be read"):
+            _, without = _mend(GenerationConfig.from_pretrained(folder, **known))
+        if without:
+            notes.append(f"{name}: {', '.join(without)} left out, as transformers refuses to save them with the rest")
+    return notes
+
+
+def _mend(settings: "GenerationConfig") -> tuple["GenerationConfig", list[str]]:
+    """Generation settings that transformers saves, and what was left out of them: all that contradicts the mode."""
+    from transformers import GenerationConfig
+
+    kept: JsonObject = {}
+    without = []
+    for name, value in sorted(settings.to_diff_dict().items(), key=lambda item: item[0] not in _MODES):
+        try:
+            GenerationConfig.from_dict(kept | {name: value}).validate(strict=True)
+            kept[name] = value
+        except ValueError:
+            without.append(f"{name}={value}")
+    return (GenerationConfig.from_dict(kept), without) if without else (settings, [])
 
 
 def _agrees_with(tokenizer: "PreTrainedTokenizerBase", file: str) -> bool:
@@ -127,21 +172,25 @@ def _ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return [f"pad token: {NEW_PAD} (added; EOS is never used for padding)"]
 
 
-def hub_config(model: ModelConfig) -> "PretrainedConfig":
-    """The model's own config.json, an adapter's base model's for an adapter.
+def hub_config(model: ModelConfig, path: str | None = None) -> "PretrainedConfig":
+    """The config.json at `path`, or else beside the model's weights.
 
     Raises:
         ConfigError: it cannot be read.
     """
     from transformers import AutoConfig
 
-    folder = resolve_path(model)
-    if (Path(folder) / "adapter_config.json").is_file():
-        folder = _adapter_base(model, folder)
+    folder = path or _folder_of_weights(model)
     with _named_failure(model, "its config.json cannot be read"):
         return AutoConfig.from_pretrained(
             folder, revision=model.model_revision, trust_remote_code=model.trust_remote_code
         )
+
+
+def _folder_of_weights(model: ModelConfig) -> str:
+    """The folder or Hub id that holds them, an adapter's base model's for an adapter."""
+    folder = resolve_path(model)
+    return _adapter_base(model, folder) if (Path(folder) / "adapter_config.json").is_file() else folder
 
 
 def max_positions(model: ModelConfig) -> int | None:
@@ -174,7 +223,7 @@ def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", fol
         raise ConfigError(f"{where}: no adapter_model.safetensors; other files of weights are not read")
     path = _adapter_base(model, folder)
     with naming(f"{folder}/adapter_config.json: base_model_name_or_path"):
-        base = load_causal_lm(beside(model, path), tokenizer, path)
+        base = load_causal_lm(beside(model, path), tokenizer, path, dropout=True)
     with _named_failure(model, "its adapter cannot be loaded"):
         adapted = get_peft_model(base, PeftConfig.from_pretrained(folder))
         report = adapted.load_adapter(folder, "default")
@@ -216,16 +265,32 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
 
 
 def load_causal_lm(
-    model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    path: str,
+    quantised: bool = True,
+    dropout: bool = False,
 ) -> "PreTrainedModel":
     """A causal language model with every weight there and finite, and as many embeddings as the tokenizer needs.
 
-    Raises:
-        ConfigError: weights are missing, have another shape, are not finite, or are not safetensors.
-    """
-    from transformers import AutoModelForCausalLM
+    Its config has all dropout at 0, but with `dropout`, which leaves it as it is.
 
-    loaded = _load(AutoModelForCausalLM, model, tokenizer, path, quantised)
+    Raises:
+        ConfigError: weights are missing, unexpected, of another shape, not finite or no safetensors; or the model reads
+            in both directions.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
+
+    config = hub_config(model, path)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.to_dict().get("is_decoder"):
+        raise ConfigError(
+            f"model.model_name_or_path={model.start}: {config.model_type} is an encoder, reads in both directions and "
+            "writes no completions; it can be a reward model only"
+        )
+    if not dropout:
+        _switch_dropout_off(config)
+    loaded = _load(AutoModelForCausalLM, model, tokenizer, path, config, quantised)
+    loaded.generation_config, _ = _mend(loaded.generation_config)
     _agree_on_special_tokens(loaded, tokenizer)
     return loaded
 
@@ -241,14 +306,28 @@ def load_reward_model(
     """A sequence-classification model with one output, its head new (drawn with `seed`) or as it was saved.
 
     Raises:
-        ConfigError: as `load_causal_lm`; with `new_head` the head alone may be missing.
+        ConfigError: as `load_causal_lm`, but that with `new_head` the head may be missing; it has more than one output,
+            or transformers has no such model of this architecture.
     """
-    from transformers import AutoModelForSequenceClassification, set_seed
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, set_seed
 
+    config = hub_config(model, path)
+    where = f"model.model_name_or_path={model.start}"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not model.trust_remote_code:
+        raise ConfigError(
+            f"{where}: transformers has no reward model (sequence classifier) of the architecture {config.model_type}; "
+            "take another model for it, as stage.reward_model may have a tokenizer of its own"
+        )
+    scores = not new_head or any("ForSequenceClassification" in name for name in config.architectures or [])
+    if scores and config.num_labels != 1:
+        raise ConfigError(
+            f"{where}: it has {config.num_labels} outputs, one is needed: the reward. Train one with stage=reward, or "
+            "save its model with num_labels=1"
+        )
+    config.num_labels = 1
+    _switch_dropout_off(config)
     set_seed(seed)
-    known = {"num_labels": 1}
-    may_miss = {"score.weight"} if new_head else set()
-    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, quantised, may_miss, **known)
+    loaded = _load(AutoModelForSequenceClassification, model, tokenizer, path, config, quantised, new_head)
     # the score is read at the last token that is not padding, so padding has to be known by its id
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
@@ -259,13 +338,14 @@ def _load(
     model: ModelConfig,
     tokenizer: "PreTrainedTokenizerBase",
     path: str,
+    config: "PretrainedConfig",
     quantised: bool,
-    may_miss: Collection[str] = (),
-    **options: Any,
+    new_head: bool = False,
 ) -> "PreTrainedModel":
     import torch
     from transformers import BitsAndBytesConfig
 
+    options: JsonObject = {}
     if quantised and (model.load_in_4bit or model.load_in_8bit):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=model.load_in_4bit,
@@ -282,22 +362,34 @@ def _load(
         options["attn_implementation"] = model.attn_implementation
     if path == model.start:
         options["revision"] = model.model_revision
+    if "output_router_logits" in (text := config.get_text_config()).to_dict():
+        text.output_router_logits = False  # TRL asks for them where it needs them; generation fails over them
     with _named_failure(model, "its weights cannot be loaded"):
         loaded, report = auto_class.from_pretrained(
             path,
+            config=config,
             dtype=model.dtype,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             **options,
         )
-    for kind in ("missing_keys", "mismatched_keys"):
-        names = sorted({str(name) for name in report[kind]} - set(may_miss))
+    superfluous = "|".join([*_SUPERFLUOUS, *(_REPLACED if new_head else [])])
+    faults = {
+        "missing": ({"score.weight"} if new_head else set(), "transformers would fill them with random numbers"),
+        "mismatched": (set(), "transformers would fill them with random numbers"),
+        "unexpected": (
+            {name for name in report["unexpected_keys"] if re.search(superfluous, name)},
+            "transformers would leave them out, and so give another model than the one that was trained; does "
+            "config.json belong to these weights?",
+        ),
+    }
+    for kind, (allowed, harm) in faults.items():
+        names = sorted({str(name) for name in report[f"{kind}_keys"]} - allowed)
         if names:
             raise ConfigError(
-                f"model.model_name_or_path={model.start}: {len(names)} {kind.replace('_', ' ')} in its "
-                f"weights ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
-                "transformers would fill them with random numbers"
+                f"model.model_name_or_path={model.start}: {len(names)} {kind} keys in its "
+                f"weights ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); {harm}"
             )
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
@@ -305,6 +397,13 @@ def _load(
     _keep_quantised_layers_trainable(loaded)
     _fit_embeddings(loaded, len(tokenizer))
     return loaded
+
+
+def _switch_dropout_off(config: "PretrainedConfig") -> None:
+    """In the config, because a model may call dropout as a function, where no module can be switched off."""
+    for part in (config, config.get_text_config()):
+        numbers = {name: value for name, value in part.to_dict().items() if isinstance(value, float) and value > 0}
+        part.update({name: 0.0 for name in numbers if _RANDOM.search(name)})
 
 
 def _keep_quantised_layers_trainable(model: "PreTrainedModel") -> None:
@@ -351,4 +450,4 @@ def load_model_and_tokenizer(
     """Load both; `folder` takes the weights to train from where they have to be built first (see `prepare_base`)."""
     tokenizer, _ = load_tokenizer(model)
     path = resolve_path(model) if folder is None else prepare_base(model, tokenizer, folder)
-    return load_causal_lm(model, tokenizer, path), tokenizer
+    return load_causal_lm(model, tokenizer, path, dropout=True), tokenizer

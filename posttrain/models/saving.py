@@ -8,20 +8,23 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Config
+from posttrain.config.schema import CHANGE_BASE, Config
 from posttrain.config.stages import STAGES
 from posttrain.console import is_main_process, say
 from posttrain.errors import PosttrainError
 from posttrain.models.generate import scores
 from posttrain.models.load import Load
+from posttrain.models.lora import lora_config
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import modes_by_umask, writing
 from posttrain.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -57,7 +60,10 @@ def save_model(
     expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
     if is_peft_model(trained):
         with writing(folder.adapter):
-            trainer.save_model(str(folder.adapter))
+            if config.model.lora_init_weights not in CHANGE_BASE:
+                trainer.save_model(str(folder.adapter))
+            elif is_main_process():
+                _save_on_base(trained, load(config, tokenizer, base), config, folder.adapter)
         if is_main_process():
             fresh = load(config, tokenizer, base, quantised=False)
             merged = PeftModel.from_pretrained(fresh, str(folder.adapter)).merge_and_unload()
@@ -86,6 +92,19 @@ def save_model(
             f"{folder.model} does not give the {what} of the trained model (relative difference {difference:.1e}, "
             f"at most {RELOAD_TOLERANCE:.0e} is rounding); the checkpoint in {folder.path} is whole"
         )
+
+
+def _save_on_base(trained: "PeftModel", fresh: "PreTrainedModel", config: Config, folder: Path) -> None:
+    """Save an adapter whose first weights were taken out of the base as one of twice the rank on the base as it was.
+
+    PEFT computes it from the first weights, which are a function of the base and so can be had again.
+    """
+    from peft import get_peft_model
+
+    first = get_peft_model(fresh, lora_config(config.model, fresh, trained.active_peft_config.task_type))
+    with TemporaryDirectory() as start:
+        first.save_pretrained(start)
+        trained.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
 
 
 def _release_optimizer(trainer: "SafeTrainer") -> None:

@@ -231,6 +231,11 @@ def log_probs(
     return logps, -(every.exp() * every).sum(-1) * mask if with_entropy else torch.zeros_like(logps)
 
 
+def is_of(name: str, adapter: str) -> bool:
+    """Whether a weight of that name is an adapter's; those of single tokens end with it."""
+    return adapter in name.split(".")
+
+
 def add_value_adapter(policy: "PreTrainedModel", config: "LoraConfig", like: str | None) -> None:
     """Put the critic's adapter beside the policy's; its weights are those of the adapter `like`, if there is one."""
     _add_adapter(policy, VALUE, config, trainable=True)
@@ -238,8 +243,8 @@ def add_value_adapter(policy: "PreTrainedModel", config: "LoraConfig", like: str
         weights = dict(policy.named_parameters())
         with torch.no_grad():
             for name, weight in weights.items():
-                if f".{VALUE}." in name:
-                    weight.copy_(weights[name.replace(f".{VALUE}.", f".{like}.")])
+                if is_of(name, VALUE):
+                    weight.copy_(weights[".".join(like if part == VALUE else part for part in name.split("."))])
 
 
 def add_reward_adapter(policy: "PreTrainedModel", config: "LoraConfig", state: dict[str, Tensor]) -> Tensor:
@@ -258,7 +263,7 @@ def add_reward_adapter(policy: "PreTrainedModel", config: "LoraConfig", state: d
     head = state[heads[0]]
     _add_adapter(policy, REWARD, config, trainable=False)
     kept = {name: value for name, value in state.items() if name not in heads}
-    wanted = sum(f".{REWARD}." in name for name, _ in policy.named_parameters())
+    wanted = sum(is_of(name, REWARD) for name, _ in policy.named_parameters())
     unexpected = set_peft_model_state_dict(policy, kept, adapter_name=REWARD).unexpected_keys
     if unexpected or len(kept) != wanted:
         raise ValueError(f"the reward adapter has {len(kept)} weights, of which this base takes {wanted}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
-from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork
+from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
 from posttrain.rlhf.rollout import RolloutBuffer
 from posttrain.values import JsonObject
@@ -162,4 +162,4 @@ class PPOTrainer(OnlineTrainer):
 
 def is_critic(name: str) -> bool:
     """Whether a weight of `PolicyAndValue` is the critic's."""
-    return name.startswith("value.") or f".{VALUE}." in name
+    return name.startswith("value.") or is_of(name, VALUE)

@@ -151,7 +151,7 @@ def same_ids(prompt: list[Message], answer: str, prompt_ids: list[int], completi
     return [*prompt_ids, *completion_ids]
 
 
-def encoded_again(encoder: ChatEncoder, limit: int | None) -> Encode:
+def encoded_again(encoder: ChatEncoder, limit: int) -> Encode:
     """For a reward model with a tokenizer of its own: the text through its own template, its end if it is too long."""
     warned = False
 
@@ -159,11 +159,12 @@ def encoded_again(encoder: ChatEncoder, limit: int | None) -> Encode:
         nonlocal warned
         messages = [*prompt, {"role": "assistant", "content": answer}]
         ids = encoder.conversation_ids(messages)
-        if limit is not None and len(ids) > limit:
+        if len(ids) > limit:
             if not warned:
                 warned = True
                 warn(f"the reward model has {limit} positions: of a longer conversation ({len(ids)}) it reads the end")
-            ids = ids[-limit:]
+            start = ids[: ids[0] == encoder.tokenizer.bos_token_id]  # an encoder's score is read there
+            ids = [*start, *ids[len(start) - limit :]]
         return ids
 
     return encode

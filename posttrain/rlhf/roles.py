@@ -8,7 +8,7 @@ from posttrain.config.schema import Config, ModelConfig
 from posttrain.config.stages import OnlineStage
 from posttrain.console import say
 from posttrain.models.generate import pad_right
-from posttrain.models.load import load_causal_lm, load_reward_model, load_tokenizer
+from posttrain.models.load import hub_config, load_causal_lm, load_reward_model, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, parent_of, resolve_path, weight_hashes
 from posttrain.rlhf import rewards
 
@@ -32,6 +32,8 @@ class RewardSource:
 
 
 def find_reward(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardSource | None:
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     stage = config.stage
     if not isinstance(stage, OnlineStage) or stage.reward_model is None:
         return None
@@ -39,6 +41,7 @@ def find_reward(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardS
     with naming("stage.reward_model"):
         path = resolve_path(settings)
         theirs, _ = load_tokenizer(settings)
+        is_encoder = type(hub_config(settings)) in MODEL_FOR_MASKED_LM_MAPPING
     adapter = Path(path).parent / "adapter"
     parent = parent_of(Path(path))
     start = Path(resolve_path(config.model))
@@ -51,7 +54,9 @@ def find_reward(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardS
     )
     if shared:
         input_hashes(adapter)  # refuses one that has changed
-    return RewardSource(settings, path, theirs, rewards.same_tokenizer(theirs, tokenizer), adapter if shared else None)
+    # an encoder reads text of its own form, and reads it in both directions, as no critic may
+    same = not is_encoder and rewards.same_tokenizer(theirs, tokenizer)
+    return RewardSource(settings, path, theirs, same, adapter if shared else None)
 
 
 def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[list[int]]) -> list[float]:

@@ -140,7 +140,9 @@ def encoding_for(source: RewardSource) -> Encode:
     """How a reward model is handed a completion: its ids, or its text through a tokenizer of the model's own."""
     if source.same_tokenizer:
         return same_ids
-    return encoded_again(ChatEncoder(source.tokenizer, allow_special_tokens=True), max_positions(source.settings))
+    limits = (max_positions(source.settings), source.tokenizer.model_max_length)
+    limit = min(limit for limit in limits if limit is not None)
+    return encoded_again(ChatEncoder(source.tokenizer, allow_special_tokens=True), limit)
 
 
 class RewardModel:

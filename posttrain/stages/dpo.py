@@ -148,6 +148,8 @@ def preflight(context: StageContext, trainer: "DPOTrainer") -> None:
     """
     import torch
 
+    from posttrain.stages.trainers import without_router_loss
+
     policy = trainer.unwrapped_model()
     rows = [trainer.train_dataset[index] for index in range(min(STEP_0_ROWS, len(trainer.train_dataset)))]
     prompts, chosen = ([row[name] for row in rows] for name in ("prompt_ids", "chosen_ids"))
@@ -158,11 +160,13 @@ def preflight(context: StageContext, trainer: "DPOTrainer") -> None:
     with reference(context, trainer)() as model:
         theirs = completion_logps(model, prompts, chosen, pad)
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    policy.train()  # as in the first step: dropout that is still on shows here
+    with torch.no_grad(), trainer.compute_loss_context_manager(), without_router_loss(trainer):
         loss = float(trainer.compute_loss(trainer.model, batch))
-    trainer._metrics["eval"].clear()
+    trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
     difference = float((ours - theirs).abs().max())
-    plain = trainer.loss_types == ["sigmoid"] and not trainer.use_weighting and trainer.aux_loss_enabled is False
+    plain = trainer.loss_types == ["sigmoid"] and not trainer.use_weighting
     if difference <= tolerance and (not plain or abs(loss - math.log(2)) <= tolerance):
         said = f", first loss {loss:.6f} (ln 2 = {math.log(2):.6f})" if plain else ""
         say(f"step 0: policy and reference agree within {difference:.1e} nats{said}")

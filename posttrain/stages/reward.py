@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import RewardStage
+from posttrain.console import say
 from posttrain.data.encode import Encoded, encode_pairs
 from posttrain.data.formats import read_preferences
 from posttrain.data.sources import Given
+from posttrain.errors import PosttrainError
 from posttrain.metrics.report_card import ScoredPair, card_table, report_card
 from posttrain.models.generate import scores
 from posttrain.models.load import load_reward_model
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import hold_model
 from posttrain.runs.arguments import trainer_arguments, trl_config
-from posttrain.stages.base import EvalResult, Stage, StageContext, StageData, no_preflight, plan_steps, prepare_rows
+from posttrain.stages.base import EvalResult, Stage, StageContext, StageData, plan_steps, prepare_rows
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.stages.trainers import RewardModelTrainer
+
+
+STEP_0_ROWS = 8
+STEP_0_TOLERANCE = {"no": 1e-3, "bf16": 0.05, "fp16": 0.05}  # of the largest score
 
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
@@ -67,6 +73,28 @@ def build(context: StageContext, model: "PreTrainedModel") -> "RewardModelTraine
     return trainer
 
 
+def preflight(context: StageContext, trainer: "RewardModelTrainer") -> None:
+    """A conversation has one score, in training as in an evaluation.
+
+    Raises:
+        PosttrainError: it has several, as with dropout.
+    """
+    model, pad = trainer.unwrapped_model(), context.tokenizer.pad_token_id
+    rows = trainer.train_dataset["chosen_ids"][:STEP_0_ROWS]
+    found = []
+    for training in (False, True):
+        model.train(training)
+        with trainer.compute_loss_context_manager():
+            found.append(scores(model, rows, pad))
+    gap = max(abs(one - other) for one, other in zip(*found, strict=True)) / (max(map(abs, found[0])) or 1)
+    if not gap <= STEP_0_TOLERANCE[trainer.rounds_as]:
+        raise PosttrainError(
+            f"in training a conversation's score is off by up to {gap:.1%} from that in an evaluation: dropout, or "
+            "another randomness, is on in this model, and no field of its config.json turns it off"
+        )
+    say(f"step 0: scores in training within {gap:.1e} of those in an evaluation")
+
+
 def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> EvalResult:
     """The report card over held-out pairs."""
     test = context.data.test
@@ -110,6 +138,6 @@ STAGE = Stage(
     hold=partial(hold_model, scores=True),
     load=load,
     build=build,
-    preflight=no_preflight,  # a new head is to give scores of its own
+    preflight=preflight,
     evaluate_model=evaluate_model,
 )

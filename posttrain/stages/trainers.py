@@ -1,6 +1,7 @@
 """TRL's trainers as the stages use them: whole checkpoints, held-out means over tokens or pairs, rows encoded ahead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,27 @@ from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]
 
 
+@contextmanager
+def without_router_loss(trainer: "SFTTrainer | DPOTrainer") -> Iterator[None]:
+    """A mixture of experts judged by what it says, and not by how evenly its router deals out the tokens."""
+    before = trainer.aux_loss_enabled
+    trainer.aux_loss_enabled = False
+    yield
+    trainer.aux_loss_enabled = before
+
+
 class SFTTrainer(SafeTrainer, trl.SFTTrainer):
     """TRL's SFTTrainer on rows of `input_ids` and `labels`; the held-out loss is a mean over tokens."""
+
+    def __init__(self, *, model: "PreTrainedModel", **options: Any) -> None:
+        super().__init__(model=model, **options)
+        if self.aux_loss_enabled:  # TRL's loss asks for the router's logits itself; generation fails over them
+            model.config.get_text_config().output_router_logits = False
 
     def held_out_collator(self) -> Callable[[list[Batch]], Batch]:
         # held-out rows are never packed: each is scored as it would be read
@@ -37,7 +53,8 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
 
     def held_out_loss(self, inputs: Batch) -> Tensor:
         tokens = torch.tensor(self.held_out_weight("loss", inputs), device=self.args.device)
-        loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=tokens)
+        with without_router_loss(self):
+            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=tokens)
         mean: Tensor = loss / self.accelerator.num_processes
         return mean
 
@@ -80,6 +97,10 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         for side, logps in zip(("chosen", "rejected"), zip(*found, strict=True), strict=True):
             dataset = dataset.add_column(f"ref_{side}_logps", torch.cat(logps).float().tolist())
         return dataset
+
+    def held_out_loss(self, inputs: Batch) -> Tensor:
+        with without_router_loss(self):
+            return super().held_out_loss(inputs)
 
     def held_out_weight(self, name: str, inputs: Batch) -> float:
         # what TRL takes over the tokens of completions; all else over pairs

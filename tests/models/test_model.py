@@ -7,13 +7,28 @@ from typing import Any
 import pytest
 import tokenizers_for_tests as made
 import torch
+from architectures import save_architecture
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from posttrain.cli.command import read_command
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_causal_lm, load_model_and_tokenizer, load_tokenizer, max_positions
+from posttrain.models.load import (
+    load_causal_lm,
+    load_model_and_tokenizer,
+    load_reward_model,
+    load_tokenizer,
+    max_positions,
+)
 from posttrain.models.lora import lora_config
 
 
@@ -84,6 +99,106 @@ def test_missing_and_nan_weights_are_errors(tmp_path: Path, change: Any, told: s
     broken(path, change)
     with pytest.raises(ConfigError, match=told):
         load_model_and_tokenizer(model_config(path), tmp_path / "built")
+
+
+EXTRA: dict[str, Any] = {
+    "a third layer": ("transformer.h.2.mlp.c_fc.weight", 1),
+    "a bias": ("transformer.h.0.mlp.gate.bias", 1),
+    "a reward head": ("score.weight", 1),
+    "a value head of TRL's": ("v_head.summary.weight", 1),
+    "a mask of old": ("transformer.h.0.attn.masked_bias", 0),
+}
+
+
+@pytest.mark.parametrize(("name", "refused"), EXTRA.values(), ids=EXTRA)
+def test_weights_without_a_place_are_errors(tmp_path: Path, name: str, refused: int) -> None:
+    path = save(tmp_path / "base", made.gpt2_like())
+    broken(path, lambda weights: weights.update({name: torch.zeros(3)}))
+    if not refused:
+        load_model_and_tokenizer(model_config(path), tmp_path / "built")
+        return
+    with pytest.raises(ConfigError, match=rf"1 unexpected keys in its weights \({name}\)"):
+        load_model_and_tokenizer(model_config(path), tmp_path / "built")
+
+
+def reward_model(folder: Path, base: Path, outputs: int = 1) -> ModelConfig:
+    """The settings of a reward model that has been trained on a base model."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+    model.save_pretrained(folder)
+    made.chatml().save_pretrained(folder)
+    return model_config(folder)
+
+
+def test_a_head_is_replaced_where_a_reward_model_begins_and_nowhere_else(tmp_path: Path) -> None:
+    base = model_config(save(tmp_path / "base", made.llama_like(), "llama"))
+    tokenizer, _ = load_tokenizer(base)
+    begun = load_reward_model(base, tokenizer, base.start, seed=0)  # lm_head.weight is left out, score.weight is new
+    assert begun.config.num_labels == 1
+    tied = save(tmp_path / "tied", made.chatml(), "qwen2")
+    finished = reward_model(tmp_path / "reward", tied)
+    tokenizer, _ = load_tokenizer(finished)
+    load_reward_model(finished, tokenizer, finished.start, seed=0, new_head=False)
+    with pytest.raises(ConfigError, match=r"unexpected keys in its weights \(score\.weight\)"):
+        load_causal_lm(finished, tokenizer, finished.start)
+    broken(tmp_path / "reward", lambda weights: weights.update({"score.bias": torch.tensor([100.0])}))
+    with pytest.raises(ConfigError, match=r"unexpected keys in its weights \(score\.bias\)"):
+        load_reward_model(finished, tokenizer, finished.start, seed=0, new_head=False)
+
+
+@pytest.mark.parametrize("new_head", [False, True], ids=["used", "trained on"])
+def test_a_reward_model_has_one_output(tmp_path: Path, new_head: bool) -> None:
+    two = reward_model(tmp_path / "two", save(tmp_path / "base", made.chatml(), "qwen2"), outputs=2)
+    tokenizer, _ = load_tokenizer(two)
+    with pytest.raises(ConfigError, match="it has 2 outputs, one is needed"):
+        load_reward_model(two, tokenizer, two.start, seed=0, new_head=new_head)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "bloom", "phi3"])
+def test_dropout_is_off_but_where_it_is_wanted(tmp_path: Path, name: str) -> None:
+    """OPT calls it as a function: no module of it can be switched off."""
+    path = save_architecture(tmp_path / "base", name)
+    config = model_config(path)
+    tokenizer, _ = load_tokenizer(config)
+    ids = torch.arange(2, 12)[None]
+
+    def varies(model: Any) -> bool:
+        with torch.no_grad():
+            one, other = (model.train()(ids).logits for _ in range(2))
+        return not torch.equal(one, other)
+
+    wanted = load_causal_lm(config, tokenizer, str(path), dropout=True)
+    assert varies(wanted)
+    assert wanted.config.to_dict() | {"dtype": None} != load_causal_lm(config, tokenizer, str(path)).config.to_dict()
+    assert not varies(load_causal_lm(config, tokenizer, str(path)))
+    assert not varies(load_reward_model(config, tokenizer, str(path), seed=0))
+
+
+def test_invalid_generation_settings_are_mended_and_told(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.chatml(), "qwen2")
+    settings = {"eos_token_id": 2, "do_sample": False, "temperature": 0.9, "top_p": 0.6, "max_new_tokens": 7}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = load_model_and_tokenizer(model_config(path))
+    _, notes = load_tokenizer(model_config(path))
+    assert [note for note in notes if "temperature=0.9, top_p=0.6" in note]
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert saved["max_new_tokens"] == 7
+    assert saved["do_sample"] is False
+    assert not {"temperature", "top_p"} & saved.keys()
+    valid = {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "num_beams": 2, "early_stopping": True}
+    (path / "generation_config.json").write_text(json.dumps(valid))
+    model, _ = load_model_and_tokenizer(model_config(path))
+    assert valid.items() <= model.generation_config.to_dict().items()
+    assert not [note for note in load_tokenizer(model_config(path))[1] if "generation" in note]
+
+
+def test_embeddings_that_grow_are_told(tmp_path: Path) -> None:
+    path = save(tmp_path / "base", made.llama_like(), "llama")
+    tokens = len(made.llama_like())
+    _, notes = load_tokenizer(model_config(path))  # a pad token is added
+    assert [note for note in notes if note.startswith(f"embeddings: {tokens} grow to the tokenizer's {tokens + 1}")]
+    _, notes = load_tokenizer(model_config(save(tmp_path / "other", made.chatml(), "qwen2")))
+    assert [note for note in notes if note.startswith("embeddings")]
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from posttrain.rlhf.critic import (
     REWARD,
@@ -31,6 +31,11 @@ def base(kind: str = "gpt2") -> Any:
         sizes = {"vocab_size": 50, "n_positions": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
         return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=1))
     sizes = {"vocab_size": 50, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2}
+    if kind == "mixtral":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+        return MixtralForCausalLM(
+            MixtralConfig(**sizes, **experts, num_attention_heads=2, max_position_embeddings=64, pad_token_id=1)
+        )
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, pad_token_id=1))
 
 
@@ -96,7 +101,7 @@ def batch() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mixtral"])
 def test_gradients_are_those_of_separate_models(kind: str, checkpointing: bool) -> None:
     """With gradient checkpointing the recomputation would run under whichever adapter is active then."""
     roles = shared(kind)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from posttrain import compute_dpo_loss
 from posttrain.config.stages import LOSS_OPTIONS
 from posttrain.runs.checkpoint import MANIFEST
+from posttrain.stages import trainers
 
 FEW = (
     *(*SHORT, "stage.max_length=64", "stage.learning_rate=1e-3", "trainer.eval_steps=2"),
@@ -225,6 +226,27 @@ def test_a_wrong_reference_stops_the_run_and_is_named(
     assert not Path("outputs/demo/dpo/posttrain.json").exists()
 
 
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_dropout_that_is_still_on_stops_the_run(
+    posttrain: Posttrain, pairs: str, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Switched on again after the trainer is built, as a new release of a library might do."""
+    kind = trainers.DPOTrainer if stage == "dpo" else trainers.RewardModelTrainer
+    build = kind.__init__
+
+    def broken(self: Any, **options: Any) -> None:
+        build(self, **options)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+
+    monkeypatch.setattr(kind, "__init__", broken)
+    done = posttrain(f"stage={stage}", pairs, *FEW)
+    assert done.code == 1, done
+    assert "dropout" in done.err
+    assert not Path(f"outputs/demo/{stage}/posttrain.json").exists()
+
+
 LOSSES = ["hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"]
 LOSSES += ["apo_zero", "apo_down", "discopop", "sigmoid,sft", "sigmoid_norm"]
 
@@ -260,10 +282,7 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
     logps = []
     for model in (policy, reference):
         for answers in ([row.chosen for row in test], [row.rejected for row in test]):
-            ids = [
-                encoder.encode([encoder.segments([*row.prompt, *answer])])[0][0]
-                for row, answer in zip(test, answers, strict=True)
-            ]
+            ids = [encoder.conversation_ids([*row.prompt, *answer]) for row, answer in zip(test, answers, strict=True)]
             prompts = [encoder.prompt_ids(row.prompt) for row in test]
             completions = [whole[len(prompt) :] for whole, prompt in zip(ids, prompts, strict=True)]
             logps.append(completion_logps(model, prompts, completions, tokenizer.pad_token_id))

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from architectures import save_architecture
 from conftest import SHORT, Posttrain, logged, manifest, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,6 +110,41 @@ def test_packing_keeps_rows_apart(posttrain: Posttrain) -> None:
     torch.testing.assert_close(together[0, :4], alone[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together[0, 4:7], alone[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together[1, :5], alone[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt-oss", "mixtral", "gemma3", "falcon-rotary"])
+def test_packing_is_refused_where_rows_would_see_each_other(
+    posttrain: Posttrain, rows: Path, tmp_path: Path, name: str
+) -> None:
+    """BLOOM takes no positions, and gpt-oss masks without them (transformers 5.24); the others keep rows apart."""
+    base = save_architecture(tmp_path / "base", name)
+    more = (f"model.model_name_or_path={base}", "stage.max_length=96", "trainer.max_steps=2")
+    done = posttrain("+trainer.packing=true", f"data.dataset_name={rows}", *more)
+    if name in ("bloom", "gpt-oss"):
+        assert done.code == 1, done
+        assert "trainer.packing=true" in done.err
+        [off] = re.findall(r"off by up to ([\d.e+-]+) nats", done.err)
+        assert float(off) > 0.01
+        return
+    assert done.code == 0, done
+    [gap] = re.findall(r"in packed rows within ([\d.e+-]+)", done.out)
+    assert float(gap) < 1e-4
+
+
+def test_a_router_is_balanced_in_training_and_left_out_of_the_held_out_loss(
+    posttrain: Posttrain, rows: Path, tmp_path: Path
+) -> None:
+    base = save_architecture(tmp_path / "base", "qwen3-moe")
+    found = {}
+    for coefficient in (0.0, 10.0):
+        done = posttrain(
+            *(f"model.model_name_or_path={base}", f"data.dataset_name={rows}", "stage.max_length=96", "overwrite=true"),
+            *("trainer.max_steps=1", "trainer.logging_steps=1", f"+trainer.router_aux_loss_coef={coefficient}"),
+        )
+        assert done.code == 0, done
+        found[coefficient] = next(line for line in logged(SFT) if "loss" in line) | manifest(SFT)["metrics"]
+    assert found[10.0]["loss"] == pytest.approx(found[0.0]["loss"] + 10 * found[10.0]["aux_loss"], rel=1e-4)
+    assert found[10.0]["eval_loss_before"] == found[0.0]["eval_loss_before"]
 
 
 def test_a_dry_run_shows_the_data_and_writes_nothing(posttrain: Posttrain, tmp_path: Path) -> None:
