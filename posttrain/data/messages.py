@@ -207,7 +207,8 @@ def check_turns(messages: Sequence[Message]) -> None:
             return
     roles = ", ".join(message["role"] for message in messages)
     raise ValueError(
-        f"the roles are {roles}; user and assistant must take turns, a tool answers a call, and assistant be last"
+        f"the roles are {roles}; user and assistant must take turns, a tool answers a call, and assistant be last "
+        "(data.bad_rows=drop leaves such rows out)"
     )
 
 

@@ -229,7 +229,7 @@ class _Reader(Generic[Row]):
         mapped = {ours: at(record, path) for ours, path in used.items() if ours not in EXTRAS or path not in taken}
         mapped = {ours: value for ours, value in mapped.items() if value is not None or used[ours] in record}
         known = {path.split(".")[0] if path not in record else path for path in used.values() if path}
-        known |= {self.rule.winner} if self.rule.winner else set()
+        known |= {self.rule.winner.split(".")[0], self.rule.winner} if self.rule.winner else set()
         others = {str(name): value for name, value in record.items() if name not in known | {"split"}}
         if "chat_template_kwargs" in others:
             mapped["chat_template_kwargs"] = others.pop("chat_template_kwargs")
@@ -258,20 +258,17 @@ class _Reader(Generic[Row]):
 
     def _check_others(self, others: Fields) -> None:
         """No column is left unread that may say which rows or answers are good."""
+        if self.rule.winner is not None:
+            return
+        two_answers = "chosen" in self.columns
         for name in sorted(others.keys() - self.may_ignore, key=lambda name: bool(_MEASURES.search(name))):
-            decides = _DECIDES.search(name) and others[name] not in (None, "", [])
-            if decides and self.rule.winner is None and (self.is_named or not self._says_it(name)):
-                how = f"data.preference.winner={name} with data.preference.a and b, or " if self._two_answers() else ""
+            said_already = two_answers and not self.is_named and _MEASURES.search(name)
+            if _DECIDES.search(name) and others[name] not in (None, "", []) and not said_already:
+                how = f"data.preference.winner={name} with data.preference.a and b, or " if two_answers else ""
                 raise ConfigError(
                     f"data.dataset_name: column {name!r} looks as if it decides which rows or answers are good, and "
                     f"nothing reads it; set {how}data.ignored_columns=[{name}] to train without it"
                 )
-
-    def _two_answers(self) -> bool:
-        return "chosen" in self.columns
-
-    def _says_it(self, name: str) -> bool:
-        return self._two_answers() and _MEASURES.search(name) is not None
 
     def _compare(self, row: Row | None, fits: Sequence[Shape], where: str, record: Fields) -> None:
         """Two readings of a row that differ are one too many."""
