@@ -6,6 +6,7 @@ reaches from the end of the generation prompt to the token that ends its turn.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -226,15 +227,23 @@ class ChatEncoder:
                         f"a {message['role']} message contains the special token {found.group()!r}; "
                         "data.allow_special_tokens=true lets it through as a control token"
                     )
-        if inputs.tools and not self._writes(inputs.tools[0]):
+            if found := self._special.search(json.dumps(inputs.tools, ensure_ascii=False)):
+                raise ValueError(f"its tools contain the special token {found.group()!r}")
+        if inputs.tools and not self._writes_tools:
             raise ValueError(
                 f"it has 'tools', which the chat template of {self.name} does not write; name one that does with "
                 "model.chat_template_path, or leave them out with data.columns.tools=null"
             )
 
-    def _writes(self, tool: JsonObject) -> bool:
-        text = self.render([{"role": "user", "content": "Q"}], inputs=TemplateInputs([tool], {}))
-        return str(tool["function"]["name"]) in text
+    @functools.cached_property
+    def _writes_tools(self) -> bool:
+        schema: JsonObject = {
+            "name": "name_of_tool",
+            "description": "",
+            "parameters": {"type": "object", "properties": {}},
+        }
+        tool = {"type": "function", "function": schema}
+        return "name_of_tool" in self.render([{"role": "user", "content": "Q"}], inputs=TemplateInputs([tool], {}))
 
     def _start(self, text: str, prompt: Sequence[Message], inputs: TemplateInputs) -> int:
         """Where the completion of a prompt begins in the text of a conversation."""
@@ -300,10 +309,11 @@ class ChatEncoder:
                 continue
             ends = [position]
             for name, words in _words(message, split=learned):
-                at = text.find(words, position)
-                while at >= 0 and inside(at, at + len(words)) != learned:
-                    at = text.find(words, at + 1)
-                if at < 0:
+                # some templates write the system message before the last question
+                starts = (position,) if learned else (position, 0)
+                found = (at for start in starts for at in _finds(words, text, start))
+                at = next((at for at in found if inside(at, at + len(words)) == learned), None)
+                if at is None:
                     what = f"the {name} of message {number + 1}, by the {message['role']} ({words[:30]!r})"
                     raise ValueError(
                         f"the chat template of {self.name} drops or changes {what}; leave it out of the data, or name "
@@ -380,6 +390,13 @@ def _call(call: JsonObject, as_text: bool) -> JsonObject:
     function = call["function"]
     arguments = json.dumps(function["arguments"], ensure_ascii=False) if as_text else function["arguments"]
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _finds(words: str, text: str, start: int) -> Iterator[int]:
+    """Where they stand in it, from `start` on."""
+    while (start := text.find(words, start)) >= 0:
+        yield start
+        start += 1
 
 
 def _shared(text: str, other: str) -> int:
