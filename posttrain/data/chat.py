@@ -107,11 +107,13 @@ class ChatEncoder:
 
     def _find_call_form(self, inputs: TemplateInputs, template: str | None) -> tuple[str | None, bool]:
         """How the template wants calls: their empty content "" or None, and arguments as an object or as JSON text."""
-        call = {"type": "function", "function": {"name": "name_of_tool", "arguments": {"key_of_tool": "value_of_tool"}}}
+        function = {"name": "name_of_tool", "arguments": {"key_of_tool": "value_of_tool"}}
+        call = {"id": "call12345", "type": "function", "function": function}  # Mistral's wants an id of nine characters
         for form in itertools.product(("", None), (False, True)):
             self._call_forms[template] = form
             asked: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-            result: Message = {"role": "tool", "name": "name_of_tool", "content": "result_of_tool"}
+            result: Message = {"role": "tool", "name": "name_of_tool", "tool_call_id": call["id"]}
+            result["content"] = "result_of_tool"
             with contextlib.suppress(ValueError):  # then the next form
                 text = self._render([{"role": "user", "content": "Q"}, asked, result], inputs, template)[0]
                 if all(word in text for word in ("name_of_tool", "key_of_tool", "value_of_tool", "result_of_tool")):
@@ -242,7 +244,7 @@ class ChatEncoder:
             "description": "",
             "parameters": {"type": "object", "properties": {}},
         }
-        tool = {"type": "function", "function": schema}
+        tool: JsonObject = {"type": "function", "function": schema}
         return "name_of_tool" in self.render([{"role": "user", "content": "Q"}], inputs=TemplateInputs([tool], {}))
 
     def _start(self, text: str, prompt: Sequence[Message], inputs: TemplateInputs) -> int:
