@@ -163,7 +163,7 @@ def encoded_again(encoder: ChatEncoder, limit: int) -> Encode:
             if not warned:
                 warned = True
                 warn(f"the reward model has {limit} positions: of a longer conversation ({len(ids)}) it reads the end")
-            start = ids[: ids[0] == encoder.tokenizer.bos_token_id]  # an encoder's score is read there
+            start = ids[: ids[0] == encoder.tokenizer.cls_token_id]  # an encoder's score is read there
             ids = [*start, *ids[len(start) - limit :]]
         return ids
 
