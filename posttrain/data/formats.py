@@ -122,7 +122,7 @@ def _whole(value: object, column: str, keys: MessageKeys | None) -> list[Message
 
 def _asked(value: object, column: str, keys: MessageKeys | None) -> list[Message]:
     """The messages of a prompt; a text is the user's, or a transcript that ends where the assistant is to speak."""
-    if isinstance(value, str) and is_transcript(value) and value.rstrip().endswith("Assistant:"):
+    if isinstance(value, str) and is_transcript(value, prompt=True):
         return parse_transcript(value, column, is_open=True)
     return as_messages(value, "user", column, keys)
 
@@ -170,17 +170,8 @@ def _response(row: Fields, keys: MessageKeys | None) -> list[Message]:
     return as_messages(row["response"], "assistant", "response", keys)
 
 
-def format_instruction(row: Fields, keys: MessageKeys | None = None) -> list[Message]:
-    """Turn an instruction row into the messages of its conversation.
-
-    `instruction` and `response` are texts or lists of messages; `input` is appended to the instruction after a
-    blank line; `system` becomes the first message and `history` follows it. Every assistant message is a response to
-    learn. `messages`, or a `response` without an `instruction`, is a whole conversation: a list of messages or a
-    transcript. Of `prompt` and `completion`, the completion alone is learned.
-
-    Raises:
-        ValueError: says what is missing or out of order.
-    """
+def _conversation(row: Fields, keys: MessageKeys | None) -> list[Message]:
+    """The messages of an instruction row, in whatever order they are."""
     if row.get("messages") is not None:
         messages = _whole(row["messages"], "messages", keys)
     elif row.get("completion") is not None:
@@ -199,7 +190,21 @@ def format_instruction(row: Fields, keys: MessageKeys | None = None) -> list[Mes
                 raise ValueError("'input' goes with an 'instruction' that is a text, not a list of messages")
             instruction = f"{instruction}\n\n{more}"
         messages = _asked(instruction, "instruction", keys) + _response(row, keys)
-    messages = _begun(messages, row, keys)
+    return _begun(messages, row, keys)
+
+
+def format_instruction(row: Fields, keys: MessageKeys | None = None) -> list[Message]:
+    """Turn an instruction row into the messages of its conversation.
+
+    `instruction` and `response` are texts or lists of messages; `input` is appended to the instruction after a
+    blank line; `system` becomes the first message and `history` follows it. Every assistant message is a response to
+    learn. `messages`, or a `response` without an `instruction`, is a whole conversation: a list of messages or a
+    transcript. Of `prompt` and `completion`, the completion alone is learned.
+
+    Raises:
+        ValueError: says what is missing or out of order.
+    """
+    messages = _conversation(row, keys)
     check_turns(messages)
     return messages
 
@@ -249,26 +254,32 @@ def format_preference(
     return _preference(row, keys)[:3]
 
 
+def _prompt(row: Fields, keys: MessageKeys | None) -> tuple[list[Message], bool]:
+    """The messages that wait for a completion, and whether the row has one, which is left out."""
+    asks = row.get("prompt") is not None
+    if not asks and {"chosen", "rejected"} <= row.keys():
+        return format_preference(row, keys)[0], True
+    if not asks and {"messages", "instruction", "response"} & row.keys():
+        whole = _conversation(row, keys)
+        last = max((at for at, message in enumerate(whole) if message["role"] == "user"), default=-1)
+        messages = whole[: last + 1]
+    else:
+        require_columns(row, ("prompt",), "prompt")
+        whole = messages = _begun(_asked(row["prompt"], "prompt", keys), row, keys)
+    check_turns([*messages, {"role": "assistant", "content": "?"}])
+    return messages, "chosen" in row or len(whole) > len(messages)
+
+
 def format_prompt(row: Fields, keys: MessageKeys | None = None) -> list[Message]:
     """Turn a row into messages that wait for a completion.
 
     `prompt` is a text, messages or a transcript; of a preference row it is what both conversations begin with, of a
-    conversation all up to the last message that is not the assistant's.
+    conversation all up to the user's last message.
 
     Raises:
         ValueError: says what is missing or out of order.
     """
-    if row.get("prompt") is None and {"chosen", "rejected"} <= row.keys():
-        return format_preference(row, keys)[0]
-    if row.get("prompt") is None and {"messages", "instruction", "response", "completion"} & row.keys():
-        messages = format_instruction(row, keys)
-    else:
-        require_columns(row, ("prompt",), "prompt")
-        messages = _begun(_asked(row["prompt"], "prompt", keys), row, keys)
-    while messages and messages[-1]["role"] == "assistant" and "completion" not in row and "prompt" not in row:
-        messages = messages[:-1]
-    check_turns([*messages, {"role": "assistant", "content": "?"}])
-    return messages
+    return _prompt(row, keys)[0]
 
 
 _SHARE_GPT = Shape("ShareGPT", {"messages": "conversations"})
@@ -357,9 +368,10 @@ def read_prompts(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Promp
     keys, answered = message_keys(data.messages), Problems()
 
     def make(row: Fields, where: str, others: Fields) -> Prompt:
-        if "prompt" not in row or "completion" in row or "chosen" in row:
+        prompt, has_answer = _prompt(row, keys)
+        if has_answer:
             answered.add(where, "")
-        return Prompt(format_prompt(row, keys), where, others, _inputs(row))
+        return Prompt(prompt, where, others, _inputs(row))
 
     shapes = [
         _documented(data.columns, "prompt"),

@@ -220,10 +220,10 @@ def _turns(text: str) -> list[str]:
     return (_HASHES if text.lstrip().startswith("###") else _HH).split(text.lstrip() if text.strip() else "")
 
 
-def is_transcript(text: str) -> bool:
-    """Whether it begins with a turn of a transcript."""
+def is_transcript(text: str, prompt: bool = False) -> bool:
+    """Whether it begins with a turn of a transcript; a prompt of one turn begins with the blank line before it, too."""
     parts = _turns(text)
-    return len(parts) >= 3 and not parts[0].strip()
+    return len(parts) >= 3 and not parts[0].strip() and (not prompt or len(parts) > 3 or text.startswith("\n\n"))
 
 
 def parse_transcript(text: str, column: str, is_open: bool = False) -> list[Message]:

@@ -179,7 +179,7 @@ class _Reader(Generic[Row]):
         chosen = [shape for shape in shapes if shape.documented and named & shape.needs.keys()]
         self.shapes, self.is_named = chosen or list(shapes), bool(chosen)
         self.hands_on = hands_on
-        self.may_ignore = {*data.ignored_columns, "split", "chat_template_kwargs"}
+        self.ignored = set(data.ignored_columns)
         self.drop_bad = data.bad_rows == "drop"
         self.problems, self.dropped = Problems(), Problems()
         self.others: Counter[str] = Counter()
@@ -204,10 +204,12 @@ class _Reader(Generic[Row]):
     def _row(self, where: str, record: object) -> Row | None:
         if not isinstance(record, dict):
             raise ValueError(f"must be an object, got {kind(record)}")
+        self.others.update(self.ignored & record.keys())
+        record = {name: value for name, value in record.items() if name not in self.ignored}
         fits = [
             shape
             for shape in self.shapes
-            if all(at(record, theirs) is not None for theirs in shape.needs.values())
+            if all(at(record, theirs) not in (None, []) for theirs in shape.needs.values())
             and not any(record.get(name) is not None for name in shape.unless)
         ]
         try:
@@ -261,7 +263,7 @@ class _Reader(Generic[Row]):
         if self.rule.winner is not None:
             return
         two_answers = "chosen" in self.columns
-        for name in sorted(others.keys() - self.may_ignore, key=lambda name: bool(_MEASURES.search(name))):
+        for name in sorted(others, key=lambda name: bool(_MEASURES.search(name))):
             said_already = two_answers and not self.is_named and _MEASURES.search(name)
             if _DECIDES.search(name) and others[name] not in (None, "", []) and not said_already:
                 how = f"data.preference.winner={name} with data.preference.a and b, or " if two_answers else ""
@@ -279,14 +281,11 @@ class _Reader(Generic[Row]):
             except ValueError:  # it is not one of this shape then
                 continue
             if row is not None and (row.reference, row.prompt[-1:]) != (other.reference, other.prompt[-1:]):
-                ways = " or ".join(
-                    " ".join(f"data.columns.{ours}={path}" for ours, path in each.needs.items())
-                    for each in (fits[0], shape)
-                    if each.needs.keys() <= self.columns.keys()
-                )
+                one, two = ([str(path).split(".")[0] for path in each.needs.values()] for each in (fits[0], shape))
+                ways = (sorted(set(one) - set(two)), sorted(set(two) - set(one)))
+                choice = " or ".join(f"data.ignored_columns=[{','.join(names)}]" for names in ways if names)
                 raise ConfigError(
-                    f"{where}: reads as {fits[0].name} and as {shape.name}, and these differ; choose one"
-                    + (f" ({ways}; null leaves a column out)" if ways else "")
+                    f"{where}: reads as {fits[0].name} and as {shape.name}, and these differ; leave one out: {choice}"
                 )
 
     def _explained(self, what: str, record: Fields) -> str:

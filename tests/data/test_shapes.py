@@ -67,6 +67,15 @@ def test_a_conversation_is_read_without_a_key(tmp_path: Path, shape: str) -> Non
     assert any("left out" in note for note in prompts.notes) == ("prompt" not in row)
 
 
+def test_prompts_are_conversations_up_to_the_users_last_message(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    talks = [MORE, [*MORE, SAID], [*MORE, call, {"role": "tool", "content": "4"}, SAID]]
+    rows = [{"messages": talk, "conversations": []} for talk in talks]
+    splits = read(tmp_path, "ppo", rows)
+    assert [row.prompt for row in splits.train] == [MORE] * 3
+    assert any("of 2 rows are left out" in note for note in splits.notes)
+
+
 def test_tools_and_their_calls_are_read_as_openai_writes_them(tmp_path: Path) -> None:
     call = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
     talk = [
@@ -164,6 +173,11 @@ PAIRS: dict[str, dict[str, Any]] = {
         "chosen": sharegpt([SAID])[0],
         "rejected": sharegpt([WRONG])[0],
     },
+    "a transcript that ends with the question": {
+        "prompt": "\n\nHuman: Two plus two?",
+        "chosen": "Four.",
+        "rejected": "Five.",
+    },
     "a transcript and texts": {
         "prompt": "\n\nHuman: Two plus two?\n\nAssistant:",
         "chosen": " Four.",
@@ -240,8 +254,12 @@ def test_a_column_that_would_decide_stops_the_run(tmp_path: Path, stage: str, ro
 
 def test_two_readings_that_differ_stop_the_run(tmp_path: Path) -> None:
     row = {"messages": [ASKED, SAID], "instruction": "Two plus three?", "response": "Five."}
-    with pytest.raises(ConfigError, match=r"data\.columns\.messages=messages"):
+    with pytest.raises(
+        ConfigError, match=r"ignored_columns=\[messages\] or data\.ignored_columns=\[instruction,response\]"
+    ):
         read(tmp_path, "sft", row)
+    assert read(tmp_path, "sft", row, ignored_columns=["messages"]).train[0].reference == "Five."
+    assert read(tmp_path, "sft", row, ignored_columns=["instruction", "response"]).train[0].reference == "Four."
     assert read(tmp_path, "sft", row, {"messages": None}).train[0].reference == "Five."
     same = row | {"instruction": "Two plus two?", "response": "Four."}
     assert read(tmp_path, "sft", same).train[0].messages == [ASKED, SAID]
