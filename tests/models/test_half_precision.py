@@ -11,7 +11,7 @@ PPO = (
 )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_qlora_in_bfloat16(posttrain: Posttrain, tmp_path: Path, stage: str, precision: str) -> None:
     (tmp_path / "my_rewards.py").write_text(
