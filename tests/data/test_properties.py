@@ -18,8 +18,8 @@ from posttrain.data.template import plain_template
 from posttrain.errors import ConfigError, DataError
 
 ANY = settings(max_examples=150, deadline=None)
-# any character but surrogates, which are none, and the one that tokenizers of transformers put nowhere; no control token,
-# which Hypothesis finds in this file
+# any character but surrogates, which are none, and the one that tokenizers of transformers put nowhere; and no control
+# token, which Hypothesis finds in this file
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
     lambda text: bool(text.strip()) and "<|" not in text
 )
