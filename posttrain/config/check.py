@@ -183,9 +183,10 @@ def _check_together(config: Config) -> typing.Iterator[str]:
         gone = ", ".join(f"data.preference.{name}" for name in ("winner", "a", "b") if name not in said)
         yield f"data.preference.{next(iter(said))} needs {gone} beside it"
     if said and "chosen" not in {item.name for item in dataclasses.fields(stage.columns)}:
-        yield f"data.preference is about two answers, of which the rows of stage={stage.name} have one or none"
-    if config.data.train_on == "last" and "response" not in {item.name for item in dataclasses.fields(stage.columns)}:
-        yield f"data.train_on=last is about the completions of stage=sft; stage={stage.name} learns one of each row"
+        yield (
+            f"data.preference is about two answers, of which the rows of stage={stage.name} have one or none; in a "
+            "pipeline name the stage: dpo.data.preference.winner=…"
+        )
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"
@@ -237,10 +238,11 @@ def _leaf_problem(
     path: str, value: object, schema: DictConfig, keys: dict[str, dataclasses.Field[object]], spec: StageSpec
 ) -> str | None:
     """What is wrong with one value; a value that is right is put into `schema`."""
-    if "_target_" in path.split("."):
-        return f"{path}: a configuration cannot name code to run"
-    if problem := _secret_problem(path, value):
-        return problem
+    for inner, part in _leaves(value, path):
+        if "_target_" in inner.split("."):
+            return f"{inner}: a configuration cannot name code to run"
+        if problem := _secret_problem(inner, part):
+            return problem
     if path == "trainer" or path.startswith("trainer."):
         return None
     if path.split(".")[0] == "recipes":
