@@ -179,14 +179,14 @@ def _check_together(config: Config) -> typing.Iterator[str]:
             yield one_of(f"data.messages.roles.{name}", role, ROLES)
     rule, stage = config.data.preference, STAGES[config.stage.name]
     said = {name: value for name, value in vars(rule).items() if value is not None}
-    if said and not {"winner", "a", "b"} <= said.keys():
-        gone = ", ".join(f"data.preference.{name}" for name in ("winner", "a", "b") if name not in said)
-        yield f"data.preference.{next(iter(said))} needs {gone} beside it"
     if said and "chosen" not in {item.name for item in dataclasses.fields(stage.columns)}:
         yield (
             f"data.preference is about two answers, of which the rows of stage={stage.name} have one or none; in a "
             "pipeline name the stage: dpo.data.preference.winner=…"
         )
+    elif said and not {"winner", "a", "b"} <= said.keys():
+        gone = ", ".join(f"data.preference.{name}" for name in ("winner", "a", "b") if name not in said)
+        yield f"data.preference.{next(iter(said))} needs {gone} beside it"
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"

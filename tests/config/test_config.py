@@ -47,7 +47,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("data.learning_rate=1", "data.learning_rate is unknown for stage=sft; did you mean stage.learning_rate?"),
         ("stage.batch_size=abc", "stage.batch_size='abc' must be int"),
         ("data.messages.roles={bot: asistant}", "data.messages.roles.bot=asistant is not one of"),
-        ("data.preference.winner=labels", "data.preference.winner needs data.preference.a, data.preference.b"),
+        ("data.preference.winner=labels", "data.preference is about two answers, of which the rows of stage=sft"),
         ("data.train_on=first", "data.train_on=first is not one of all, last"),
         ("data.chat_template_kwargs=thinking", "data.chat_template_kwargs='thinking' must be dict"),
         ("data.chat_template_kwargs={api_key: abc}", "data.chat_template_kwargs.api_key looks like a secret"),
