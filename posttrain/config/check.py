@@ -187,6 +187,8 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     elif said and not {"winner", "a", "b"} <= said.keys():
         gone = ", ".join(f"data.preference.{name}" for name in ("winner", "a", "b") if name not in said)
         yield f"data.preference.{next(iter(said))} needs {gone} beside it"
+    elif said and rule.a == rule.b:
+        yield f"data.preference.a and data.preference.b are both {rule.a}"
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"

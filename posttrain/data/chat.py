@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.messages import Message
+from posttrain.data.messages import Message, parsed
 from posttrain.data.splits import NO_INPUTS, TemplateInputs
 from posttrain.data.template import training_template
 from posttrain.errors import ConfigError
@@ -177,7 +177,7 @@ class ChatEncoder:
             spans = [self._span(text, messages, index, inputs) for index in trained]
         else:
             text, marks = self._render(messages, inputs, self.training)
-            spans = [span for span in _merged(marks) if text[slice(*span)].strip()]
+            spans = [self._with_end(text, *span) for span in _merged(marks) if text[slice(*span)].strip()]
             for index in set(completions) - set(trained):
                 begin = _shared(text, self._render(messages[:index], inputs, self.training)[0])
                 later = next((other for other in completions if other > index), None)
@@ -229,8 +229,8 @@ class ChatEncoder:
                         f"a {message['role']} message contains the special token {found.group()!r}; "
                         "data.allow_special_tokens=true lets it through as a control token"
                     )
-            if found := self._special.search(json.dumps(inputs.tools, ensure_ascii=False)):
-                raise ValueError(f"its tools contain the special token {found.group()!r}")
+            if found := self._special.search(json.dumps(inputs, ensure_ascii=False)):
+                raise ValueError(f"its tools or chat_template_kwargs contain the special token {found.group()!r}")
         if inputs.tools and not self._writes_tools:
             raise ValueError(
                 f"it has 'tools', which the chat template of {self.name} does not write; name one that does with "
@@ -307,12 +307,14 @@ class ChatEncoder:
         position = 0
         for number, message in enumerate(messages):
             learned = number in trained
-            if message["role"] == "tool" or (message["role"] == "assistant" and not learned):
+            if message["role"] == "assistant" and not learned:
                 continue
-            ends = [position]
+            ends, calls = [position], position
             for name, words in _words(message, split=learned):
+                if message["role"] == "tool" and (parsed(words) != words or json.dumps(words)[1:-1] in text):
+                    continue  # templates write a tool's JSON in ways of their own
                 # some templates write the system message before the last question
-                starts = (position,) if learned else (position, 0)
+                starts = (calls if name == "tool call" else position,) if learned else (position, 0)
                 found = (at for start in starts for at in _finds(words, text, start))
                 at = next((at for at in found if inside(at, at + len(words)) == learned), None)
                 if at is None:
@@ -322,7 +324,15 @@ class ChatEncoder:
                         f"another template with model.chat_template_path{_LAST if len(trained) > 1 else ''}"
                     )
                 ends.append(at + len(words))
+                calls = ends[-1] if name == "tool call" else calls  # each call stands behind the one before
             position = max(ends)
+
+    def _with_end(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """A mark with the token that ends the turn, where it stands right behind it."""
+        if self._special_at_end.search(text[start:end]) is None:
+            token = self._special.match(text, len(text) - len(text[end:].lstrip()))
+            end = token.end() if token is not None and token.group() == self.end_of_turn else end
+        return start, end
 
     def _pieces(self, text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
         pieces, position = [], 0
@@ -426,3 +436,6 @@ def _words(message: Message, split: bool) -> Iterator[tuple[str, str]]:
             yield "content", part.strip()
     for call in message.get("tool_calls", ()):
         yield "tool call", call["function"]["name"]
+        for value in call["function"]["arguments"].values():
+            if isinstance(value, str) and value.strip() and json.dumps(value, ensure_ascii=False) == f'"{value}"':
+                yield "argument of a call", value.strip()

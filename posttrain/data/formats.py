@@ -4,7 +4,6 @@ Each row knows where it stood. Whatever its shape, a row that is read has been r
 """
 
 import json
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,19 +18,23 @@ from posttrain.data.messages import (
     check_turns,
     is_transcript,
     kind,
+    listed_messages,
     message_keys,
     parse_transcript,
     parsed,
+    role_of,
     without_nulls,
 )
 from posttrain.data.sources import NOTHING_GIVEN, Given, Problems
 from posttrain.data.splits import NO_INPUTS, Row, Shape, Splits, TemplateInputs, read_rows
+from posttrain.errors import ConfigError
 from posttrain.values import Fields
 
 
 def _content(*parts: object, inputs: TemplateInputs) -> str:
     named = list(parts[0]) if len(parts) == 1 and isinstance(parts[0], list) else list(parts)
-    return json.dumps([*named, inputs] if inputs != NO_INPUTS else named, ensure_ascii=False)
+    whole = [*named, inputs] if inputs != NO_INPUTS else named
+    return json.dumps(whole, ensure_ascii=False, default=str)  # a Parquet file may hold dates and bytes
 
 
 class Conversation(NamedTuple):
@@ -105,13 +108,13 @@ def require_columns(row: Fields, columns: Sequence[str], name: str) -> None:
             raise ValueError(f"no {column!r} (found: {found}); format {name!r} needs {', '.join(columns)}")
 
 
-def _is_conversation(value: object) -> bool:
+def _is_conversation(value: object, keys: MessageKeys | None) -> bool:
     """Whether a value is more than a completion: messages that begin before one, or a transcript."""
-    if isinstance(value, str):
-        return is_transcript(value)
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
-        return False
-    return value[0].get("role", value[0].get("from")) not in ("assistant", "gpt")
+    known = keys or message_keys()
+    listed = listed_messages(value, known)
+    if isinstance(listed, str):
+        return is_transcript(listed)
+    return isinstance(listed, list) and bool(listed) and role_of(listed[0], known) not in (None, "assistant")
 
 
 def _whole(value: object, column: str, keys: MessageKeys | None) -> list[Message]:
@@ -142,12 +145,13 @@ def _begun(messages: list[Message], row: Fields, keys: MessageKeys | None) -> li
         opening = [{"role": "system", "content": system}]
     if history is None or history == [] or history == "":
         return [*opening, *rest]
-    if not isinstance(history, list) or not isinstance(history[0], (list, dict)):
+    pairs = isinstance(history, list) and all(isinstance(each, list) and len(each) == 2 for each in history)
+    if not isinstance(history, list) or not (pairs or all(isinstance(each, dict) for each in history)):
         raise ValueError(
             f"'history' must be messages or pairs of question and answer, got {kind(history)}; "
             "data.columns.history=null ignores it"
         )
-    if isinstance(history[0], dict):
+    if not pairs:
         return [*opening, *as_messages(history, "user", "history", keys), *rest]
     said = [text for pair in history for text in pair]
     earlier = [as_messages(text, ("user", "assistant")[at % 2], "history") for at, text in enumerate(said)]
@@ -155,7 +159,7 @@ def _begun(messages: list[Message], row: Fields, keys: MessageKeys | None) -> li
 
 
 def _inputs(row: Fields) -> TemplateInputs:
-    options = without_nulls(row.get("chat_template_kwargs") or {})
+    options = without_nulls(parsed(row.get("chat_template_kwargs")) or {})
     if not isinstance(options, dict):
         raise ValueError(f"'chat_template_kwargs' must be an object, got {kind(options)}")
     tools = as_tools(row.get("tools"))
@@ -164,10 +168,15 @@ def _inputs(row: Fields) -> TemplateInputs:
 
 def _response(row: Fields, keys: MessageKeys | None) -> list[Message]:
     """A response; where the row has tools, the JSON text of calls is calls."""
-    calls = parsed(row["response"]) if row.get("tools") else None
-    if isinstance(calls, list) and calls and all(isinstance(call, dict) and "name" in call for call in calls):
+    calls = parsed(row["response"]) if row.get("tools") and isinstance(row["response"], str) else None
+    names = {tool["function"]["name"] for tool in as_tools(row.get("tools"))}
+    if isinstance(calls, list) and calls and all(_is_call(call, names) for call in calls):
         return [{"role": "assistant", "content": "", "tool_calls": as_tool_calls(calls, "'response'")}]
     return as_messages(row["response"], "assistant", "response", keys)
+
+
+def _is_call(call: object, names: set[str]) -> bool:
+    return isinstance(call, dict) and call.get("name") in names and call.keys() <= {"name", "arguments", "id", "type"}
 
 
 def _conversation(row: Fields, keys: MessageKeys | None) -> list[Message]:
@@ -176,9 +185,10 @@ def _conversation(row: Fields, keys: MessageKeys | None) -> list[Message]:
         messages = _whole(row["messages"], "messages", keys)
     elif row.get("completion") is not None:
         asked = _asked(row["prompt"], "prompt", keys)
-        asked = [{**message, "train": False} if message["role"] == "assistant" else message for message in asked]
-        messages = asked + as_messages(row["completion"], "assistant", "completion", keys)
-    elif row.get("instruction") is None and _is_conversation(row.get("response")):
+        answer = as_messages(row["completion"], "assistant", "completion", keys)
+        before = _begun(asked, row, keys)
+        return [{**said, "train": False} if said["role"] == "assistant" else said for said in before] + answer
+    elif row.get("instruction") is None and _is_conversation(row.get("response"), keys):
         messages = _whole(row["response"], "response", keys)
     else:
         require_columns(row, ("instruction", "response"), "instruction")
@@ -209,23 +219,31 @@ def format_instruction(row: Fields, keys: MessageKeys | None = None) -> list[Mes
     return messages
 
 
+def _answer(side: object, name: str, of_transcript: bool, keys: MessageKeys | None) -> list[Message]:
+    """A completion; after a transcript, the rest of one."""
+    if of_transcript and isinstance(side, str) and side.strip():
+        return parse_transcript(f"Assistant: {side.strip()}", name)
+    return as_messages(side, "assistant", name, keys)
+
+
 def _preference(
     row: Fields, keys: MessageKeys | None
 ) -> tuple[list[Message], list[Message], list[Message], str | None]:
     """Prompt, chosen, rejected, and how the `prompt` column differs from what the two conversations begin with."""
     require_columns(row, ("chosen", "rejected"), "preference")
     sides = [row["chosen"], row["rejected"]]
-    asked = _begun(_asked(row["prompt"], "prompt", keys), row, keys) if row.get("prompt") is not None else []
-    if whole := all(map(_is_conversation, sides)):
-        answered = [_whole(side, name, keys) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
-        answered = [_begun(messages, {"system": row.get("system")}, keys) for messages in answered]
+    given = row.get("prompt")
+    asked = _begun(_asked(given, "prompt", keys), row, keys) if given not in (None, "", []) else []
+    names = ("chosen", "rejected")
+    if whole := all(_is_conversation(side, keys) for side in sides):
+        answered = [_begun(_whole(side, name, keys), row, keys) for side, name in zip(sides, names, strict=True)]
     elif not asked:
         require_columns({name: "" for name in row if name != "prompt"}, ("prompt", "chosen", "rejected"), "preference")
     else:
-        trim = isinstance(row["prompt"], str) and is_transcript(row["prompt"])
-        texts = [side.strip() if trim and isinstance(side, str) else side for side in sides]
-        parts = zip(texts, ("chosen", "rejected"), strict=True)
-        answered = [asked + as_messages(text, "assistant", name, keys) for text, name in parts]
+        parts = zip(sides, names, strict=True)
+        answered = [
+            asked + _answer(side, name, isinstance(given, str) and is_transcript(given), keys) for side, name in parts
+        ]
     shared = 0
     while shared < min(map(len, answered)) - 1 and answered[0][shared] == answered[1][shared]:
         shared += 1
@@ -317,6 +335,11 @@ def read_instructions(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[
         if row.get("text") is None:
             return Conversation(format_instruction(row, keys), where, _inputs(row))
         check_text(row["text"], "'text'")
+        for name in ("system", "history", "tools"):
+            if row.get(name):
+                raise ValueError(
+                    f"{name!r} goes with a conversation, not with raw text; data.columns.{name}=null skips it"
+                )
         return Conversation([{"role": "assistant", "content": row["text"]}], where, is_text=True)
 
     columns = data.columns
@@ -332,9 +355,15 @@ def read_instructions(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[
 
 
 def _told(splits: Splits[Row], keys: MessageKeys, *more: str) -> Splits[Row]:
+    for key in keys.train if len(keys.train) == 1 else ():
+        if not keys.seen[key]:
+            raise ConfigError(f"data.messages.train={key}: no message has this key")
     ignored = [f"key {name!r} of messages is ignored ({count:,} times)" for name, count in keys.ignored.items()]
     splits.notes += [*more, *ignored]
     return splits
+
+
+MAX_MARGIN = 1e30
 
 
 def read_preferences(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Pair]:
@@ -345,8 +374,10 @@ def read_preferences(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[P
         margin = row.get("margin")
         if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
             raise ValueError(f"'margin' must be a number, got {kind(margin)}")
-        if margin is not None and not math.isfinite(margin):
+        if margin is not None and not abs(margin) < MAX_MARGIN:
             raise ValueError(f"'margin' must be a finite number, got {margin}")
+        if margin is not None and data.preference.winner is not None:  # which says whose it is
+            margin = abs(margin)
         prompt, chosen, rejected, differs = _preference(row, keys)
         if differs is not None:
             differing.add(where, differs)

@@ -21,10 +21,17 @@ _NEXT = {
     "system": ("user",),
     "developer": ("user",),
     "user": ("assistant",),
-    "assistant": ("user",),
+    "assistant": ("user", "tool"),  # a call may stand in its text
     "calls": ("tool",),
     "tool": ("tool", "assistant"),
 }
+
+
+KNOWN_ROLES = {
+    **{"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "function_call": "assistant"},
+    **{role: role for role in ROLES},
+}
+_MASKS = re.compile("(?:^|_)(?:train|mask|loss|weight)")  # in the name of a key that says whether a turn is trained
 
 
 class MessageKeys(NamedTuple):
@@ -35,6 +42,7 @@ class MessageKeys(NamedTuple):
     train: tuple[str, ...]
     roles: dict[str, str]
     ignored: Counter[str]  # keys that nothing reads, counted
+    seen: Counter[str]  # keys that say whether a turn is trained, counted
 
 
 def message_keys(given: MessagesConfig | None = None) -> MessageKeys:
@@ -44,7 +52,8 @@ def message_keys(given: MessagesConfig | None = None) -> MessageKeys:
         (given.role,) if given.role else ("role", "from"),
         (given.content,) if given.content else ("content", "value"),
         (given.train,) if given.train else ("weight", "train", "loss", "loss_weight"),
-        {"human": "user", "gpt": "assistant", "function": "tool", **{role: role for role in ROLES}, **given.roles},
+        KNOWN_ROLES | given.roles,
+        Counter(),
         Counter(),
     )
 
@@ -87,7 +96,8 @@ def _joined(content: object, where: str) -> object:
         return content
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        is_text = isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text")
+        text = part.get("text") if is_text else None
         if not isinstance(text, str):
             what = part.get("type") if isinstance(part, dict) else kind(part)
             raise ValueError(f"{where} has a part of type {what!r} in its content; posttrain trains on text alone")
@@ -102,6 +112,7 @@ def as_tool_calls(value: object, where: str) -> list[JsonObject]:
         ValueError: a call has no name, or arguments that are neither an object nor the JSON text of one.
     """
     calls = []
+    value = parsed(value)
     for given in value if isinstance(value, list) else [value]:
         call: JsonObject = given if isinstance(given, dict) else {}
         function = call.get("function", call)
@@ -148,21 +159,27 @@ def _message(message: object, where: str, keys: MessageKeys) -> Message:
     if taken["role"] is None:
         found = ", ".join(given) or "nothing"
         raise ValueError(f"{where} has no {keys.role[0]!r} (found: {found}); data.messages.role names the key")
-    said = given[taken["role"]]
-    role = keys.roles.get(str(said))
+    said = str(given[taken["role"]])
+    role = keys.roles.get(said, keys.roles.get(said.lower()))
     if role not in ROLES:
         raise ValueError(
-            f"{where} has the role {said!r}; data.messages.roles={{{said}: user}} says which of "
-            f"{', '.join(ROLES)} it is"
+            f"{where} has the role {said!r}; data.messages.roles={{{said}: …}} says which of {', '.join(ROLES)} it is"
         )
     made: Message = {"role": role, "content": ""}
-    if calls := given.get("tool_calls") or given.get("function_call"):
+    calls = given.get("tool_calls") or given.get("function_call")
+    if said == "function_call" and taken["content"] is not None:  # LLaMA-Factory's: the call is the text
+        calls = given.pop(taken["content"])
+        taken["content"] = None
+    if calls:
         made["tool_calls"] = as_tool_calls(without_nulls(calls), where)
     if taken["content"] is not None:
         made["content"] = _joined(given[taken["content"]], where)
     elif not calls:
-        found = ", ".join(given)
-        raise ValueError(f"{where} has no {keys.content[0]!r} (found: {found}); data.messages.content names the key")
+        is_null = any(key in message for key in keys.content)
+        fault = (
+            "null for content and no tool call" if is_null else f"no {keys.content[0]!r} (found: {', '.join(given)})"
+        )
+        raise ValueError(f"{where} has {fault}; data.messages.content names the key")
     if not isinstance(made["content"], str):
         raise ValueError(f"{where} has {kind(made['content'])} for content, not a text")
     if made["content"] or not (calls or role in ("tool", "system")):
@@ -170,11 +187,37 @@ def _message(message: object, where: str, keys: MessageKeys) -> Message:
     if taken["reasoning"] is not None and given[taken["reasoning"]] != "":
         check_text(given[taken["reasoning"]], f"{taken['reasoning']} of {where}")
         made["reasoning_content"] = given[taken["reasoning"]]
-    if taken["train"] is not None and not _trained(given[taken["train"]], taken["train"], where):
+    flags = {key: _trained(given[key], key, where) for key in keys.train if key in given}
+    if len(set(flags.values())) > 1:
+        raise ValueError(
+            f"{where} has {' and '.join(flags)}, which contradict each other; data.messages.train names one"
+        )
+    if not all(flags.values()):
         made["train"] = False
+    keys.seen.update(flags)
     made |= {name: given[name] for name in ("tool_call_id", "name") if name in given}
-    keys.ignored.update(given.keys() - {*made, *taken.values(), "tool_calls", "function_call"})
+    unread = given.keys() - {*made, *taken.values(), *flags, "tool_calls", "function_call"}
+    if len(keys.train) > 1 and (masks := sorted(key for key in unread if _MASKS.search(key))):
+        raise ValueError(
+            f"{where} has {masks[0]!r}, as if it said whether the turn is trained; data.messages.train={masks[0]} "
+            "reads it as 1 or 0"
+        )
+    keys.ignored.update(unread)
     return made
+
+
+def role_of(message: object, keys: MessageKeys) -> str | None:
+    """The role of a message as chat templates call it; None of anything else."""
+    said = next((message[key] for key in keys.role if key in message), None) if isinstance(message, dict) else None
+    return keys.roles.get(str(said), keys.roles.get(str(said).lower()))
+
+
+def listed_messages(value: object, keys: MessageKeys) -> object:
+    """The list of messages that a value is, alone or as JSON text; any other value as it is."""
+    if isinstance(value, dict):
+        return [value]
+    listed = parsed(value)
+    return listed if isinstance(listed, list) and listed and all(role_of(each, keys) for each in listed) else value
 
 
 def as_messages(value: object, role: str, column: str, keys: MessageKeys | None = None) -> list[Message]:
@@ -183,16 +226,19 @@ def as_messages(value: object, role: str, column: str, keys: MessageKeys | None 
     Raises:
         ValueError: says which message is missing something, and the key that names it.
     """
-    if isinstance(value, str):
-        check_text(value, repr(column))
-        return [{"role": role, "content": value}]
-    listed = [value] if isinstance(value, dict) else value
+    known = keys or message_keys()
+    listed = listed_messages(value, known)
+    if isinstance(listed, str):
+        check_text(listed, repr(column))
+        return [{"role": role, "content": listed}]
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{column!r} must be a text or a list of messages, got {kind(value)}")
-    known = keys or message_keys()
     messages = [_message(each, f"message {number} of {column!r}", known) for number, each in enumerate(listed, start=1)]
-    empty = messages[0]["role"] == "system" and not messages[0]["content"].strip()
-    return messages[1:] if empty else messages
+    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        if len(messages) == 1:
+            raise ValueError(f"{column!r} is an empty system message alone")
+        return messages[1:]
+    return messages
 
 
 def check_turns(messages: Sequence[Message]) -> None:

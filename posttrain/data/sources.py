@@ -110,6 +110,10 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := [name for name in names if names.count(name) > 1]:
+                problems.add(f"{path} line 1", f"two columns are called {twice[0]!r}")
+                return
             for row in reader:
                 where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():

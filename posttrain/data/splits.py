@@ -116,7 +116,10 @@ def at(record: Fields, path: str | None) -> object:
 
 # columns that look as if they say which row or answer is good; where two answers have names that say it themselves,
 # scores and ranks are more of the same
-_DECIDES = re.compile(r"(?:^|_)(?:winner|better|labels?|preferences?|preferred|ranks?|scores?)(?:_|$)", re.IGNORECASE)
+_DECIDES = re.compile(
+    r"(?:^|_)(?:winner\w*|better\w*|best\w*|choice|selected|is_correct|labels?|preferences?|preferred|ranks?|scores?)(?:_|$)",
+    re.IGNORECASE,
+)
 _MEASURES = re.compile(r"(?:^|_)(?:ranks?|scores?)(?:_|$)", re.IGNORECASE)
 
 # What columns are often called elsewhere: only to suggest a mapping, never to guess one.
@@ -155,12 +158,21 @@ def _hints(record: Fields, columns: dict[str, str | None]) -> str:
     return f"; try {' '.join(found)}" if found else ""
 
 
+def _said(row: Example) -> list[tuple[object, object]]:
+    """Who says what in a row, whatever else it holds."""
+    return [*((message["role"], message["content"]) for message in row.prompt), ("", row.reference)]
+
+
 def _is(value: object, wanted: object) -> bool:
     if isinstance(wanted, list):
         return any(_is(value, each) for each in wanted)
-    if wanted in ("positive", "negative") and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value > 0 if wanted == "positive" else value < 0
-    return wanted is not None and str(value) == str(wanted)
+    try:
+        number = float(str(value))  # a CSV file has texts alone
+    except ValueError:
+        return wanted is not None and str(value).lower() == str(wanted).lower()
+    if wanted in ("positive", "negative"):
+        return number > 0 if wanted == "positive" else number < 0
+    return isinstance(wanted, (int, float, str)) and str(wanted) in (str(value), f"{number:g}")
 
 
 # (the documented columns of a record, where it stood, its other columns) -> a row
@@ -241,21 +253,28 @@ class _Reader(Generic[Row]):
         mapped, others = self._mapped(shape, record)
         if shape.name and not self.hands_on:
             self._check_others(others)
-        if self.rule.winner is not None:
+        made = self._made(mapped, where, others, record)
+        if made is None:
+            return None
+        self.formats[shape.name] += 1
+        self.with_more.update(ours for ours in (*EXTRAS, "chat_template_kwargs") if mapped.get(ours))
+        self.others.update(name for name, value in others.items() if value not in (None, "", [], {}))
+        return made
+
+    def _made(self, mapped: Fields, where: str, others: Fields, record: Fields) -> Row | None:
+        """The row, its two answers in the order that the winner says; None of a tie."""
+        if self.rule.winner is not None and "chosen" in mapped:
             says = at(record, self.rule.winner)
             if _is(says, self.rule.tie):
                 return None
             if _is(says, self.rule.b):
-                mapped["chosen"], mapped["rejected"] = mapped["rejected"], mapped["chosen"]
+                mapped = {**mapped, "chosen": mapped["rejected"], "rejected": mapped["chosen"]}
             elif not _is(says, self.rule.a):
                 raise ValueError(
-                    f"{self.rule.winner!r} is {says!r}, which is none of data.preference.a={self.rule.a}, "
-                    f"data.preference.b={self.rule.b}, data.preference.tie={self.rule.tie}"
+                    f"data.preference.winner={self.rule.winner} is {says!r} here, which is none of a={self.rule.a}, "
+                    f"b={self.rule.b}, tie={self.rule.tie} of data.preference"
                 )
         made: Row = self.make(mapped, where, others)
-        self.formats[shape.name] += 1
-        self.with_more.update(ours for ours in (*EXTRAS, "chat_template_kwargs") if mapped.get(ours))
-        self.others.update(name for name, value in others.items() if value not in (None, "", [], {}))
         return made
 
     def _check_others(self, others: Fields) -> None:
@@ -277,10 +296,10 @@ class _Reader(Generic[Row]):
         for shape in fits[1:]:
             mapped, others = self._mapped(shape, record)
             try:
-                other: Row = self.make(mapped, where, others)
+                other = self._made(mapped, where, others, record)
             except ValueError:  # it is not one of this shape then
                 continue
-            if row is not None and (row.reference, row.prompt[-1:]) != (other.reference, other.prompt[-1:]):
+            if row is not None and other is not None and _said(row) != _said(other):
                 one, two = ([str(path).split(".")[0] for path in each.needs.values()] for each in (fits[0], shape))
                 ways = (sorted(set(one) - set(two)), sorted(set(two) - set(one)))
                 choice = " or ".join(f"data.ignored_columns=[{','.join(names)}]" for names in ways if names)
@@ -367,6 +386,8 @@ def read_rows(
             if row is not None:
                 by_split.setdefault(split, []).append(row)
     reader.problems.raise_if_any()
+    if unknown := sorted(reader.ignored - reader.others.keys()):
+        raise ConfigError(f"data.ignored_columns: no row has a column {unknown[0]!r}")
     notes = reader.notes(others)
     if cut_short:
         notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")

@@ -23,7 +23,7 @@ PLAIN_TEMPLATE = """\
 {%- if messages and messages[-1]['role'] == 'assistant' %}{{ '\\n\\n' }}{% endif %}{{ '### Response:\\n' }}
 {%- endif %}"""
 
-# every strftime directive that a template may ask for
+# strftime directives of a format that the template makes up from parts
 _DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBdHIjmMpSyYc"))
 _BEGIN, _END = "{#- posttrain keeps -#}", "{#- end -#}{{- '' }}"
 _KEPT = re.compile(rf"\A{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
@@ -60,15 +60,19 @@ def keep_in_template(
     """
     earlier, template = kept_apart(default_of(tokenizer.chat_template))
     for name in options:
-        if not re.search(rf"\b{re.escape(name)}\b", template):
+        if name in ("messages", "tools", "documents", "add_generation_prompt") or not re.search(
+            rf"\b{re.escape(name)}\b", template
+        ):
             raise ConfigError(f"data.chat_template_kwargs.{name} is not read by the model's chat template")
     parts = [f"{{%- set {name} = {name} if {name} is defined else {value!r} -%}}" for name, value in options.items()]
     notes = [f"{name}={value}" for name, value in options.items()]
     if earlier:  # behind the new ones, which it so cannot set again
         parts.append(earlier.removesuffix(_END).removeprefix(_BEGIN))
     elif "strftime_now" in template:
+        written = {text: day.strftime(text) for _, text in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template)}
         chain = "".join(f" | replace({name!r}, {day.strftime(name)!r})" for name in _DIRECTIVES)
-        parts.append(f"{{%- macro strftime_now(format) %}}{{{{ format{chain} }}}}{{% endmacro -%}}")
+        value = f"{written!r}[format] | default(format{chain})"
+        parts.append(f"{{%- macro strftime_now(format) %}}{{{{ {value} }}}}{{% endmacro -%}}")
         notes.append(f"its date is {day:%Y-%m-%d}, kept with the model")
     if notes:
         kept = _BEGIN + "".join(parts) + _END

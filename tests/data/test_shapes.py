@@ -231,7 +231,7 @@ def test_a_winner_orders_two_answers(tmp_path: Path, values: tuple[Any, ...], ru
     assert [pair.chosen[0]["content"] for pair in splits.train] == ["Four.", "Five."]
     assert splits.counts["train"].ties == 1
     assert splits.counts["train"].read == 3
-    with pytest.raises(DataError, match=r"data\.preference\.a="):
+    with pytest.raises(DataError, match=r"data\.preference\.winner=labels is "):
         read(tmp_path, "dpo", rows, TWO, preference=PreferenceConfig(winner="labels", **(rule | {"tie": None})))
 
 
@@ -391,3 +391,108 @@ def test_a_public_set_is_read_with_the_keys_of_the_page(tmp_path: Path, name: st
         assert (row.chosen, row.rejected) == ([SAID], [WRONG])
     elif stage == "sft":
         assert row.messages[-1] == (SAID if "xlam" not in name else {**SAID, "content": "", "tool_calls": [CALL]})
+
+
+def text_of(messages: list[dict[str, Any]]) -> str:
+    return json.dumps(messages)
+
+
+def test_messages_as_json_text_are_messages_in_every_column(tmp_path: Path) -> None:
+    pair = {"prompt": text_of([ASKED]), "chosen": text_of([SAID]), "rejected": text_of([WRONG])}
+    [found] = read(tmp_path, "dpo", pair).train
+    assert (found.prompt, found.chosen, found.rejected) == ([ASKED], [SAID], [WRONG])
+    whole = {"chosen": text_of([ASKED, SAID]), "rejected": text_of([ASKED, WRONG])}
+    assert read(tmp_path, "dpo", whole).train[0].prompt == [ASKED]
+    assert read(tmp_path, "ppo", {"prompt": text_of([ASKED])}).train[0].prompt == [ASKED]
+    assert read(tmp_path, "sft", {"prompt": text_of([ASKED]), "completion": "Four."}).train[0].messages == [ASKED, SAID]
+    # what only looks like it is text
+    listed = json.dumps([{"role": "manager", "name": "Ann"}])
+    assert read(tmp_path, "sft", {"instruction": "Who?", "response": listed}).train[0].reference == listed
+
+
+def test_other_names_of_keys_hold_for_pairs_too(tmp_path: Path) -> None:
+    pair = {"prompt": "Two plus two?", "chosen": [{"role": "bot", "content": "Four."}], "rejected": "Five."}
+    messages = MessagesConfig(role=None, content=None, roles={"bot": "assistant"}, train=None)
+    assert read(tmp_path, "dpo", pair, messages=messages).train[0].chosen == [SAID]
+
+
+def test_a_sign_orders_the_answers_and_not_the_margin(tmp_path: Path) -> None:
+    rows = [{"q": "Two plus two?", "a": "Four.", "b": "Five.", "p": value} for value in (-2, 3)]
+    rule = PreferenceConfig(winner="p", a="negative", b="positive", tie=None)
+    splits = read(tmp_path, "dpo", rows, TWO | {"margin": "p"}, preference=rule)
+    assert [(pair.chosen[0]["content"], pair.margin) for pair in splits.train] == [("Four.", 2.0), ("Five.", 3.0)]
+
+
+def test_history_goes_before_what_it_belongs_to_and_carries_the_same_loss(tmp_path: Path) -> None:
+    row = {"prompt": "And one more?", "completion": "Five.", "history": [["Two plus two?", "Four."]]}
+    messages = read(tmp_path, "sft", row).train[0].messages
+    assert [message.get("train", True) for message in messages] == [True, False, True, True]
+    pair = {"chosen": [MORE[2], SAID], "rejected": [MORE[2], WRONG], "history": [["Two plus two?", "Four."]]}
+    assert read(tmp_path, "dpo", pair).train[0].prompt == MORE
+
+
+def test_calls_of_llama_factory_and_calls_in_the_text(tmp_path: Path) -> None:
+    talk = [
+        *sharegpt([ASKED]),
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "Four."},
+    ]
+    messages = read(tmp_path, "sft", {"conversations": talk}).train[0].messages
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert messages[2]["role"] == "tool"
+    hermes = [
+        ASKED,
+        {"role": "assistant", "content": "<tool_call>\n{}\n</tool_call>"},
+        {"role": "tool", "content": "4"},
+    ]
+    assert (
+        read(tmp_path, "sft", {"messages": [*hermes, SAID]}).train[0].messages[1]["content"].startswith("<tool_call>")
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "columns", "told"),
+    [
+        ("sft", {"messages": [{"role": "system", "content": ""}]}, {}, "empty system message"),
+        ("sft", {"instruction": "q", "response": "a", "history": [["x", "y"], None]}, {}, "data.columns.history=null"),
+        ("sft", {"instruction": "q", "response": "a", "history": [["x", "y", "z"]]}, {}, "data.columns.history=null"),
+        ("sft", {"text": "words", "system": "Be kind."}, {"text": "text"}, "data.columns.system=null"),
+        ("sft", {"messages": [ASKED, {**SAID, "weight": 1, "train": False}]}, {}, "contradict"),
+        ("sft", {"messages": [ASKED, {**SAID, "train_on_turn": False}]}, {}, "data.messages.train=train_on_turn"),
+        ("sft", {"messages": [ASKED, {"role": "assistant", "content": None}]}, {}, "null for content"),
+        ("dpo", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, {}, "'margin'"),
+    ],
+)
+def test_odd_rows_are_refused_by_name(tmp_path: Path, stage: str, row: Any, columns: Any, told: str) -> None:
+    with pytest.raises(DataError, match=re.escape(told)):
+        read(tmp_path, stage, row, columns)
+
+
+def test_keys_that_no_row_has_are_refused(tmp_path: Path) -> None:
+    row = {"messages": [ASKED, SAID]}
+    with pytest.raises(ConfigError, match="scor"):
+        read(tmp_path, "sft", row, ignored_columns=["scor"])
+    with pytest.raises(ConfigError, match="wieght"):
+        read(tmp_path, "sft", row, messages=MessagesConfig(role=None, content=None, roles={}, train="wieght"))
+
+
+def test_a_csv_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.csv").write_text("instruction,response,response\nq,good,bad\n")
+    with pytest.raises(DataError, match="'response'"):
+        read_instructions(data_config(str(tmp_path / "twice.csv"), "sft"))
+
+
+def test_columns_of_any_type_reach_reward_functions(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    when = datetime.datetime(2026, 7, 3)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["q"], "when": [when], "raw": [b"\x00"]}), tmp_path / "rows.parquet"
+    )
+    [row] = read_prompts(data_config(str(tmp_path / "rows.parquet"), "ppo")).train
+    assert row.columns == {"when": when, "raw": b"\x00"}
+    assert row.content

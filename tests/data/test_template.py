@@ -166,3 +166,38 @@ def test_raw_text_carries_loss_on_every_token(posttrain: Posttrain, tmp_path: Pa
     [(ids, labels)] = (encoder := ChatEncoder(tokenizer)).encode([encoder.raw_text("The year")])
     assert ids == labels
     assert tokenizer.decode(ids) == "The year<|endoftext|>"
+
+
+def test_each_of_several_calls_has_to_be_written() -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": value}}} for value in ("x1", "x2")]
+    tokenizer = made.chatml()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% if m.tool_calls %}"
+        "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments }}){% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = ChatEncoder(tokenizer)
+    talk = [ASKED, {"role": "assistant", "content": "", "tool_calls": calls[:1]}]
+    assert "x1" in encoder.segments(talk)[-1].text
+    talk[1]["tool_calls"] = calls
+    with pytest.raises(ValueError, match="tool call"):
+        encoder.segments(talk)
+
+
+def test_a_mark_around_the_words_alone_reaches_to_the_end_of_the_turn() -> None:
+    tokenizer = made.chatml()
+    tokenizer.chat_template = made.CHATML.replace(
+        "message['content'] + '<|im_end|>\\n' }}",
+        "'' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+        "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\\n' }}",
+    )
+    learned = [segment.text for segment in ChatEncoder(tokenizer).segments(TALK) if segment.is_response]
+    assert learned == ["A1<|im_end|>", "A2<|im_end|>"]
+
+
+def test_every_format_of_a_date_is_that_of_the_run() -> None:
+    formats = "%F", "%e %b %Y", "%-I %p"
+    written = kept("".join(f"{{{{ strftime_now('{each}') }}}}|" for each in formats) + made.CHATML)
+    assert text(written).startswith("".join(f"{DAY.strftime(each)}|" for each in formats))
+    with pytest.raises(ConfigError, match="messages"):
+        kept(made.CHATML, {"messages": "x"})
