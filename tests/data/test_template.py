@@ -173,7 +173,8 @@ def test_each_of_several_calls_has_to_be_written() -> None:
     tokenizer = made.chatml()
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% if m.tool_calls %}"
-        "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments }}){% endif %}<|im_end|>\n{% endfor %}"
+        "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments }}){% endif %}<|im_end|>\n"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     encoder = ChatEncoder(tokenizer)
