@@ -232,9 +232,11 @@ class ChatEncoder:
             if found := self._special.search(json.dumps(inputs, ensure_ascii=False)):
                 raise ValueError(f"its tools or chat_template_kwargs contain the special token {found.group()!r}")
         if inputs.tools and not self._writes_tools:
+            without = any("tool_calls" in message for message in messages)
             raise ValueError(
-                f"it has 'tools', which the chat template of {self.name} does not write; name one that does with "
-                "model.chat_template_path, or leave them out with data.columns.tools=null"
+                f"it has 'tools', which the chat template of {self.name} does not write; take a model whose template "
+                "does, or name a template with model.chat_template_path"
+                + ("" if without else ", or leave them out with data.columns.tools=null")
             )
 
     @functools.cached_property

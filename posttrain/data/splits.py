@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from posttrain.config.schema import DataConfig, PreferenceConfig
+from posttrain.config.suggest import nearest
 from posttrain.data.messages import Message, kind
 from posttrain.data.sources import HELD_OUT_NAMES, Given, Problems, records
 from posttrain.errors import ConfigError, DataError
@@ -128,11 +129,11 @@ _ALIASES = {
     "instruction": ("question", "prompt", "query", "problem"),
     "response": ("output", "answer", "completion", "solution"),
     "prompt": ("question", "instruction", "input", "query", "problem"),
-    "chosen": ("preferred", "response_chosen", "better"),
-    "rejected": ("dispreferred", "response_rejected", "worse"),
     "input": ("context", "passage"),
     "system": ("system_prompt", "system_message"),
 }
+
+_PAIRS = (("response_chosen", "response_rejected"), ("preferred", "dispreferred"), ("better", "worse"))
 
 
 def _hints(record: Fields, columns: dict[str, str | None]) -> str:
@@ -140,7 +141,11 @@ def _hints(record: Fields, columns: dict[str, str | None]) -> str:
     if {"completion", "label"} <= record.keys():
         return "; rows of one answer and a label are unpaired: KTO's losses take them, pairs cannot be made of them"
     if {"chosen", "rejected"} <= record.keys() and "response" in columns:
-        return "; pairs are for stage=reward and stage=dpo; data.columns.response=chosen trains on the better answers"
+        texts = all(isinstance(record.get(name), str) for name in ("prompt", "chosen"))
+        how = (
+            "data.columns.instruction=prompt data.columns.response=chosen" if texts else "data.columns.messages=chosen"
+        )
+        return f"; pairs are for stage=reward and stage=dpo; here {how} trains on the better answers"
     for name, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and {"rank", "score"} & value[0].keys():
             return f"; {name!r} ranks several answers: write the pairs that you want as prompt, chosen and rejected"
@@ -152,9 +157,15 @@ def _hints(record: Fields, columns: dict[str, str | None]) -> str:
         if alias is not None and at(record, theirs) is None:
             found.append(f"data.columns.{ours}={alias}")
     if not found and isinstance(record.get("text"), str) and "text" in columns:
-        found = ["data.columns.text=text (raw text) or data.columns.messages=text (a transcript)"]
-    if "chosen" in columns and at(record, columns["chosen"]) is None and "data.columns.chosen" not in "".join(found):
-        found.append("data.columns.chosen=… data.columns.rejected=… (the two answers)")
+        return "; try data.columns.text=text (raw text) or data.columns.messages=text (a transcript)"
+    if "chosen" in columns and at(record, columns["chosen"]) is None:
+        better, worse = next((pair for pair in _PAIRS if set(pair) <= record.keys()), ("…", "…"))
+        found.append(f"data.columns.chosen={better} data.columns.rejected={worse}")
+        if better == "…":
+            found.append("(the two answers; data.preference.winner=… names the column that says which is better)")
+    if "response" in columns:
+        gone = [ours for ours in ("instruction", "response") if at(record, columns[ours]) is None]
+        found += [f"data.columns.{ours}=…" for ours in gone if f"data.columns.{ours}=" not in "".join(found)]
     return f"; try {' '.join(found)}" if found else ""
 
 
@@ -271,8 +282,8 @@ class _Reader(Generic[Row]):
                 mapped = {**mapped, "chosen": mapped["rejected"], "rejected": mapped["chosen"]}
             elif not _is(says, self.rule.a):
                 raise ValueError(
-                    f"data.preference.winner={self.rule.winner} is {says!r} here, which is none of a={self.rule.a}, "
-                    f"b={self.rule.b}, tie={self.rule.tie} of data.preference"
+                    f"data.preference.winner={self.rule.winner} is {says!r} here, and none of data.preference.a, b and "
+                    "tie has it; each may be a list"
                 )
         made: Row = self.make(mapped, where, others)
         return made
@@ -282,14 +293,18 @@ class _Reader(Generic[Row]):
         if self.rule.winner is not None:
             return
         two_answers = "chosen" in self.columns
-        for name in sorted(others, key=lambda name: bool(_MEASURES.search(name))):
-            said_already = two_answers and not self.is_named and _MEASURES.search(name)
-            if _DECIDES.search(name) and others[name] not in (None, "", []) and not said_already:
-                how = f"data.preference.winner={name} with data.preference.a and b, or " if two_answers else ""
-                raise ConfigError(
-                    f"data.dataset_name: column {name!r} looks as if it decides which rows or answers are good, and "
-                    f"nothing reads it; set {how}data.ignored_columns=[{name}] to train without it"
-                )
+        found = [name for name, value in others.items() if _DECIDES.search(name) and value not in (None, "", [])]
+        measures = [name for name in found if _MEASURES.search(name)]
+        if two_answers and not self.is_named:  # chosen and rejected say it themselves
+            found = [name for name in found if name not in measures]
+        if found:
+            first = next((name for name in found if name not in measures), found[0])
+            how = f"data.preference.winner={first} with data.preference.a and b, or " if two_answers else ""
+            raise ConfigError(
+                f"data.dataset_name: column {first!r} ({others[first]!r} in a row) looks as if it decides which rows "
+                f"or answers are good, and nothing reads it; set {how if first not in measures else ''}"
+                f"data.ignored_columns=[{','.join(found)}] to train without it"
+            )
 
     def _compare(self, row: Row | None, fits: Sequence[Shape], where: str, record: Fields) -> None:
         """Two readings of a row that differ are one too many."""
@@ -314,7 +329,8 @@ class _Reader(Generic[Row]):
         what = re.sub(r"\(found: [^)]*\)", lambda _: f"(found: {', '.join(record) or 'nothing'})", what)
         for ours, theirs in self.columns.items():
             if ours != theirs:
-                what = what.replace(f"no {ours!r} ", f"no {theirs!r}, which data.columns.{ours} names ")
+                told = f"no {theirs!r}, which data.columns.{ours} names{nearest(str(theirs), record)} "
+                what = what.replace(f"no {ours!r} ", told)
         return what + _hints(record, self.columns)
 
     def notes(self, others: str) -> list[str]:

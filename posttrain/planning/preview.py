@@ -69,7 +69,10 @@ def show_data(config: Config, data: StageData) -> None:
             f"{kept_free}"
         )
     if counts.ties:
-        warn(f"{counts.ties} pairs are left out: chosen and rejected are the same, perhaps only after the cut")
+        warn(
+            f"{counts.ties} pairs are left out as ties: chosen and rejected are the same, perhaps only after the cut, "
+            "or data.preference.tie says so"
+        )
     if counts.duplicates:
         warn(f"{counts.duplicates} of {counts.kept} rows to train on repeat another one exactly")
     if counts.repeats_prompt:

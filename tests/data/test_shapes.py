@@ -270,7 +270,9 @@ def test_two_readings_that_differ_stop_the_run(tmp_path: Path) -> None:
     [
         ("sft", {"text": "Some text."}, "data.columns.text=text"),
         ("sft", {"question": "a", "answer": "b"}, "data.columns.instruction=question data.columns.response=answer"),
-        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "stage=dpo"),
+        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "data.columns.instruction=prompt"),
+        ("sft", {"ask": "a", "say": "b"}, "data.columns.instruction=… data.columns.response=…"),
+        ("dpo", {"question": "a", "answer_1": "b", "answer_2": "c", "preferred": 1}, "data.preference.winner=…"),
         ("sft", {"text": "a", "replies": [{"text": "b"}]}, "'replies'"),
         ("sft", {"messages": [ASKED, {**SAID, "content": [{"type": "image_url"}]}]}, "'image_url'"),
         ("sft", {"instruction": "a", "response": "b", "history": "c"}, "data.columns.history=null"),
@@ -496,3 +498,16 @@ def test_columns_of_any_type_reach_reward_functions(tmp_path: Path) -> None:
     [row] = read_prompts(data_config(str(tmp_path / "rows.parquet"), "ppo")).train
     assert row.columns == {"when": when, "raw": b"\x00"}
     assert row.content
+
+
+def test_the_hints_can_be_followed(tmp_path: Path) -> None:
+    pair = {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five."}
+    mapped = {"instruction": "prompt", "response": "chosen"}
+    assert read(tmp_path, "sft", pair, mapped).train[0].messages == [ASKED, SAID]
+    whole = {"chosen": [ASKED, SAID], "rejected": [ASKED, WRONG]}
+    assert read(tmp_path, "sft", whole, {"messages": "chosen"}).train[0].messages == [ASKED, SAID]
+    with pytest.raises(DataError, match="did you mean reply"):
+        read(tmp_path, "sft", {"q": "a", "reply": "b"}, {"instruction": "q", "response": "replyy"})
+    scored = {"q": "a", "x": "b", "y": "c", "score_x": 2, "score_y": 1}
+    with pytest.raises(ConfigError, match=r"set data\.ignored_columns=\[score_x,score_y\]"):
+        read(tmp_path, "dpo", scored, {"prompt": "q", "chosen": "x", "rejected": "y"})
