@@ -162,7 +162,6 @@ class ChatEncoder:
             ValueError: a message spells a control token, the template drops or changes one, or what of the text
                 belongs to which completion cannot be told.
         """
-        self._check_words(messages, inputs)
         completions = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         trained = [index for index in completions if messages[index].get("train", True)]
         if train_on == "last":
@@ -172,6 +171,7 @@ class ChatEncoder:
         last = trained[-1]
         if len(completions) > 1 and trained == completions[-1:]:
             return self.answer(messages[:last], messages[last:], inputs)
+        self._check_words(messages, inputs)
         if self.training is None:
             text = self.render(messages, inputs=inputs)
             spans = [self._span(text, messages, index, inputs) for index in trained]
@@ -181,8 +181,9 @@ class ChatEncoder:
             for index in set(completions) - set(trained):
                 begin = _shared(text, self._render(messages[:index], inputs, self.training)[0])
                 later = next((other for other in completions if other > index), None)
-                before_it = self._render(messages[:later], inputs, self.training)[0]
-                end = len(text) if later is None else _shared(text, before_it)
+                end = len(text)
+                if later is not None:
+                    end = _shared(text, self._render(messages[:later], inputs, self.training)[0])
                 spans = [span for span in spans if not begin <= span[0] < end]
             if self._opens and spans:
                 opening = _OPENING.search(self.render(messages[:last], add_generation_prompt=True, inputs=inputs))

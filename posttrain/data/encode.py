@@ -192,16 +192,19 @@ def encode_pairs(
 
     def columns(row: Pair, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
         prompt = response_start(encoded[0][1], 0)
-        room = rule.room(max(len(ids) for ids, _ in encoded), prompt)
+        longer = max(len(ids) for ids, _ in encoded)
+        room = rule.room(longer, prompt)
         if room is None:
             return None
         chosen, rejected = (ids[prompt:room] for ids, _ in encoded)
         if chosen == rejected:
             counts.ties += 1
             return None
+        cut.append(room < longer)
         made: JsonObject = {"prompt_ids": encoded[0][0][:prompt], "chosen_ids": chosen, "rejected_ids": rejected}
         return made | ({"margin": row.margin} if row.margin is not None else {})
 
+    cut: list[bool] = []
     margins = sum(row.margin is not None for row in rows)
     if 0 < margins < len(rows):
         without = next(row for row in rows if row.margin is None)
@@ -218,7 +221,7 @@ def encode_pairs(
         lengths=[prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes],
         tokens=sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in sizes),
         loss_tokens=sum(chosen + rejected for _, chosen, rejected in sizes),
-        without_end=counts.truncated,
+        without_end=sum(cut),
     )
 
 

@@ -169,9 +169,10 @@ def _inputs(row: Fields) -> TemplateInputs:
 def _response(row: Fields, keys: MessageKeys | None) -> list[Message]:
     """A response; where the row has tools, the JSON text of calls is calls."""
     calls = parsed(row["response"]) if row.get("tools") and isinstance(row["response"], str) else None
-    names = {tool["function"]["name"] for tool in as_tools(row.get("tools"))}
-    if isinstance(calls, list) and calls and all(_is_call(call, names) for call in calls):
-        return [{"role": "assistant", "content": "", "tool_calls": as_tool_calls(calls, "'response'")}]
+    if isinstance(calls, list) and calls:
+        names = {tool["function"]["name"] for tool in as_tools(row["tools"])}
+        if all(_is_call(call, names) for call in calls):
+            return [{"role": "assistant", "content": "", "tool_calls": as_tool_calls(calls, "'response'")}]
     return as_messages(row["response"], "assistant", "response", keys)
 
 
@@ -385,13 +386,12 @@ def read_preferences(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[P
 
     shapes = [*_ANSWERS, _documented(data.columns, "chosen", "rejected", more=["prompt", "margin"]), _OPENAI]
     splits = read_rows(data, given, make, shapes=shapes)
-    if differing.count:
-        told = (
-            f"in {differing.count:,} rows 'prompt' is not how chosen and rejected begin, which is taken as the prompt "
-            f"({differing.lines[0]})"
-        )
-        return _told(splits, keys, told)
-    return _told(splits, keys)
+    told = [
+        f"in {differing.count:,} rows 'prompt' is not how chosen and rejected begin, which is taken as the prompt "
+        f"({line})"
+        for line in differing.lines[:1]
+    ]
+    return _told(splits, keys, *told)
 
 
 def read_prompts(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Prompt]:

@@ -154,7 +154,7 @@ def _message(message: object, where: str, keys: MessageKeys) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object, got {kind(message)}")
     given = {str(name): value for name, value in message.items() if value is not None}
-    wanted = {"role": keys.role, "content": keys.content, "train": keys.train, "reasoning": REASONING}
+    wanted = {"role": keys.role, "content": keys.content, "reasoning": REASONING}
     taken = {what: next((name for name in names if name in given), None) for what, names in wanted.items()}
     if taken["role"] is None:
         found = ", ".join(given) or "nothing"

@@ -79,22 +79,23 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
                 problems.add(where, f"invalid JSON ({error})")
 
 
-def _is_json_lines(text: bytes) -> bool:
+def _is_json_lines(path: Path) -> bool:
     """Whether the first of several lines is an object of its own."""
-    first, _, rest = text.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
-    try:
-        return isinstance(json.loads(first), dict) and bool(rest.strip())
-    except ValueError:
-        return False
+    with path.open("rb") as lines:
+        filled = (line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n"))
+        first = next(filled, b"").lstrip(b"\xef\xbb\xbf \t")
+        try:
+            return first.startswith(b"{") and isinstance(json.loads(first), dict) and next(filled, None) is not None
+        except ValueError:
+            return False
 
 
 def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
-    text = path.read_bytes()
-    if _is_json_lines(text):
+    if _is_json_lines(path):
         yield from _read_jsonl(path, problems)
         return
     try:
-        rows = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         problems.add(str(path), f"invalid JSON ({error})")
         return

@@ -219,7 +219,8 @@ class _Reader(Generic[Row]):
         except ConfigError:
             raise
         except ValueError as error:
-            (self.dropped if self.drop_bad else self.problems).add(where, str(error))
+            what = self._explained(str(error), record) if isinstance(record, dict) else str(error)
+            (self.dropped if self.drop_bad else self.problems).add(where, what)
             counts.bad, row = counts.bad + 1, None
         counts.read += row is None
         return row
@@ -235,13 +236,8 @@ class _Reader(Generic[Row]):
             if all(at(record, theirs) not in (None, []) for theirs in shape.needs.values())
             and not any(record.get(name) is not None for name in shape.unless)
         ]
-        try:
-            # by the documented columns where no shape fits, which fails and says what is missing
-            row = self._read(fits[0] if fits else Shape("", {}, more=self.columns), where, record)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ValueError(self._explained(str(error), record)) from error
+        # by the documented columns where no shape fits, which fails and says what is missing
+        row = self._read(fits[0] if fits else Shape("", {}, more=self.columns), where, record)
         if not self.hands_on:
             self._compare(row, fits, where, record)
         return row

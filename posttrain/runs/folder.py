@@ -187,7 +187,7 @@ def remove_if_empty(folder: Path) -> None:
 
 def first_begun(run: Path) -> datetime.datetime:
     """When the first of the stages in a run's folder began; now, where none has."""
-    found = [read_object(file, (), "delete it") or {} for file in run.glob(f"*/{IDENTITY}")]
+    found = [read_object(file, (), "overwrite=true starts that stage over") or {} for file in run.glob(f"*/{IDENTITY}")]
     begun = [identity["begun"] for identity in found if "begun" in identity]
     now = datetime.datetime.now().replace(microsecond=0)
     return datetime.datetime.fromisoformat(min(begun)) if begun else now
