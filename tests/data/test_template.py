@@ -2,12 +2,13 @@
 
 import datetime
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers_for_tests as made
-from conftest import Posttrain, write_rows
+from conftest import Posttrain, same_weights, write_rows
 
 from posttrain.data.chat import IGNORED, ChatEncoder
 from posttrain.data.splits import TemplateInputs
@@ -81,6 +82,26 @@ def test_all_stages_of_a_run_have_the_day_of_the_first(
     other = posttrain(*command, "data.chat_template_kwargs={enable_thinking: false}")
     assert other.code == 2
     assert "chat_template_kwargs" in other.err
+
+
+def test_resumed_on_another_day_it_ends_with_the_same_weights(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
+    """The template writes the second, so that every moment is another day."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}\n" + made.CHATML)
+    command = [f"data.dataset_name={rows}", "trainer.max_steps=4", "trainer.save_steps=2", "stage.learning_rate=1e-3"]
+    command.append(f"model.chat_template_path={template}")
+    assert posttrain(*command).code == 0
+    straight, resumed = Path("outputs/demo/sft"), Path("outputs/killed/sft")
+    shutil.copytree(straight, resumed)  # what a kill after step 2 leaves
+    (resumed / "posttrain.json").unlink()
+    for folder in ("model", "checkpoint-4"):
+        shutil.rmtree(resumed / folder)
+    done = posttrain(*command, "run_name=killed")
+    assert done.code == 0, done
+    assert "resuming from checkpoint-2" in done.out
+    assert same_weights(straight / "model", resumed / "model")
+    assert posttrain(*command, "run_name=later").code == 0
+    assert not same_weights(straight / "model", Path("outputs/later/sft/model"))
 
 
 def test_one_completion_or_those_that_the_row_names_carry_loss() -> None:
