@@ -1,5 +1,6 @@
 """Devices and processes: which process this is, how many there are, and the precision that they compute in."""
 
+import datetime
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +50,29 @@ def on_main_process(decide: Callable[[], T]) -> T:
         raise found[0]
     decided: T = found[0]
     return decided
+
+
+def on_each_machine(make: Callable[[], None]) -> None:
+    """`make` on one process of each machine while the others wait, for hours if need be; an error is raised by all.
+
+    A group of its own, as the wait of the default one is minutes.
+    """
+    from torch import distributed
+
+    state = process_state()
+    group, errors = None, list[PosttrainError | None]([None] * state.num_processes)
+    if state.num_processes > 1:
+        group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if state.is_local_main_process:
+        try:
+            make()
+        except PosttrainError as error:
+            errors[state.process_index] = error
+    if group is not None:
+        distributed.all_gather_object(errors, errors[state.process_index], group=group)
+        distributed.destroy_process_group(group)
+    for found in filter(None, errors):
+        raise found
 
 
 def mixed_precision(precision: str) -> str:

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
@@ -37,9 +37,9 @@ from posttrain.config.schema import Config, DataConfig
 from posttrain.config.stages import EVALUATED_AS, OnlineStage
 from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.encode import encode_conversations
-from posttrain.data.formats import Prompt, read_instructions, read_prompts
-from posttrain.data.sources import Problems
+from posttrain.data.encode import ConversationEncoding, EncodedRow, encode_rows
+from posttrain.data.formats import Prompt, instructions, prompts
+from posttrain.data.reading import read_rows
 from posttrain.devices import process_state, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
@@ -53,7 +53,6 @@ from posttrain.runs.folder import EARLIER, read_json
 from posttrain.stages.base import check_length
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = 128  # held-out prompts that are completed
@@ -107,11 +106,11 @@ def compare(
             input_hashes(Path(resolve_path(_config_for(config, path).model)))
     first = _config_for(config, policies[0])
     scorer = load_scorer(first, load_tokenizer(first.model)[0])
-    splits = read_prompts(replace(config.data, test_size=0.0) if all_rows else config.data)
+    splits = read_rows(prompts, replace(config.data, test_size=0.0) if all_rows else config.data)
     asked = [*splits.train, *splits.test] if all_rows else splits.test[:]
     if not asked:
         raise ConfigError("no prompts are held out to evaluate on; set data.test_size or data.dataset_test_split")
-    said = read_instructions(responses) if responses is not None else None
+    said = read_rows(instructions, responses).test[: responses.max_eval_rows] if responses is not None else []
     reference: PreTrainedModel | None = None
     done: list[Evaluated] = []
     for path in policies:
@@ -128,17 +127,16 @@ def compare(
             warn(f"{path}: {len(asked) - len(rows)} of {len(asked)} prompts leave no room for a completion")
         # 3. sample, score, and compare with the first policy
         answers = _answers(policy, reference, encoder, rows, config, scorer)
-        prompts = [row.prompt[-1]["content"] for row in rows]
+        questions = [row.prompt[-1]["content"] for row in rows]
         scores = {name: [each.scores[name] for each in answers] for name in answers[0].scores}
-        same = bool(done) and prompts == done[0].prompts
+        same = bool(done) and questions == done[0].prompts
         against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
         metrics = _metrics(answers)
-        if said is not None and said.test:
-            encoded = encode_conversations(
-                encoder, said.test, said.counts["test"], check_length(mine), "drop", Problems()
-            )
-            metrics["perplexity"] = perplexity(policy, encoded.dataset, tokenizer.pad_token_id)
-        done.append(Evaluated(path, metrics, prompts, [each.text for each in answers], scores, against))
+        if said:
+            found = encode_rows(encoder, said, ConversationEncoding(check_length(mine), "drop"))
+            fitting = [row for row in found if isinstance(row, EncodedRow)]
+            metrics["perplexity"] = perplexity(policy, fitting, tokenizer.pad_token_id)
+        done.append(Evaluated(path, metrics, questions, [each.text for each in answers], scores, against))
         say(f"evaluated: {path}, {len(rows)} prompts")
         del policy
     return done
@@ -190,19 +188,17 @@ def _answers(
     return [each for _, each in sorted(gather_object(placed), key=lambda placed: placed[0])]
 
 
-def perplexity(policy: "PreTrainedModel", dataset: "Dataset", pad: int) -> float:
+def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) -> float:
     """exp of the mean negative log-likelihood of the tokens of each row's last response, over all processes' rows."""
     from accelerate.utils import gather_object
 
     state = process_state()
-    prompts, responses = [], []
-    for row in dataset.select(range(state.process_index, len(dataset), state.num_processes)):
-        start = len(row["labels"])
-        while start and row["labels"][start - 1] != -100:
-            start -= 1
-        prompts.append(row["input_ids"][:start])
-        responses.append(row["input_ids"][start:])
-    total = completion_logps(policy, prompts, responses, pad).double().sum().item() if prompts else 0.0
+    asked, responses = [], []
+    for columns in (row.columns for row in rows[state.process_index :: state.num_processes]):
+        ids, spans = cast("list[int]", columns["input_ids"]), cast("list[int]", columns["spans"])
+        asked.append(ids[: spans[-2]])
+        responses.append(ids[spans[-2] :])
+    total = completion_logps(policy, asked, responses, pad).double().sum().item() if asked else 0.0
     parts = gather_object([(total, sum(map(len, responses)))])
     return math.exp(-sum(part for part, _ in parts) / sum(count for _, count in parts))
 

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,8 @@ from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
-from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
+from posttrain.data.hashes import Hashes
+from posttrain.data.sources import EVAL, TRAIN, Given, check_given, find_sources, is_local_data
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
@@ -47,7 +49,7 @@ from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
-from posttrain.stages.base import EvalResult, StageContext, StageData, stage_named
+from posttrain.stages.base import DataSources, EvalResult, StageContext, StageData, stage_named
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have completed
 PANEL_SHOWN = 3
+SEARCHED = 1000  # rows to train on among which they are looked for where none are held out
+CACHE = ".cache"  # in output_dir
 
 
 @dataclass
@@ -135,7 +139,8 @@ def run_stage(
             stack.enter_context(_network_only_where_needed(resolved.config, bool(given)))
             open_log = stack.enter_context(logging_to_console(verbose=not config.dry_run))
             if config.dry_run:
-                _dry_run(resolved, given)
+                scratch = on_main_process(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+                _dry_run(resolved, given, Path(scratch))
                 return None
             on_main_process(lambda: stack.enter_context(locked(folder.path)))
             stack.enter_context(_leaving_no_trace(folder))
@@ -156,18 +161,29 @@ def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
             shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def _dry_run(resolved: Resolved, given: Given) -> None:
-    """Everything that can be known without loading a model."""
+def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
+    """Everything that can be known without loading a model; rows that are not prepared yet are so in `scratch`."""
     config = resolved.config
-    tokenizer, data, _ = _prepare(resolved, given)
+    tokenizer, _ = _load_tokenizer(resolved)
+    sources = replace(_sources(config, given), scratch=scratch)
+    data = stage_named(config.stage.name).prepare(config, tokenizer, sources)
     show_dry_run(config, data, world_size())
     completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
-    longest = config.stage.max_length if config.trainer.get("packing") else max(data.train.lengths) + completion
+    longest = config.stage.max_length if config.trainer.get("packing") else int(data.train.lengths.max()) + completion
     show_memory(config, tokenizer, longest, completion, world_size())
     say("dry run: nothing was trained or written")
 
 
-def _prepare(resolved: Resolved, given: Given) -> tuple["PreTrainedTokenizerBase", StageData, datetime.datetime]:
+def _sources(config: Config, given: Given) -> DataSources:
+    """Where the rows come from, with a digest of each source."""
+    cache = Path(config.data.cache_dir) if config.data.cache_dir is not None else Path(config.output_dir) / CACHE
+    hashes, found = Hashes(cache), find_sources(config.data, given)
+    digests = on_main_process(lambda: hashes.of_sources(found))
+    return DataSources(found, digests, hashes, cache)
+
+
+def _load_tokenizer(resolved: Resolved) -> tuple["PreTrainedTokenizerBase", datetime.datetime]:
+    """The tokenizer with what is kept in its template, and when the run began; says what the stage starts from."""
     config = resolved.config
     chosen = config.model.start
     random = config.model.from_scratch or chosen == EMBEDDED
@@ -187,16 +203,18 @@ def _prepare(resolved: Resolved, given: Given) -> tuple["PreTrainedTokenizerBase
     notes.append(keep_in_template(tokenizer, begun, config.data.chat_template_kwargs))
     for note in filter(None, notes):
         say(note)
-    return tokenizer, stage_named(config.stage.name).prepare(config, tokenizer, given), begun
+    return tokenizer, begun
 
 
-def _identity(resolved: Resolved, prepared: StageData, begun: datetime.datetime) -> JsonObject:
+def _identity(
+    resolved: Resolved, sources: DataSources, tokenizer: "PreTrainedTokenizerBase", begun: datetime.datetime
+) -> JsonObject:
     config = resolved.config
     return {
         "config": to_dict(config),
-        "data": {"fingerprint": prepared.splits.fingerprint()},
+        "data": {"sources": list(sources.digests.values())},
         **{name: input_hashes(folder) for name, folder in resolved.folders.items()},
-        "chat_template": hashlib.sha256(str(prepared.encoder.tokenizer.chat_template).encode()).hexdigest(),
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "code": code_hashes(all_reward_functions(config)),
         "begun": begun.isoformat(),
         "processes": world_size(),
@@ -213,22 +231,25 @@ def _run(
 ) -> Result:
     config = resolved.config
     stage, spec = stage_named(config.stage.name), STAGES[config.stage.name]
-    # 1. read the data, and see what is in the folder already
-    tokenizer, data, begun = _prepare(resolved, given)
-    identity = _identity(resolved, data, begun)
-    state = on_main_process(lambda: folder.claim(identity, config.overwrite, config.move_aside))
+    # 1. see what is in the folder already, and only then prepare the data
+    tokenizer, begun = _load_tokenizer(resolved)
+    sources = _sources(config, given)
+    identity = _identity(resolved, sources, tokenizer, begun)
+    state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
         say(f"already complete: {folder.path}, and nothing has changed (finished {manifest['finished']})")
         return _result(folder, manifest["metrics"], spec.objective)
+    data = stage.prepare(config, tokenizer, sources)
     checkpoint = on_main_process(lambda: _begin(folder, identity, state))
     open_log(folder.log)
     show_data(config, data)
 
     # 2. load, and prove that the start is right
     base = prepare_base(config.model, tokenizer, folder.base)
-    rows = data.test.rows if data.test else data.train.rows
+    some = range(min(SEARCHED, len(data.train.dataset)))
+    rows = data.test.rows if data.test else data.train.examples(some)
     shown = panel(rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
     context = StageContext(config, data, shown, base, folder)
     trainer = stage.build(context, stage.load(config, tokenizer, base))
@@ -268,14 +289,15 @@ def _run(
             if charts:
                 write_atomically(folder.curves, draw(charts))
         log_tables(trainer, _tables(shown, before, after))
-        folder.finish(_manifest(resolved, data, identity, metrics))
+        folder.finish(_manifest(resolved, sources, data, identity, metrics))
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, spec.objective)
 
 
 def _begin(folder: RunFolder, identity: JsonObject, state: State) -> Path | None:
-    """Write down what the run is; returns the checkpoint to go on from."""
+    """Write down what the run is, and make room for it; returns the checkpoint to go on from."""
+    folder.make_room()
     checkpoint, faults = folder.checkpoint() if state == "interrupted" else (None, [])
     for fault in faults:
         warn(fault)
@@ -357,7 +379,9 @@ def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Res
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
 
 
-def _manifest(resolved: Resolved, data: StageData, identity: JsonObject, metrics: JsonObject) -> JsonObject:
+def _manifest(
+    resolved: Resolved, sources: DataSources, data: StageData, identity: JsonObject, metrics: JsonObject
+) -> JsonObject:
     import torch
 
     config = resolved.config
@@ -376,10 +400,11 @@ def _manifest(resolved: Resolved, data: StageData, identity: JsonObject, metrics
             for name, parent in parents.items()
         },
         "data": {
-            "sources": data.splits.sources,
-            "counts": {name: asdict(counts) for name, counts in data.splits.counts.items()},
-            "notes": data.splits.notes,
-            **identity["data"],
+            "sources": sources.digests,
+            "counts": {name: asdict(counts) for name, counts in data.prepared.counts.items()},
+            "rows_of": data.prepared.rows_of,
+            "notes": data.prepared.notes,
+            "fingerprint": data.prepared.fingerprint,
         },
         "metrics": metrics,
         "seed": config.seed,

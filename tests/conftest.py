@@ -298,6 +298,21 @@ def data_config(name: Any, stage: str, columns: dict[str, Any] | None = None, **
     return dataclasses.replace(data, **({"dataset_name": name, "columns": mapped, "test_size": 0.0} | changes))
 
 
+def prepared(format: Any, encoding: Any, tokenizer: Any, data: Any, cache: Path) -> Any:
+    """The rows that `data` names, prepared for a stage in the folder `cache`."""
+    from posttrain.data.chat import ChatEncoder
+    from posttrain.data.hashes import Hashes
+    from posttrain.data.prepared import key_of, load, prepare
+    from posttrain.data.reading import Work
+    from posttrain.data.sources import find_sources
+
+    sources, hashes = find_sources(data), Hashes(cache)
+    work = Work(data, format, sources, ChatEncoder(tokenizer, data.allow_special_tokens), encoding)
+    key = key_of(work, hashes.of_sources(sources))
+    prepare(work, cache, hashes, key)
+    return load(work, cache, key)
+
+
 def manifest(folder: str | Path) -> dict[str, Any]:
     """What a finished run says of itself."""
     found: dict[str, Any] = json.loads((Path(folder) / "posttrain.json").read_text())

@@ -1,183 +1,150 @@
-"""Rows to token ids and labels: one encoder for every stage, so that all see the same text.
+"""Rows to token ids: one encoder for every stage, so that all see the same text.
 
 Prompt and completion are tokenised apart, so a trained prompt has exactly the ids that the same prompt has when the
 model generates.
 """
 
-from collections.abc import Callable, Sequence
+import base64
+import datetime
+import decimal
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from posttrain.data.chat import IGNORED, ChatEncoder, Segment
 from posttrain.data.formats import Conversation, Pair, Prompt
-from posttrain.data.sources import Problems
-from posttrain.data.splits import Counts, Splits
-from posttrain.errors import DataError
-from posttrain.values import JsonObject
+from posttrain.data.splits import Example
+from posttrain.values import Fields
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+TokenIds = tuple[list[int], list[int]]  # the ids of a conversation and its labels
+ColumnType = Literal["ids", "integer", "number", "text"]
+RowT_contra = TypeVar("RowT_contra", bound=Example, contravariant=True)
+
+# why a row is left out, besides that it is bad; KEPT: it is not
+KEPT, TOO_LONG, PROMPT_TOO_LONG, TIE, BAD = range(5)
 
 
-@dataclass
-class Encoded:
-    """One split ready to train on, and what it holds."""
+class LeftOut(Exception):  # noqa: N818, it is no error
+    """A row that nothing is learned from: `why` is one of the numbers above."""
 
-    dataset: "Dataset"  # input_ids and labels; for pairs prompt_ids, chosen_ids and rejected_ids
-    rows: list[Any]  # the Conversation or Pair of each row
-    lengths: list[int]  # tokens per row after the cut; of a pair its longer conversation
+    def __init__(self, why: int) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class EncodedRow(NamedTuple):
+    """A row of a stage's data set, and what is counted of it."""
+
+    columns: Fields
+    length: int  # tokens after the cut; of a pair those of its longer conversation
     tokens: int
-    loss_tokens: int  # tokens of responses
-    without_end: int  # rows with a response that lost the token that ends its turn, because it was cut
+    loss_tokens: int = 0  # tokens of responses
+    is_cut: bool = False
+    loses_end: bool = False  # the token that ends its response, because it was cut
+
+
+class Encoding(Protocol[RowT_contra]):
+    """How rows become the columns of a stage's data set; it is handed to other processes, so it holds plain values."""
+
+    @property
+    def types(self) -> dict[str, ColumnType]:
+        """Its columns."""
+
+    def segments(self, encoder: ChatEncoder, row: RowT_contra) -> list[list[Segment]]:
+        """The conversations to tokenise; raises ValueError where the row does not fit."""
+
+    def columns(self, row: RowT_contra, encoded: list[TokenIds]) -> EncodedRow:
+        """What is made of them; raises ValueError where the row is an error, LeftOut where nothing is learned."""
 
 
 def response_start(labels: list[int], number: int) -> int:
     """Where the response of that number begins (0: the first one)."""
-    starts = [at for at, label in enumerate(labels) if label != IGNORED and (at == 0 or labels[at - 1] == IGNORED)]
-    return starts[number]
+    return response_spans(labels)[2 * number]
 
 
-def encode_rows(
-    encoder: ChatEncoder,
-    rows: Sequence[Any],
-    segments_of: Callable[[Any], list[list[Segment]]],
-    columns_of: Callable[[Any, list[tuple[list[int], list[int]]]], JsonObject | None],
-    counts: Counts,
-    dropped: Problems | None,
-) -> tuple["Dataset", list[Any]]:
-    """Encode rows a thousand at a time; `columns_of` makes a row of the Dataset, or None to leave it out.
+def response_spans(labels: Sequence[int]) -> list[int]:
+    """Where each response begins and ends, one after the other."""
+    spans, position = [], 0
+    for carries, run in groupby(labels, lambda label: label != IGNORED):
+        length = sum(1 for _ in run)
+        spans += [position, position + length] if carries else []
+        position += length
+    return spans
+
+
+def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
+    """The labels of a row whose responses are given as `response_spans`."""
+    labels = [IGNORED] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+def room_for(length: int, prompt: int, max_length: int, overlength: str) -> int:
+    """How many tokens of a row are kept (stage.max_length, data.overlength).
 
     Raises:
-        DataError: names the first rows that `segments_of` or `columns_of` refuses, and counts the others; those of
-            `segments_of` are only counted where there is a list of what is `dropped`.
+        ValueError: the row is too long and overlength=error.
+        LeftOut: nothing of it is kept.
     """
-    from datasets import Dataset, concatenate_datasets
-
-    tables, kept, problems = [], [], Problems()
-    for start in range(0, len(rows), 1000):
-        chunk, parts = [], []
-        for row in rows[start : start + 1000]:
-            try:
-                parts.append(segments_of(row))
-                chunk.append(row)
-            except ValueError as error:
-                if dropped is None:
-                    problems.add(row.where, str(error))
-                else:
-                    dropped.add(row.where, str(error))
-                    counts.bad += 1
-        encoded = iter(encoder.encode([conversation for part in parts for conversation in part]))
-        table = []
-        for row, part in zip(chunk, parts, strict=True):
-            conversations = [next(encoded) for _ in part]
-            try:
-                columns = columns_of(row, conversations)
-            except ValueError as error:
-                problems.add(row.where, str(error))
-                continue
-            if columns is not None:
-                table.append(columns)
-                kept.append(row)
-        if table:
-            tables.append(Dataset.from_list(table))
-    problems.raise_if_any()
-    return concatenate_datasets(tables) if tables else Dataset.from_list([]), kept
+    if length <= max_length:
+        return length
+    if overlength == "error":
+        raise ValueError(
+            f"{length} tokens, stage.max_length={max_length} (data.overlength=truncate cuts long rows, "
+            "data.overlength=drop leaves them out)"
+        )
+    if overlength == "drop":
+        raise LeftOut(TOO_LONG)
+    if prompt >= max_length:
+        raise LeftOut(PROMPT_TOO_LONG)
+    return max_length
 
 
-@dataclass
-class LengthRule:
-    """What happens to rows longer than `max_length` (truncate, drop or error), counting what it did."""
+@dataclass(frozen=True)
+class ConversationEncoding:
+    """Instruction rows as `input_ids` and the spans of their completions, which carry loss; nothing else does."""
 
     max_length: int
     overlength: str
-    counts: Counts
+    train_on: str = "all"
+    types: ClassVar[dict[str, ColumnType]] = {"input_ids": "ids", "spans": "ids"}
 
-    def room(self, length: int, prompt: int) -> int | None:
-        """How many tokens of a row are kept; None to leave it out.
-
-        Raises:
-            ValueError: the row is too long and overlength=error.
-        """
-        if length <= self.max_length:
-            return length
-        if self.overlength == "error":
-            raise ValueError(
-                f"{length} tokens, stage.max_length={self.max_length} (data.overlength=truncate cuts long rows, "
-                "data.overlength=drop leaves them out)"
-            )
-        if self.overlength == "drop":
-            self.counts.too_long += 1
-            return None
-        if prompt >= self.max_length:
-            self.counts.prompt_too_long += 1
-            return None
-        self.counts.truncated += 1
-        return self.max_length
-
-
-def encode_conversations(
-    encoder: ChatEncoder,
-    rows: Sequence[Conversation],
-    counts: Counts,
-    max_length: int,
-    overlength: str,
-    dropped: Problems | None = None,
-    train_on: str = "all",
-) -> Encoded:
-    """Encode instruction rows into `input_ids` and `labels`; completions carry loss (or the last one), nothing else.
-
-    Raises:
-        DataError: names the rows that contain control tokens, do not fit the template, or are too long. With a list of
-            what is `dropped`, the first two go there and are counted.
-    """
-    rule = LengthRule(max_length, overlength, counts)
-
-    def columns(row: Conversation, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
-        [(ids, labels)] = encoded
-        room = rule.room(len(ids), response_start(labels, 0))
-        return None if room is None else {"input_ids": ids[:room], "labels": labels[:room]}
-
-    def segments(row: Conversation) -> list[list[Segment]]:
+    def segments(self, encoder: ChatEncoder, row: Conversation) -> list[list[Segment]]:
         if row.is_text:
             return [encoder.raw_text(row.reference)]
-        return [encoder.segments(row.messages, row.inputs, train_on)]
+        return [encoder.segments(row.messages, row.inputs, self.train_on)]
 
-    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
-    counts.kept = len(kept)
-    lengths = [len(ids) for ids in dataset["input_ids"]] if kept else []
-    labels = list(dataset["labels"]) if kept else []
-    return Encoded(
-        dataset,
-        kept,
-        lengths,
-        tokens=sum(lengths),
-        loss_tokens=sum(label != IGNORED for row in labels for label in row),
-        without_end=counts.truncated,
-    )
+    def columns(self, row: Conversation, encoded: list[TokenIds]) -> EncodedRow:
+        [(ids, labels)] = encoded
+        room = room_for(len(ids), response_start(labels, 0), self.max_length, self.overlength)
+        spans = response_spans(labels[:room])
+        loss, cut = sum(spans[1::2]) - sum(spans[::2]), room < len(ids)
+        return EncodedRow({"input_ids": ids[:room], "spans": spans}, room, room, loss, cut, cut)
 
 
-def encode_pairs(
-    encoder: ChatEncoder,
-    rows: Sequence[Pair],
-    counts: Counts,
-    max_length: int,
-    overlength: str,
-    dropped: Problems | None = None,
-    learns_tokens: bool = False,
-) -> Encoded:
-    """Encode preference rows into `prompt_ids`, `chosen_ids`, `rejected_ids` and, where rows have one, `margin`.
+@dataclass(frozen=True)
+class PairEncoding:
+    """Preference rows as `chosen_ids` and `rejected_ids`, and a `margin` where they have one.
 
-    A completion's ids follow its prompt's and end with the token that ends the turn. A pair whose completions are the
-    same, perhaps only after the cut, teaches nothing and is left out and counted. Where the stage learns each token of
-    the completions (`learns_tokens`), each is one message.
-
-    Raises:
-        DataError: as `encode_conversations`; or every pair is a tie.
+    A reward model reads whole conversations, with the length of the prompt that they share as `prompt_length`. Where
+    a stage learns each token of the completions (`learns_tokens`), each is one message, and ids of its own after
+    `prompt_ids`. A pair whose completions are the same, perhaps only after the cut, teaches nothing: it is a tie.
     """
-    rule = LengthRule(max_length, overlength, counts)
 
-    def segments(row: Pair) -> list[list[Segment]]:
-        if learns_tokens and max(len(row.chosen), len(row.rejected)) > 1:
+    max_length: int
+    overlength: str
+    learns_tokens: bool = False
+
+    @property
+    def types(self) -> dict[str, ColumnType]:
+        prompt: dict[str, ColumnType] = {"prompt_ids": "ids"} if self.learns_tokens else {"prompt_length": "integer"}
+        return {**prompt, "chosen_ids": "ids", "rejected_ids": "ids", "margin": "number"}
+
+    def segments(self, encoder: ChatEncoder, row: Pair) -> list[list[Segment]]:
+        if self.learns_tokens and max(len(row.chosen), len(row.rejected)) > 1:
             raise ValueError(
                 f"chosen has {len(row.chosen)} and rejected {len(row.rejected)} messages after the prompt that they "
                 "share, others' words among them, which DPO would learn; end each with its first answer"
@@ -190,95 +157,105 @@ def encode_pairs(
             for prompt, answer in sides
         ]
 
-    def columns(row: Pair, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
+    def columns(self, row: Pair, encoded: list[TokenIds]) -> EncodedRow:
         prompt = response_start(encoded[0][1], 0)
         longer = max(len(ids) for ids, _ in encoded)
-        room = rule.room(longer, prompt)
-        if room is None:
-            return None
-        chosen, rejected = (ids[prompt:room] for ids, _ in encoded)
+        room = room_for(longer, prompt, self.max_length, self.overlength)
+        chosen, rejected = (ids[:room] for ids, _ in encoded)
         if chosen == rejected:
-            counts.ties += 1
-            return None
-        cut.append(room < longer)
-        made: JsonObject = {"prompt_ids": encoded[0][0][:prompt], "chosen_ids": chosen, "rejected_ids": rejected}
-        return made | ({"margin": row.margin} if row.margin is not None else {})
-
-    cut: list[bool] = []
-    margins = sum(row.margin is not None for row in rows)
-    if 0 < margins < len(rows):
-        without = next(row for row in rows if row.margin is None)
-        raise DataError(f"{without.where}: no 'margin', but {margins} of {len(rows)} rows have one")
-    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
-    counts.kept = len(kept)
-    if rows and counts.ties == len(rows):
-        raise DataError(f"in all {len(rows)} pairs chosen and rejected are the same: there is nothing to learn")
-    ids = [list(dataset[name]) if kept else [] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    sizes = [(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*ids, strict=True)]
-    return Encoded(
-        dataset,
-        kept,
-        lengths=[prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes],
-        tokens=sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in sizes),
-        loss_tokens=sum(chosen + rejected for _, chosen, rejected in sizes),
-        without_end=sum(cut),
-    )
+            raise LeftOut(TIE)
+        tokens, cut = len(chosen) + len(rejected), room < longer
+        made: Fields = {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_length": prompt}
+        if self.learns_tokens:
+            made = {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
+        made |= {"margin": row.margin} if row.margin is not None else {}
+        return EncodedRow(made, max(len(chosen), len(rejected)), tokens, tokens - 2 * prompt, cut, cut)
 
 
-def encode_prompts(
-    encoder: ChatEncoder,
-    rows: Sequence[Prompt],
-    counts: Counts,
-    max_length: int,
-    overlength: str,
-    dropped: Problems | None = None,
-) -> Encoded:
-    """Encode prompt rows into `prompt_ids`.
+@dataclass(frozen=True)
+class PromptEncoding:
+    """Prompt rows as `prompt_ids`, and what reward functions are handed: the messages and the row's other columns.
 
     Of a prompt that is too long nothing is cut, as its end asks the question: it is left out and counted, or refused
     (overlength=error). `max_length` is what it may have so that there is room for a completion.
-
-    Raises:
-        DataError: as `encode_conversations`.
     """
 
-    def columns(row: Prompt, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
-        [(ids, _)] = encoded
-        if len(ids) > max_length:
-            if overlength == "error":
-                raise ValueError(f"a prompt of {len(ids)} tokens; {max_length} leave room for stage.max_new_tokens")
-            counts.prompt_too_long += 1
-            return None
-        return {"prompt_ids": ids}
+    max_length: int
+    overlength: str
+    types: ClassVar[dict[str, ColumnType]] = {"prompt_ids": "ids", "prompt": "text", "columns": "text"}
 
-    def segments(row: Prompt) -> list[list[Segment]]:
+    def segments(self, encoder: ChatEncoder, row: Prompt) -> list[list[Segment]]:
         return [encoder.prompt(row.prompt, row.inputs)]
 
-    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
-    counts.kept = len(kept)
-    lengths = [len(ids) for ids in dataset["prompt_ids"]] if kept else []
-    return Encoded(dataset, kept, lengths, tokens=sum(lengths), loss_tokens=0, without_end=0)
+    def columns(self, row: Prompt, encoded: list[TokenIds]) -> EncodedRow:
+        [(ids, _)] = encoded
+        if len(ids) > self.max_length:
+            if self.overlength == "error":
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens; {self.max_length} leave room for stage.max_new_tokens"
+                )
+            raise LeftOut(PROMPT_TOO_LONG)
+        made: Fields = {"prompt_ids": ids, "prompt": to_text(row.prompt), "columns": to_text(row.columns)}
+        return EncodedRow(made, len(ids), len(ids))
 
 
-def encode_splits(
-    encode: Callable[[Any, Counts], Encoded], splits: Splits[Any], max_length: int
-) -> tuple[Encoded, Encoded | None]:
-    """Encode the rows to train on and those held out (None where there are none).
+def encode_rows(
+    encoder: ChatEncoder, rows: Sequence[RowT_contra], encoding: Encoding[RowT_contra]
+) -> Iterator[EncodedRow | ValueError | LeftOut]:
+    """What becomes of each row, tokenised together."""
+    parts: list[list[list[Segment]] | ValueError] = []
+    for row in rows:
+        try:
+            parts.append(encoding.segments(encoder, row))
+        except ValueError as error:
+            parts.append(error)
+    given = [conversation for part in parts if not isinstance(part, ValueError) for conversation in part]
+    encoded = iter(encoder.encode(given))
+    for row, part in zip(rows, parts, strict=True):
+        if isinstance(part, ValueError):
+            yield part
+            continue
+        conversations = [next(encoded) for _ in part]
+        try:
+            yield encoding.columns(row, conversations)
+        except (ValueError, LeftOut) as error:
+            yield error
 
-    Raises:
-        DataError: no row is left to train on, or none keeps its end.
-    """
-    counts = splits.counts["train"]
-    train = encode(splits.train, counts)
-    if not train.rows:
-        raise DataError(
-            f"no rows left to train on with stage.max_length={max_length}: {counts.prompt_too_long} prompts fill it "
-            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, {counts.bad} rows do not fit"
-        )
-    if train.loss_tokens and train.without_end == len(train.rows):
-        raise DataError(
-            "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
-            "or set data.overlength=drop"
-        )
-    test = encode(splits.test, splits.counts["test"]) if splits.test else None
-    return train, test if test is not None and test.rows else None
+
+# what a Parquet file or a Hub data set may hold and JSON has no word for
+_WRITTEN = "written_as"
+
+
+def to_text(value: object) -> str:
+    """JSON from which `from_text` reads the same value; dates, bytes and decimals among it."""
+    return json.dumps(value, ensure_ascii=False, default=_write)
+
+
+def _write(value: object) -> object:
+    if isinstance(value, bytes):
+        return {_WRITTEN: "bytes", "value": base64.b64encode(value).decode()}
+    if isinstance(value, decimal.Decimal):
+        return {_WRITTEN: "decimal", "value": str(value)}
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return {_WRITTEN: type(value).__name__, "value": value.isoformat()}
+    if isinstance(value, datetime.timedelta):
+        return {_WRITTEN: "timedelta", "value": value / datetime.timedelta(microseconds=1)}
+    raise ValueError(f"a column holds a {type(value).__name__}, which is not handed to reward functions")
+
+
+def from_text(text: str) -> object:
+    """The value that `to_text` wrote."""
+    return json.loads(text, object_hook=_read)
+
+
+def _read(value: Fields) -> object:
+    how, written = str(value.get(_WRITTEN)), str(value.get("value"))
+    readers: dict[str, Callable[[str], object]] = {
+        "bytes": base64.b64decode,
+        "decimal": decimal.Decimal,
+        "date": datetime.date.fromisoformat,
+        "time": datetime.time.fromisoformat,
+        "datetime": datetime.datetime.fromisoformat,
+        "timedelta": lambda micros: datetime.timedelta(microseconds=float(micros)),
+    }
+    return readers[how](written) if how in readers else value

@@ -25,9 +25,7 @@ from posttrain.data.messages import (
     role_of,
     without_nulls,
 )
-from posttrain.data.sources import NOTHING_GIVEN, Given, Problems
-from posttrain.data.splits import NO_INPUTS, Row, Shape, Splits, TemplateInputs, read_rows
-from posttrain.errors import ConfigError
+from posttrain.data.splits import NO_INPUTS, Reader, Shape, Tally, TemplateInputs
 from posttrain.values import Fields
 
 
@@ -323,13 +321,8 @@ def _documented(columns: Columns, *needs: str, more: Sequence[str] = ()) -> Shap
     return Shape(" and ".join(needs), {name: named[name] for name in needs}, more=more_of_them, documented=True)
 
 
-def read_instructions(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Conversation]:
-    """Read, check and split the instruction rows that `data` names.
-
-    Raises:
-        DataError: names file, line and fault of the first bad rows and counts the others.
-        ConfigError: a source or split does not exist, a column would decide and is not read, or two readings differ.
-    """
+def instructions(data: DataConfig) -> Reader[Conversation]:
+    """Reads instruction rows."""
     keys = message_keys(data.messages)
 
     def make(row: Fields, where: str, others: Fields) -> Conversation:
@@ -352,24 +345,18 @@ def read_instructions(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[
         _documented(columns, "response")._replace(unless=(str(vars(columns)["instruction"]),)),
         *(_SHARE_GPT, _ALPACA._replace(more={"input": vars(columns)["input"]}), _COMPLETION),
     ]
-    return _told(read_rows(data, given, make, shapes=shapes), keys)
-
-
-def _told(splits: Splits[Row], keys: MessageKeys, *more: str) -> Splits[Row]:
-    for key in keys.train if len(keys.train) == 1 else ():
-        if not keys.seen[key]:
-            raise ConfigError(f"data.messages.train={key}: no message has this key")
-    ignored = [f"key {name!r} of messages is ignored ({count:,} times)" for name, count in keys.ignored.items()]
-    splits.notes += [*more, *ignored]
-    return splits
+    return Reader(data, make, shapes, keys=keys)
 
 
 MAX_MARGIN = 1e30
+# told of the rows that it is true of
+_DIFFERS = "in {count:,} rows 'prompt' is not how chosen and rejected begin, which is taken as the prompt ({line})"
+_ANSWERED = "the answers after the last prompt of {count:,} rows are left out: the policy gives its own"
 
 
-def read_preferences(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Pair]:
-    """Read, check and split the preference rows that `data` names; raises as `read_instructions`."""
-    keys, differing = message_keys(data.messages), Problems()
+def preferences(data: DataConfig) -> Reader[Pair]:
+    """Reads preference rows."""
+    keys, tally = message_keys(data.messages), Tally()
 
     def make(row: Fields, where: str, others: Fields) -> Pair:
         margin = row.get("margin")
@@ -381,27 +368,21 @@ def read_preferences(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[P
             margin = abs(margin)
         prompt, chosen, rejected, differs = _preference(row, keys)
         if differs is not None:
-            differing.add(where, differs)
+            tally.told[_DIFFERS].add(where, differs)
         return Pair(prompt, chosen, rejected, where, None if margin is None else float(margin), _inputs(row))
 
     shapes = [*_ANSWERS, _documented(data.columns, "chosen", "rejected", more=["prompt", "margin"]), _OPENAI]
-    splits = read_rows(data, given, make, shapes=shapes)
-    told = [
-        f"in {differing.count:,} rows 'prompt' is not how chosen and rejected begin, which is taken as the prompt "
-        f"({line})"
-        for line in differing.lines[:1]
-    ]
-    return _told(splits, keys, *told)
+    return Reader(data, make, shapes, keys=keys, tally=tally)
 
 
-def read_prompts(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Prompt]:
-    """Read, check and split the prompt rows that `data` names; raises as `read_instructions`."""
-    keys, answered = message_keys(data.messages), Problems()
+def prompts(data: DataConfig) -> Reader[Prompt]:
+    """Reads prompt rows, their other columns for reward functions."""
+    keys, tally = message_keys(data.messages), Tally()
 
     def make(row: Fields, where: str, others: Fields) -> Prompt:
         prompt, has_answer = _prompt(row, keys)
         if has_answer:
-            answered.add(where, "")
+            tally.told[_ANSWERED].add(where, "")
         return Prompt(prompt, where, others, _inputs(row))
 
     shapes = [
@@ -414,6 +395,4 @@ def read_prompts(data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Promp
         ),
         *(_SHARE_GPT, _ALPACA, _OPENAI),
     ]
-    splits = read_rows(data, given, make, "handed to reward functions", shapes)
-    told = f"the answers after the last prompt of {answered.count:,} rows are left out: the policy gives its own"
-    return _told(splits, keys, *([told] if answered.count else []))
+    return Reader(data, make, shapes, hands_on=True, keys=keys, tally=tally)

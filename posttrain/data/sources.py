@@ -3,14 +3,12 @@
 import csv
 import glob
 import gzip
-import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.config.schema import DataConfig
 from posttrain.config.suggest import nearest
@@ -45,12 +43,33 @@ class Problems:
         more = self.count - len(self.lines)
         return [*self.lines, *([f"... and {more} more rows"] if more else [])]
 
+    def merge(self, later: "Problems") -> None:
+        """Add those of rows that come after."""
+        for line in later.lines:
+            where, _, what = line.partition(": ")
+            self.add(where, what)
+        self.count += later.count - len(later.lines)
+
     def raise_if_any(self) -> None:
         if self.lines:
             raise DataError(*self.summary())
 
 
-Record = tuple[str, object]  # where it stands, and what stands there
+class Source(NamedTuple):
+    """A file, or a split of a data set."""
+
+    name: str  # its path, or its Hub id and split
+    split: str  # the part that its rows belong to, where they do not say so themselves
+    unit: str  # what it has: lines, items or rows
+    content: "Path | Dataset"
+    is_given: bool = False  # by a Python caller
+
+    def place(self, number: int) -> str:
+        """Where a row stands, the first being number 1."""
+        return f"{self.name} {self.unit} {number}"
+
+
+Numbered = tuple[int, object]  # the number of a row, and what stands there: of a .jsonl file the bytes of the line
 Given = Mapping[str, "Dataset"]  # split -> data sets that a Python caller brings in place of data.dataset_name
 NOTHING_GIVEN: Given = {}
 TRAIN, EVAL = "train_dataset", "eval_dataset"
@@ -65,18 +84,26 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     return row
 
 
-def _read_jsonl(path: Path, problems: Problems) -> Iterator[Record]:
+def parse_line(number: int, line: bytes) -> object:
+    """What a line of a .jsonl file says; None where it is blank.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or has a key twice.
+    """
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys) if text.strip() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # not UTF-8, or a duplicate key
+        raise ValueError(f"invalid JSON ({error})") from error
+
+
+def _read_jsonl(path: Path, problems: Problems) -> Iterator[Numbered]:
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"{path} line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield where, json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys)
-            except json.JSONDecodeError as error:
-                problems.add(where, f"invalid JSON ({error.msg} at column {error.colno})")
-            except ValueError as error:  # not UTF-8, or a duplicate key
-                problems.add(where, f"invalid JSON ({error})")
+            if line.strip():
+                yield number, line
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -90,7 +117,7 @@ def _is_json_lines(path: Path) -> bool:
             return False
 
 
-def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+def _read_json(path: Path, problems: Problems) -> Iterator[Numbered]:
     if _is_json_lines(path):
         yield from _read_jsonl(path, problems)
         return
@@ -102,11 +129,10 @@ def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
     if not isinstance(rows, list):
         problems.add(str(path), "must hold a list of objects; one object a line belongs in a .jsonl file")
         return
-    for number, row in enumerate(rows, start=1):
-        yield f"{path} item {number}", row
+    yield from enumerate(rows, start=1)
 
 
-def _read_csv(path: Path, problems: Problems) -> Iterator[Record]:
+def _read_csv(path: Path, problems: Problems) -> Iterator[Numbered]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
@@ -116,16 +142,16 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[Record]:
                 problems.add(f"{path} line 1", f"two columns are called {twice[0]!r}")
                 return
             for row in reader:
-                where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():
-                    problems.add(where, f"has not as many fields as the header ({len(reader.fieldnames or ())})")
+                    what = f"has not as many fields as the header ({len(reader.fieldnames or ())})"
+                    problems.add(f"{path} line {reader.line_num}", what)
                 else:
-                    yield where, row
+                    yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             problems.add(f"{path} line {reader.line_num}", f"invalid CSV ({error})")
 
 
-def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
+def _read_parquet(path: Path, problems: Problems) -> Iterator[Numbered]:
     import pyarrow
     import pyarrow.parquet
 
@@ -135,12 +161,12 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield number, row
     except pyarrow.ArrowException as error:
         problems.add(str(path), f"invalid Parquet ({str(error).splitlines()[0]})")
 
 
-_READERS: dict[str, Callable[[Path, Problems], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path, Problems], Iterator[Numbered]]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
     ".json": _read_json,
@@ -216,25 +242,44 @@ def check_source(data: DataConfig) -> None:
                 raise ConfigError(f"data.dataset_name={path}: the type {_type(path)!r} is not one of {known}")
 
 
-def _read_files(paths: list[Path], problems: Problems, sources: dict[str, str]) -> Iterator[Record]:
-    for path in paths:
-        try:
-            with path.open("rb") as content:
-                sources[str(path.resolve())] = hashlib.file_digest(content, "sha256").hexdigest()
-            yield from _READERS[_type(path)](path, problems)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: invalid gzip ({error})") from error
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
+def _unit(path: Path) -> str:
+    if _type(path) == ".json":
+        return "line" if _is_json_lines(path) else "item"
+    return "row" if _type(path) == ".parquet" else "line"
 
 
-def _read_dataset(dataset: "Dataset", name: str, sources: dict[str, str]) -> Iterator[Record]:
-    sources[name] = dataset._fingerprint
-    for number, row in enumerate(dataset, start=1):
-        yield f"{name} row {number}", row
+def read_source(source: Source, problems: Problems) -> Iterator[Numbered]:
+    """Its rows in order, and what is wrong with those that cannot be told apart.
+
+    Raises:
+        DataError: the file cannot be read at all.
+    """
+    path = source.content
+    if not isinstance(path, Path):
+        yield from enumerate(path, start=1)
+        return
+    try:
+        yield from _READERS[_type(path)](path, problems)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: invalid gzip ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
-def _read_folder_or_hub(data: DataConfig, name: str, sources: dict[str, str]) -> dict[str, Iterator[Record]]:
+def read_again(source: Source, numbers: Collection[int]) -> Iterator[Numbered]:
+    """Those of its rows that have one of the numbers."""
+    if not isinstance(source.content, Path):
+        yield from ((number, source.content[number - 1]) for number in sorted(numbers))
+        return
+    last = max(numbers)
+    for number, content in read_source(source, Problems()):
+        if number in numbers:
+            yield number, content
+        if number >= last:
+            return
+
+
+def _folder_or_hub(data: DataConfig, name: str) -> list[Source]:
     """Splits of a folder saved by `datasets` or of a data set on the Hub."""
     import datasets
 
@@ -262,28 +307,24 @@ def _read_folder_or_hub(data: DataConfig, name: str, sources: dict[str, str]) ->
         raise ConfigError(
             f"data.dataset_train_split={data.dataset_train_split} is not a split of {name}; it has {', '.join(splits)}"
         )
-    return {
-        split: _read_dataset(rows, f"{name}[{split}]", sources)
-        for split, rows in splits.items()
-        if split in (data.dataset_train_split, data.dataset_test_split, *HELD_OUT_NAMES)
-    }
+    used = (data.dataset_train_split, data.dataset_test_split, *HELD_OUT_NAMES)
+    return [Source(f"{name}[{split}]", split, "row", rows) for split, rows in splits.items() if split in used]
 
 
-def records(data: DataConfig, given: Given, sources: dict[str, str], problems: Problems) -> dict[str, Iterable[Record]]:
-    """The source's splits; files have one, whose rows may say in `split` which part they belong to."""
+def find_sources(data: DataConfig, given: Given = NOTHING_GIVEN) -> list[Source]:
+    """What `data` names, those with rows to train on first; files have one split, whose rows may say theirs in `split`.
+
+    Raises:
+        ConfigError: something is not there, or of a type that is not read.
+    """
     if given:
-        return {split: _read_dataset(rows, split, sources) for split, rows in given.items()}
+        return [Source(split, split, "row", rows, is_given=True) for split, rows in given.items()]
     check_source(data)
-    parts: dict[str, Iterable[Record]] = {}
+    found: list[Source] = []
     for name in _sources(data):
-        paths = _files(name)
-        found = (
-            {data.dataset_train_split: _read_files(paths, problems, sources)}
-            if paths
-            else _read_folder_or_hub(data, name, sources)
-        )
-        for split, rows in found.items():
-            parts[split] = chain(parts.get(split, ()), rows)
-    if data.dataset_test_split and (paths := _files(data.dataset_test_split)):
-        parts[data.dataset_test_split] = _read_files(paths, problems, sources)
-    return parts
+        files = [Source(str(path), data.dataset_train_split, _unit(path), path) for path in _files(name)]
+        found += files or _folder_or_hub(data, name)
+    if data.dataset_test_split:
+        held_out = _files(data.dataset_test_split)
+        found += [Source(str(path), data.dataset_test_split, _unit(path), path) for path in held_out]
+    return sorted(found, key=lambda source: source.split != data.dataset_train_split)

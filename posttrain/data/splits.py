@@ -1,9 +1,8 @@
-"""Rows of one format: read strictly, counted, and split into those to train on and those held out.
+"""Rows of one format, read strictly and counted.
 
 No type is inferred and no value changed: a row is what its file says, or an error that names file and line.
 """
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from posttrain.config.schema import DataConfig, PreferenceConfig
 from posttrain.config.suggest import nearest
-from posttrain.data.messages import Message, kind
-from posttrain.data.sources import HELD_OUT_NAMES, Given, Problems, records
-from posttrain.errors import ConfigError, DataError
+from posttrain.data.messages import Message, MessageKeys, kind, message_keys
+from posttrain.data.sources import Problems, Source, parse_line
+from posttrain.errors import ConfigError
 from posttrain.values import Fields
 
 ECHO = 20  # characters of a prompt from which on a completion that begins with them is hardly a coincidence
@@ -75,21 +74,49 @@ class Counts:
 
 
 @dataclass
-class Splits(Generic[Row]):
-    """The rows to train on and the rows held out; no row is in both."""
+class Tally:
+    """What was found in the rows read so far, besides the rows themselves."""
 
-    train: list[Row]
-    test: list[Row]
-    counts: dict[str, Counts]
-    sources: dict[str, str]  # resolved file or Hub id -> sha256 of its bytes, or the Hub's own fingerprint
-    notes: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+    dropped: Problems = field(default_factory=Problems)  # on request (data.bad_rows=drop)
+    # split -> rows that do not fit the tokenizer or the length, which matters where the split is used
+    unfit: dict[str, Problems] = field(default_factory=lambda: defaultdict(Problems))
+    left_out: dict[str, Counts] = field(default_factory=lambda: defaultdict(Counts))  # split -> rows that it lost
+    told: dict[str, Problems] = field(default_factory=lambda: defaultdict(Problems))  # sentence -> rows that it is of
+    formats: Counter[str] = field(default_factory=Counter)
+    with_more: Counter[str] = field(default_factory=Counter)  # EXTRAS -> rows that have some
+    others: Counter[str] = field(default_factory=Counter)  # columns that are not documented -> rows that fill them
+    columns: Counter[str] = field(default_factory=Counter)  # the same, whether they are filled or not
+    ignored_keys: Counter[str] = field(default_factory=Counter)  # of messages
+    trained_keys: Counter[str] = field(default_factory=Counter)  # of messages, which say whether a turn is trained
+    options: Counter[str] = field(default_factory=Counter)  # of rows' own chat_template_kwargs
+    unlike_generation: int = 0  # completions without the thought that the generation prompt begins
 
-    def fingerprint(self) -> dict[str, str]:
-        """sha256 over the content of each split, in order."""
-        return {
-            name: hashlib.sha256("\n".join(row.content for row in rows).encode()).hexdigest()
-            for name, rows in (("train", self.train), ("test", self.test))
-        }
+    def merge(self, later: "Tally") -> None:
+        """Add what was found in rows that come after."""
+        self.problems.merge(later.problems)
+        self.dropped.merge(later.dropped)
+        for mine, theirs in ((self.unfit, later.unfit), (self.told, later.told)):
+            for name, problems in theirs.items():
+                mine[name].merge(problems)
+        for split, counts in later.left_out.items():
+            mine_of = self.left_out[split]
+            mine_of.read, mine_of.bad, mine_of.ties = (
+                mine_of.read + counts.read,
+                mine_of.bad + counts.bad,
+                mine_of.ties + counts.ties,
+            )
+        for counted, more in (
+            (self.formats, later.formats),
+            (self.with_more, later.with_more),
+            (self.others, later.others),
+            (self.columns, later.columns),
+            (self.ignored_keys, later.ignored_keys),
+            (self.trained_keys, later.trained_keys),
+            (self.options, later.options),
+        ):
+            counted.update(more)
+        self.unlike_generation += later.unlike_generation
 
 
 class Shape(NamedTuple):
@@ -190,11 +217,26 @@ def _is(value: object, wanted: object) -> bool:
 Make = Callable[[Fields, str, Fields], Row]
 
 
-class _Reader(Generic[Row]):
-    """Turns records into rows of one format, counting as it goes."""
+class Reader(Generic[Row]):
+    """Turns what stands in sources into rows of one format, counting as it goes.
 
-    def __init__(self, data: DataConfig, make: Make[Row], shapes: Sequence[Shape], hands_on: bool) -> None:
+    `make` makes a row; `shapes` are the ways in which it may be written. Columns that are not documented are ignored,
+    or handed on as they are.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        make: Make[Row],
+        shapes: Sequence[Shape] = (),
+        hands_on: bool = False,
+        keys: MessageKeys | None = None,
+        tally: Tally | None = None,
+    ) -> None:
+        self.data, self.keys, self.tally = data, keys or message_keys(data.messages), tally or Tally()
+        self.tally.ignored_keys, self.tally.trained_keys = self.keys.ignored, self.keys.seen
         self.columns: dict[str, str | None] = dict(vars(data.columns))
+        shapes = shapes or [Shape("rows", {}, more=self.columns)]
         self.make: Any = make
         self.rule: PreferenceConfig = data.preference
         # a column that was named decides; only the shapes that it belongs to are looked for
@@ -204,31 +246,36 @@ class _Reader(Generic[Row]):
         self.hands_on = hands_on
         self.ignored = set(data.ignored_columns)
         self.drop_bad = data.bad_rows == "drop"
-        self.problems, self.dropped = Problems(), Problems()
-        self.others: Counter[str] = Counter()
-        self.formats: Counter[str] = Counter()
-        self.with_more: Counter[str] = Counter()
-        self.left_out: dict[str, Counts] = defaultdict(Counts)  # split -> what became of the rows that it lost
 
-    def row(self, where: str, record: object, split: str) -> Row | None:
-        """The row, or None where it is left out and counted."""
-        counts = self.left_out[split]
+    def row(self, source: Source, number: int, content: object) -> tuple[str, Row | None]:
+        """The part that a row belongs to, and the row; None where it is left out and counted."""
+        where, split, row = source.place(number), source.split, None
         try:
+            record = parse_line(number, content) if isinstance(content, bytes) else content
+            if record is None and isinstance(content, bytes):
+                return split, None
+            if isinstance(record, dict) and not source.is_given:
+                named = record.get("split")
+                split = named if isinstance(named, str) and named else split
             row = self._row(where, record)
-            counts.ties += row is None
+            self.tally.left_out[split].ties += row is None
         except ConfigError:
             raise
         except ValueError as error:
-            what = self._explained(str(error), record) if isinstance(record, dict) else str(error)
-            (self.dropped if self.drop_bad else self.problems).add(where, what)
-            counts.bad, row = counts.bad + 1, None
-        counts.read += row is None
-        return row
+            what = str(error)
+            if what.startswith("invalid JSON"):
+                self.tally.problems.add(where, what)
+                return split, None
+            what = self._explained(what, record) if isinstance(record, dict) else what
+            (self.tally.dropped if self.drop_bad else self.tally.problems).add(where, what)
+            self.tally.left_out[split].bad += 1
+        self.tally.left_out[split].read += row is None
+        return split, row
 
     def _row(self, where: str, record: object) -> Row | None:
         if not isinstance(record, dict):
             raise ValueError(f"must be an object, got {kind(record)}")
-        self.others.update(self.ignored & record.keys())
+        self.tally.others.update(self.ignored & record.keys())
         record = {name: value for name, value in record.items() if name not in self.ignored}
         fits = [
             shape
@@ -263,9 +310,11 @@ class _Reader(Generic[Row]):
         made = self._made(mapped, where, others, record)
         if made is None:
             return None
-        self.formats[shape.name] += 1
-        self.with_more.update(ours for ours in (*EXTRAS, "chat_template_kwargs") if mapped.get(ours))
-        self.others.update(name for name, value in others.items() if value not in (None, "", [], {}))
+        self.tally.formats[shape.name] += 1
+        self.tally.with_more.update(ours for ours in (*EXTRAS, "chat_template_kwargs") if mapped.get(ours))
+        self.tally.others.update(name for name, value in others.items() if value not in (None, "", [], {}))
+        self.tally.columns.update(others.keys())
+        self.tally.options.update(made.inputs.options.keys())
         return made
 
     def _made(self, mapped: Fields, where: str, others: Fields, record: Fields) -> Row | None:
@@ -329,126 +378,27 @@ class _Reader(Generic[Row]):
                 what = what.replace(f"no {ours!r} ", told)
         return what + _hints(record, self.columns)
 
-    def notes(self, others: str) -> list[str]:
-        """What was read as what, and which columns were not."""
-        more = ", ".join(f"{name} in {count:,}" for name, count in self.with_more.items())
-        read = "; ".join(f"{name}, {count:,} rows" for name, count in self.formats.items())
+    def notes(self) -> list[str]:
+        """What was read as what, and what was not.
+
+        Raises:
+            DataError: names file, line and fault of the first bad rows and counts the others.
+            ConfigError: a key names something that no row has.
+        """
+        tally = self.tally
+        tally.problems.raise_if_any()
+        if unknown := sorted(self.ignored - tally.others.keys()):
+            raise ConfigError(f"data.ignored_columns: no row has a column {unknown[0]!r}")
+        for key in self.keys.train if len(self.keys.train) == 1 else ():
+            if not tally.trained_keys[key]:
+                raise ConfigError(f"data.messages.train={key}: no message has this key")
+        more = ", ".join(f"{name} in {count:,}" for name, count in tally.with_more.items())
+        read = "; ".join(f"{name}, {count:,} rows" for name, count in tally.formats.items())
         found = [f"format: {read}{'; ' + more if more else ''}"] if read else []
-        for name, count in sorted(self.others.items()):
+        for name, count in sorted(tally.others.items()):
             ours = [ours for ours in self.columns if name in _ALIASES.get(ours, ())] if not self.hands_on else []
             hint = f"; data.columns.{ours[0]}={name} reads it" if ours and ours[0] in ("input", "system") else ""
-            found.append(f"column {name!r} is {others} ({count} rows){hint}")
-        return found + left_out(self.dropped)
-
-
-def _held_out(rows: list[Row], test_size: float) -> tuple[list[Row], list[Row]]:
-    """Split by content, so that equal rows stay together and the choice depends on nothing but the rows."""
-    if test_size <= 0:
-        return rows, []
-    wanted = int(test_size) if test_size >= 1 else round(test_size * len(rows))
-    if not 0 < wanted < len(rows):
-        raise ConfigError(
-            f"data.test_size={test_size:g} of {len(rows)} rows leaves {len(rows) - wanted} to train on and "
-            f"{wanted} held out; data.test_size=0 holds out none"
-        )
-    by_content: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        by_content.setdefault(row.content, []).append(index)
-    order = sorted(by_content, key=lambda content: hashlib.sha256(content.encode()).digest())
-    chosen: set[int] = set()
-    for content in order:
-        if len(chosen) + len(by_content[content]) <= wanted:
-            chosen.update(by_content[content])
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
-
-
-def _split_of(record: object, default: str) -> str:
-    split = record.get("split") if isinstance(record, dict) else None
-    return split if isinstance(split, str) and split else default
-
-
-def left_out(dropped: Problems) -> list[str]:
-    """Notes on rows that data.bad_rows=drop has left out."""
-    return [f"left out (data.bad_rows=drop): {line}" for line in dropped.summary()]
-
-
-def read_rows(
-    data: DataConfig, given: Given, make: Make[Row], others: str = "ignored", shapes: Sequence[Shape] = ()
-) -> Splits[Row]:
-    """Read, check and split the rows that `data` names, by the first of the `shapes` that a row has.
-
-    Raises:
-        DataError: names file, line and fault of the first bad rows and counts the others.
-        ConfigError: a source or split does not exist, a column would decide and is not read, or two readings differ.
-    """
-    sources: dict[str, str] = {}
-    reader: _Reader[Row] = _Reader(
-        data, make, shapes or [Shape("rows", {}, more=vars(data.columns))], others != "ignored"
-    )
-    by_split: dict[str, list[Row]] = {}
-    cut_short = False
-    for part, found in records(data, given, sources, reader.problems).items():
-        for taken, (where, record) in enumerate(found):
-            if taken == data.max_rows:
-                cut_short = True
-                break
-            split = part if given else _split_of(record, part)
-            row = reader.row(where, record, split)
-            if row is not None:
-                by_split.setdefault(split, []).append(row)
-    reader.problems.raise_if_any()
-    if unknown := sorted(reader.ignored - reader.others.keys()):
-        raise ConfigError(f"data.ignored_columns: no row has a column {unknown[0]!r}")
-    notes = reader.notes(others)
-    if cut_short:
-        notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
-    train = by_split.pop(data.dataset_train_split, [])
-    if not train:
-        there = ", ".join(by_split) or "no rows at all"
-        wanted = f"no rows of split {data.dataset_train_split} (found: {there})"
-        raise DataError(f"data.dataset_name={data.dataset_name}: {wanted}", *left_out(reader.dropped))
-    return _splits(data, train, by_split, reader.left_out, sources, notes)
-
-
-def _repeats_prompt(row: Row) -> bool:
-    question = row.prompt[-1]["content"].strip() if row.prompt else ""
-    return len(question) >= ECHO and row.reference.strip().startswith(question)
-
-
-def _splits(
-    data: DataConfig,
-    train: list[Row],
-    others: dict[str, list[Row]],
-    left_out: dict[str, Counts],
-    sources: dict[str, str],
-    notes: list[str],
-) -> Splits[Row]:
-    """Set the held-out rows apart: the source's own, else a share of those read."""
-    counts = {"train": left_out[data.dataset_train_split], "test": Counts()}
-    test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in others), None)
-    if test_split is None:
-        train, test = _held_out(train, data.test_size)
-        counts["train"].read += len(train)
-    else:
-        if test_split not in others:
-            raise ConfigError(
-                f"data.dataset_test_split={test_split} is neither a file nor a split of {data.dataset_name} "
-                f"(found: {', '.join([data.dataset_train_split, *others])})"
-            )
-        test = others.pop(test_split)
-        counts["test"] = left_out[test_split]
-        counts["train"].read += len(train)
-        held_out = {row.content for row in test}
-        kept = [row for row in train if row.content not in held_out]
-        counts["train"].in_test_too = len(train) - len(kept)
-        train = kept
-    counts["test"].read += len(test)
-    notes += [f"{len(rows)} rows of split {name!r} are not used" for name, rows in others.items()]
-    for name, rows in (("train", train), ("test", test)):
-        counts[name].kept = len(rows)
-        counts[name].duplicates = len(rows) - len({row.content for row in rows})
-        counts[name].repeats_prompt = sum(map(_repeats_prompt, rows))
-    if not train:
-        raise DataError("no rows left to train on: every one of them is also among the held-out rows")
-    return Splits(train, test, counts, sources, notes)
+            what = "handed to reward functions" if self.hands_on else "ignored"
+            found.append(f"column {name!r} is {what} ({count} rows){hint}")
+        found += [told.format(count=rows.count, line=rows.lines[0]) for told, rows in tally.told.items()]
+        return found + [f"key {name!r} of messages is ignored ({n:,} times)" for name, n in tally.ignored_keys.items()]

@@ -1,15 +1,18 @@
 """What a run will do, before it does it: the data's summary, the derived numbers, one row in colour."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.console import say, show_markup, show_table, verbatim, warn
 from posttrain.data.chat import IGNORED
-from posttrain.data.encode import Encoded
+from posttrain.data.division import Numbers
+from posttrain.data.encode import labels_of
+from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Counts
 from posttrain.stages.base import StageData, stage_named
 from posttrain.values import JsonObject
@@ -37,9 +40,8 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
 
 def _sources(data: StageData) -> list[tuple[str, str, str]]:
     """Each source with its rows."""
-    parts = (data.splits.train, data.splits.test)
-    train, test = (Counter(row.where.rsplit(" ", 2)[0] for row in rows) for rows in parts)
-    return [(f"rows of {name}", f"{train[name]:,}", f"{test[name]:,}") for name in train | test]
+    found = data.prepared.rows_of.items()
+    return [(f"rows of {name}", f"{rows['train']:,}", f"{rows['test']:,}") for name, rows in found]
 
 
 def _response_tokens(config: Config) -> str:
@@ -51,11 +53,11 @@ def _response_tokens(config: Config) -> str:
 def show_data(config: Config, data: StageData) -> None:
     """Print what was read and from where, kept, cut and left out, and warn of what may be a mistake."""
     names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", _response_tokens(config))
-    train, counts, max_length = data.train, data.splits.counts["train"], config.stage.max_length
-    cells = zip(names, _summary(train, counts), _summary(data.test, data.splits.counts["test"]), strict=True)
+    train, counts, max_length = data.train, data.prepared.counts["train"], config.stage.max_length
+    cells = zip(names, _summary(train, counts), _summary(data.test, data.prepared.counts["test"]), strict=True)
     table = [*_sources(data), *list(cells)[: len(names) if train.loss_tokens else -1]]
     show_table("data", ("", "train", "held out"), table)
-    for note in data.splits.notes:
+    for note in data.prepared.notes:
         say(f"data: {note}")
     if counts.truncated:
         warn(
@@ -116,13 +118,10 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
         )
 
 
-def histogram(lengths: Sequence[int], bins: int = 40) -> str:
+def histogram(lengths: Numbers, bins: int = 40) -> str:
     """One line of bars from the shortest to the longest row."""
-    low, high = min(lengths), max(lengths)
-    bins = min(bins, high - low + 1)
-    counts = [0] * bins
-    for length in lengths:
-        counts[min((length - low) * bins // (high - low + 1), bins - 1)] += 1
+    low, high = int(lengths.min()), int(lengths.max())
+    counts = np.histogram(lengths, bins=min(bins, high - low + 1), range=(low, high + 1))[0].tolist()
     tallest = max(counts)
     return "".join(_BARS[math.ceil(count / tallest * (len(_BARS) - 1))] for count in counts)
 
@@ -139,42 +138,46 @@ def show_example(config: Config, data: StageData, index: int = 0) -> None:
     """Print one row as the model sees it, its responses in green, each token set off."""
     row: JsonObject = data.train.dataset[index]
     tokenizer = data.encoder.tokenizer
-    where = verbatim(data.train.rows[index].where)
+    where = verbatim(data.train.examples([index])[0].where)
     sides = [name for name in row if name.endswith("_ids") and name not in ("input_ids", "prompt_ids")]
-    if "labels" not in row and not sides:
+    if "spans" not in row and not sides:
         show_markup(f"\n[bold]{where}[/], as tokens; the policy goes on from its end\n")
         show_markup(_coloured(tokenizer, row["prompt_ids"], [False] * len(row["prompt_ids"])) + "\n")
         return
     learned_part = "the response" if STAGES[config.stage.name].is_classifier else "these carry loss"
     show_markup(f"\n[bold]{where}[/], as tokens; [black on green]{learned_part}[/]\n")
-    if "labels" in row:
-        show_markup(_coloured(tokenizer, row["input_ids"], [label != IGNORED for label in row["labels"]]) + "\n")
+    if "spans" in row:
+        learned = [label != IGNORED for label in labels_of(row["input_ids"], row["spans"])]
+        show_markup(_coloured(tokenizer, row["input_ids"], learned) + "\n")
         return
     for side in sides:
-        learned = [False] * len(row["prompt_ids"]) + [True] * len(row[side])
-        coloured = _coloured(tokenizer, row["prompt_ids"] + row[side], learned)
+        ids = row.get("prompt_ids", []) + row[side]
+        prompt = row["prompt_length"] if "prompt_length" in row else len(row["prompt_ids"])
+        coloured = _coloured(tokenizer, ids, [place >= prompt for place in range(len(ids))])
         show_markup(f"[bold]{side.removesuffix('_ids')}[/]\n{coloured}\n")
 
 
 def _end_check(data: StageData, encoded: Encoded) -> str:
-    whole = len(encoded.rows) - encoded.without_end
-    return f"{data.encoder.end_of_turn} ends the response and carries loss in {whole} of {len(encoded.rows)} rows"
+    rows = len(encoded.dataset)
+    whole = rows - encoded.without_end
+    return f"{data.encoder.end_of_turn} ends the response and carries loss in {whole} of {rows} rows"
 
 
 def show_dry_run(config: Config, data: StageData, processes: int) -> None:
     """Data, one row, the tokens at its ends, and the plan."""
     train, tokenizer = data.train, data.encoder.tokenizer
     show_data(config, data)
-    low, high = min(train.lengths), max(train.lengths)
-    middle = sorted(train.lengths)[len(train.lengths) // 2]
-    say(f"length in tokens: {low} {histogram(train.lengths)} {high}; half of the rows have at most {middle}")
+    lengths = train.lengths
+    low, high, middle = lengths.min(), lengths.max(), np.sort(lengths)[len(lengths) // 2]
+    say(f"length in tokens: {low} {histogram(lengths)} {high}; half of the rows have at most {middle}")
     show_example(config, data)
     if train.loss_tokens:
         say(f"EOS: {_end_check(data, train)}")
-    beginnings = train.dataset["input_ids" if "input_ids" in train.dataset.column_names else "prompt_ids"]
+    names = ("input_ids", "prompt_ids", "chosen_ids")
+    beginnings = train.dataset[next(name for name in names if name in train.dataset.column_names)]
     doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in beginnings)
     brought = f"{doubled} rows begin with two: the template and the data both bring one"
     say(f"BOS: {brought if doubled else 'no row begins with two'}")
     if config.trainer.get("packing"):
         say("packing: rows are packed when training starts; the steps below are those without packing")
-    show_plan(config, data, processes, len(train.rows), None)
+    show_plan(config, data, processes, len(train.dataset), None)

@@ -60,6 +60,8 @@ FREE_KEYS = (
     "output_dir",
     "run_name",
     "data.dataset_name",
+    "data.num_proc",
+    "data.cache_dir",
     "trainer.report_to",
     "trainer.save_total_limit",
     "trainer.save_steps",
@@ -206,6 +208,7 @@ class RunFolder:
         self.rollouts = path / "rollouts.jsonl"
         self.curves = path / "curves.svg"
         self.trains = False  # set once training begins: from then on the folder is kept even if the run fails
+        self._room: Literal["", "clear", "move"] = ""  # what has to happen to a run that is here
 
     def _read(self, name: str) -> JsonObject | None:
         return read_object(self.path / name, (), "overwrite=true starts this run over")
@@ -214,10 +217,11 @@ class RunFolder:
         """The manifest of a complete run, None before."""
         return self._read(MANIFEST)
 
-    def claim(self, identity: JsonObject, overwrite: bool, move_aside: bool) -> State:
-        """Whether this run has begun here before, and make room where it has not; for the main process alone.
+    def look(self, identity: JsonObject, overwrite: bool, move_aside: bool) -> State:
+        """Whether this run has begun here before; changes nothing, and is for the main process alone.
 
-        `overwrite` deletes a run that is here, whichever it is; `move_aside` moves another run to `earlier/`.
+        Where another run is here, `overwrite` lets `make_room` delete it, whichever it is, and `move_aside` move it to
+        `earlier/`.
 
         Raises:
             ConfigError: the folder holds another run, or files that no run wrote; names what differs.
@@ -232,7 +236,7 @@ class RunFolder:
                 )
             return "new"
         if overwrite:
-            self.clear()
+            self._room = "clear"
             return "new"
         finished = self.manifest()
         changed = changes(earlier, identity, finished is not None)
@@ -245,17 +249,25 @@ class RunFolder:
         how = "with another configuration" if changed else "whose result is not as it was written"
         if not finished and not checkpoints(self.path):
             say(f"{self.path}: an earlier start stopped before its first checkpoint; starting over ({why})")
-            self.clear()
+            self._room = "clear"
             return "new"
         what = "a finished run" if finished else "an interrupted run"
         if move_aside:
-            say(f"{self.path} holds {what} {how}: {why}; it is moved to {self.move_aside()}")
+            say(f"{self.path} holds {what} {how}: {why}")
+            self._room = "move"
             return "new"
         raise ConfigError(
             f"{self.path} holds {what} {how} ({why}); "
             "choose run_name=… for a new run, or pass move_aside=true to keep the old one aside, overwrite=true to "
             "delete it"
         )
+
+    def make_room(self) -> None:
+        """Do to a run that is here what `look` has found."""
+        if self._room == "clear":
+            self.clear()
+        elif self._room == "move":
+            say(f"{self.path}: it is moved to {self.move_aside()}")
 
     def damage(self, manifest: JsonObject) -> dict[str, str]:
         """File of the result -> what has become of it since the run finished."""
@@ -374,8 +386,8 @@ def _comparable(identity: JsonObject) -> JsonObject:
 
 
 def _changed(key: str, old: object, new: object) -> str:
-    if key.startswith("data.fingerprint"):
-        return f"the {key.rsplit('.', 1)[-1]} rows are not the same"
+    if key.startswith("data."):
+        return "the rows are not the same: the content of data.dataset_name has changed"
     if key.startswith("reward_model."):
         return "the reward model's weights are not the same"
     if key.startswith("model."):

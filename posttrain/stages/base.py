@@ -4,15 +4,20 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain.config.schema import Config, DataConfig
+from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.encode import Encoded, encode_splits
-from posttrain.data.sources import Given, Problems
-from posttrain.data.splits import Counts, Example, Splits, left_out
-from posttrain.errors import ConfigError
+from posttrain.data.encode import Encoding
+from posttrain.data.hashes import Hashes
+from posttrain.data.prepared import Encoded, Prepared, is_whole, key_of, load, prepare
+from posttrain.data.reading import Format, Work
+from posttrain.data.sources import Source
+from posttrain.data.splits import Example, Row
+from posttrain.devices import on_each_machine
+from posttrain.errors import ConfigError, DataError
 from posttrain.models.generate import Completion
 from posttrain.models.load import Load, load_causal_lm, max_positions
 from posttrain.models.meta import Holdings
@@ -28,14 +33,25 @@ if TYPE_CHECKING:
 COMPLETION_TOKENS = 96  # of a completion that is shown, where the stage does not say
 
 
+@dataclass(frozen=True)
+class DataSources:
+    """Where rows come from, found and hashed, and where they are kept once they are prepared."""
+
+    sources: Sequence[Source]
+    digests: dict[str, str]  # sources' names -> sha256
+    hashes: Hashes
+    cache: Path
+    scratch: Path | None = None  # where they are made instead, if nothing may be written to the cache
+
+
 @dataclass
 class StageData:
     """The rows of a stage, encoded; known before any model is loaded."""
 
     encoder: ChatEncoder
-    splits: Splits[Any]
+    prepared: Prepared
     train: Encoded
-    test: Encoded | None
+    test: Encoded | None  # of the rows held out no more than data.max_eval_rows
     room: int  # tokens that prompt and response together may have
     new_tokens: int  # the most tokens that a generated completion may have
 
@@ -86,7 +102,7 @@ class StepPlan:
 class Stage(NamedTuple):
     """One way to train; what is known about it without torch is in config/stages.py."""
 
-    prepare: Callable[[Config, "PreTrainedTokenizerBase", Given], StageData]  # reads and checks the data, no model
+    prepare: Callable[[Config, "PreTrainedTokenizerBase", DataSources], StageData]  # reads and checks, no model
     plan: Callable[[Config, int, int], StepPlan]  # of that many rows on that many processes
     hold: Callable[[Config, "PreTrainedTokenizerBase"], Holdings]  # what it keeps in memory
     load: Load
@@ -139,30 +155,53 @@ def step_plan(config: Config, unit: str, accumulation: int, per_epoch: int, proc
 def prepare_rows(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
-    given: Given,
-    read: Callable[[DataConfig, Given], Splits[Any]],
-    encode: Callable[[ChatEncoder, Sequence[Any], Counts, int, str, Problems | None], Encoded],
+    sources: DataSources,
+    format: Format[Row],
+    encoding: Callable[[int, str], Encoding[Row]],
     new_tokens: int | None = None,
 ) -> StageData:
-    """Read the rows of a format and encode them within stage.max_length, less what is kept free for a completion."""
-    room = check_length(config)
-    limit = room - (new_tokens or 0)
-    encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
-    splits = read(config.data, given)
-    dropped = Problems() if config.data.bad_rows == "drop" else None
-    train, test = encode_splits(
-        lambda rows, counts: encode(encoder, rows, counts, limit, config.data.overlength, dropped), splits, room
-    )
-    splits.notes += left_out(dropped) if dropped else []
-    options = {name for row in splits.train for name in row.inputs.options}
-    if unread := sorted(name for name in options if name not in str(tokenizer.chat_template)):
-        splits.notes.append(f"the chat template reads no {', '.join(unread)} of the rows' chat_template_kwargs")
-    if encoder.unlike_generation:
-        splits.notes.append(
-            f"{encoder.unlike_generation:,} completions do not begin with the <think> that the generation prompt ends "
+    """The rows of a format, encoded within stage.max_length, less what is kept free for a completion.
+
+    They are made once, by one process, and read from the disk by all.
+
+    Raises:
+        DataError, ConfigError: rows cannot be used, and which; or none are left to train on.
+    """
+    room, data = check_length(config), config.data
+    encoder = ChatEncoder(tokenizer, data.allow_special_tokens)
+    encode = encoding(room - (new_tokens or 0), data.overlength)
+    work = Work(data, format, sources.sources, encoder, encode)
+    key = key_of(work, sources.digests)
+    folder = sources.cache
+    if sources.scratch is not None and not is_whole(folder / key, sources.hashes):
+        folder = sources.scratch
+    on_each_machine(lambda: prepare(work, folder, sources.hashes, key))
+    made = load(work, folder, key)
+    counts = made.counts["train"]
+    if made.train is None:
+        raise DataError(
+            f"no rows left to train on with stage.max_length={room}: {counts.prompt_too_long} prompts fill it "
+            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, {counts.bad} rows do not fit"
+        )
+    if made.train.loss_tokens and made.train.without_end == len(made.train.dataset):
+        raise DataError(
+            "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
+            "or set data.overlength=drop"
+        )
+    if unread := [name for name in made.options if name not in str(tokenizer.chat_template)]:
+        made.notes.append(f"the chat template reads no {', '.join(unread)} of the rows' chat_template_kwargs")
+    if made.unlike_generation:
+        made.notes.append(
+            f"{made.unlike_generation:,} completions do not begin with the <think> that the generation prompt ends "
             "with: the model will generate otherwise than it is trained (data.chat_template_kwargs may turn it off)"
         )
-    return StageData(encoder, splits, train, test, room, new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1)))
+    test = made.test.bounded(data.max_eval_rows) if made.test is not None else None
+    if test is not None and made.test is not None and len(test.dataset) < len(made.test.dataset):
+        made.notes.append(
+            f"held-out numbers rest on {len(test.dataset):,} of the {len(made.test.dataset):,} held-out rows "
+            "(data.max_eval_rows)"
+        )
+    return StageData(encoder, made, made.train, test, room, new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1)))
 
 
 def check_length(config: Config) -> int:

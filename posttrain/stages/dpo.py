@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from posttrain.config.schema import Config
 from posttrain.config.stages import DPOStage
 from posttrain.console import say, warn
-from posttrain.data.encode import encode_pairs
-from posttrain.data.formats import read_preferences
-from posttrain.data.sources import Given
+from posttrain.data.encode import PairEncoding
+from posttrain.data.formats import preferences
 from posttrain.errors import PosttrainError
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
 from posttrain.models.load import load_causal_lm
@@ -21,6 +20,7 @@ from posttrain.models.lora import lora_config
 from posttrain.models.meta import Batch, Holdings, fuse_head, hold_model, meta_model, weight_bytes
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import (
+    DataSources,
     EvalResult,
     Stage,
     StageContext,
@@ -62,9 +62,9 @@ def compute_dpo_loss(
     return -torch.nn.functional.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
-def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
     """Read and encode the preference rows, each completion one message."""
-    return prepare_rows(config, tokenizer, given, read_preferences, partial(encode_pairs, learns_tokens=True))
+    return prepare_rows(config, tokenizer, sources, preferences, partial(PairEncoding, learns_tokens=True))
 
 
 def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, PPOStage
 from posttrain.console import is_main_process, say, warn
-from posttrain.data.encode import encode_prompts
-from posttrain.data.formats import Prompt, read_prompts
-from posttrain.data.sources import Given
+from posttrain.data.encode import PromptEncoding, from_text
+from posttrain.data.formats import Prompt, prompts
+from posttrain.data.prepared import Encoded
 from posttrain.devices import process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
@@ -35,6 +35,7 @@ from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.runs.checkpoint import writing
 from posttrain.runs.folder import read_lines, read_object
 from posttrain.stages.base import (
+    DataSources,
     EvalResult,
     Stage,
     StageContext,
@@ -44,6 +45,7 @@ from posttrain.stages.base import (
     prepare_rows,
     step_plan,
 )
+from posttrain.values import Fields
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +71,7 @@ class PromptData(StageData):
     eval_functions: list[rewards.RewardFunction]
 
 
-def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
     """Read and encode the prompts; look at the reward before anything is loaded.
 
     Raises:
@@ -92,20 +94,20 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) 
     for function in eval_functions:
         if inspect.iscoroutinefunction(function):
             raise ConfigError(f"stage.eval_reward_functions: {function.__name__} is async; only rewards may be")
-    prepared = prepare_rows(config, tokenizer, given, read_prompts, encode_prompts, stage.max_new_tokens)
-    taken = {name for row in prepared.train.rows for name in row.columns} & RESERVED_COLUMNS
+    found = prepare_rows(config, tokenizer, sources, prompts, PromptEncoding, stage.max_new_tokens)
+    taken = set(found.prepared.columns) & RESERVED_COLUMNS
     if taken:
         raise ConfigError(
             f"data.dataset_name={config.data.dataset_name}: column {min(taken)!r} has the name of something else that "
             "reward functions are handed; rename it"
         )
-    found = len(prepared.train.rows)
-    if found < stage.rollout_batch_size:
+    count = len(found.train.dataset)
+    if count < stage.rollout_batch_size:
         warn(
-            f"{found} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are completed "
+            f"{count} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are completed "
             "more than once in a rollout"
         )
-    return PromptData(**vars(prepared), functions=functions, eval_functions=eval_functions)
+    return PromptData(**vars(found), functions=functions, eval_functions=eval_functions)
 
 
 def _stage(config: Config) -> PPOStage:
@@ -216,8 +218,8 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
 
     config, data, tokenizer = context.config, context.data, context.tokenizer
     assert isinstance(data, PromptData)
-    stage, rows = _stage(config), data.train.rows
-    rollouts = plan_rollouts(stage, len(rows), process_state().num_processes)
+    stage = _stage(config)
+    rollouts = plan_rollouts(stage, len(data.train.dataset), process_state().num_processes)
     source = roles.find_reward(config, tokenizer)
     arguments = trainer_arguments(config, context.folder.path, data.test is not None) | {
         "stage": stage,
@@ -245,7 +247,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     scorer = RewardScorer(functions, stage.reward_weights or [1.0] * len(functions), data.eval_functions)
     path = str(model.config._name_or_path)
     trainer = PPOTrainer(
-        rows=_inputs(rows, data.train.dataset["prompt_ids"]),
+        rows=PromptRows(data.train, data.prepared.columns),
         plan=rollouts,
         reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
         value=critic,
@@ -271,13 +273,19 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     return trainer
 
 
-def _inputs(rows: Sequence[Prompt], prompt_ids: Sequence[list[int]]) -> list["PromptRow"]:
+class PromptRows(Sequence["PromptRow"]):
     """What TRL hands to reward functions: each prompt, its ids and its other columns, None where a row lacks one."""
-    columns = scoring.columns_of(rows)
-    return [
-        {name: values[place] for name, values in columns.items()} | {"prompt": row.prompt, "prompt_ids": ids}
-        for place, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True))
-    ]
+
+    def __init__(self, prompts: Encoded, columns: Sequence[str]) -> None:
+        self.dataset, self.columns = prompts.dataset, dict.fromkeys(columns)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.dataset[index]
+        columns = cast("Fields", from_text(row["columns"]))
+        return {**self.columns, **columns, "prompt": from_text(row["prompt"]), "prompt_ids": row["prompt_ids"]}
 
 
 class RolloutLog:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from posttrain.config.schema import Config
 from posttrain.config.stages import RewardStage
 from posttrain.console import say
-from posttrain.data.encode import Encoded, encode_pairs
-from posttrain.data.formats import read_preferences
-from posttrain.data.sources import Given
+from posttrain.data.encode import PairEncoding
+from posttrain.data.formats import preferences
 from posttrain.errors import PosttrainError
 from posttrain.metrics.report_card import ScoredPair, card_table, report_card
 from posttrain.models.generate import scores
@@ -16,11 +15,9 @@ from posttrain.models.load import load_reward_model
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import hold_model
 from posttrain.runs.arguments import trainer_arguments, trl_config
-from posttrain.stages.base import EvalResult, Stage, StageContext, StageData, plan_steps, prepare_rows
-from posttrain.values import JsonObject
+from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, plan_steps, prepare_rows
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.stages.trainers import RewardModelTrainer
@@ -30,22 +27,13 @@ STEP_0_ROWS = 8
 STEP_0_TOLERANCE = {"no": 1e-3, "bf16": 0.05, "fp16": 0.05}  # of the largest score
 
 
-def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
-    """Read and encode the preference rows."""
-    return prepare_rows(config, tokenizer, given, read_preferences, encode_pairs)
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
+    """Read and encode the preference rows, both of each whole conversations."""
+    return prepare_rows(config, tokenizer, sources, preferences, PairEncoding)
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
     return load_reward_model(config.model, tokenizer, path, config.seed, quantised)
-
-
-def conversations(encoded: Encoded) -> "Dataset":
-    """The ids of both whole conversations of each pair: what a reward model reads, in training and ever after."""
-
-    def join(row: JsonObject) -> dict[str, list[int]]:
-        return {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
-
-    return encoded.dataset.map(join, remove_columns="prompt_ids")
 
 
 def build(context: StageContext, model: "PreTrainedModel") -> "RewardModelTrainer":
@@ -58,8 +46,8 @@ def build(context: StageContext, model: "PreTrainedModel") -> "RewardModelTraine
     trainer = RewardModelTrainer(
         model=model,
         args=trl_config(RewardConfig, trainer_arguments(config, context.folder.path, data.test is not None)),
-        train_dataset=conversations(data.train),
-        eval_dataset=conversations(data.test) if data.test else None,
+        train_dataset=data.train.dataset,
+        eval_dataset=data.test.dataset if data.test else None,
         processing_class=context.tokenizer,
         peft_config=lora_config(config.model, model, "SEQ_CLS"),
     )
@@ -113,8 +101,8 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
             rejected=row.rejected[-1]["content"],
             chosen_score=chosen,
             rejected_score=rejected,
-            chosen_length=len(ids["chosen_ids"]),
-            rejected_length=len(ids["rejected_ids"]),
+            chosen_length=len(ids["chosen_ids"]) - ids["prompt_length"],
+            rejected_length=len(ids["rejected_ids"]) - ids["prompt_length"],
         )
         for row, ids, chosen, rejected in zip(
             test.rows, test.dataset, scored["chosen_ids"], scored["rejected_ids"], strict=True

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from posttrain.config.schema import Config
 from posttrain.console import say
 from posttrain.data.chat import IGNORED
-from posttrain.data.encode import encode_conversations
-from posttrain.data.formats import read_instructions
-from posttrain.data.sources import Given
+from posttrain.data.encode import ConversationEncoding, labels_of
+from posttrain.data.formats import instructions
+from posttrain.devices import process_state
 from posttrain.errors import PosttrainError
 from posttrain.models.generate import COMPLETED, complete, share_ended
 from posttrain.models.load import load_causal_lm
@@ -18,6 +18,7 @@ from posttrain.models.lora import lora_config
 from posttrain.models.meta import Holdings, hold_model
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import (
+    DataSources,
     EvalResult,
     Stage,
     StageContext,
@@ -29,6 +30,7 @@ from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.stages.trainers import SFTTrainer
@@ -37,10 +39,10 @@ PACKED_ROWS = 64  # among which the fullest and the emptiest are compared with t
 PACKING_TOLERANCE = {"no": 1e-3, "bf16": 0.15, "fp16": 0.05}  # nats at a token
 
 
-def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
     """Read and encode the instruction rows."""
-    encode = partial(encode_conversations, train_on=config.data.train_on)
-    return prepare_rows(config, tokenizer, given, read_instructions, encode)
+    encoding = partial(ConversationEncoding, train_on=config.data.train_on)
+    return prepare_rows(config, tokenizer, sources, instructions, encoding)
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
@@ -85,8 +87,19 @@ def pad_packed(rows: list[JsonObject], pad_token_id: int) -> dict[str, "torch.Te
     return batch
 
 
+def _with_labels(dataset: "Dataset") -> "Dataset":
+    """The columns that TRL packs."""
+
+    def labels(rows: JsonObject) -> JsonObject:
+        columns = zip(rows["input_ids"], rows["spans"], strict=True)
+        return {"input_ids": rows["input_ids"], "labels": [labels_of(ids, spans) for ids, spans in columns]}
+
+    with process_state().main_process_first():
+        return dataset.map(labels, batched=True, remove_columns=dataset.column_names)
+
+
 def build(context: StageContext, model: "PreTrainedModel") -> "SFTTrainer":
-    """The trainer; of the rows, which carry their labels already, only packing is left to TRL."""
+    """The trainer; of the rows, which know what carries loss already, only packing is left to TRL."""
     from trl import SFTConfig
 
     from posttrain.stages.trainers import SFTTrainer
@@ -98,7 +111,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "SFTTrainer":
     trainer = SFTTrainer(
         model=model,
         args=trl_config(SFTConfig, arguments),
-        train_dataset=data.train.dataset,
+        train_dataset=_with_labels(data.train.dataset) if packing else data.train.dataset,
         eval_dataset=data.test.dataset if data.test is not None else None,
         processing_class=context.tokenizer,
         peft_config=lora_config(config.model, model),

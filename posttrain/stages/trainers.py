@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from posttrain.data.chat import IGNORED
+from posttrain.data.encode import labels_of
 from posttrain.runs.safe_trainer import SafeTrainer
 from posttrain.values import JsonObject
 
@@ -32,20 +34,28 @@ def without_router_loss(trainer: "SFTTrainer | DPOTrainer") -> Iterator[None]:
     trainer.aux_loss_enabled = before
 
 
+def with_labels(collator: Callable[[list[JsonObject]], Batch], rows: list[JsonObject]) -> Batch:
+    """A batch of rows that say in `spans` which of their tokens carry loss; packed rows have `labels` already."""
+    return collator(
+        [row if "labels" in row else {**row, "labels": labels_of(row["input_ids"], row["spans"])} for row in rows]
+    )
+
+
 class SFTTrainer(SafeTrainer, trl.SFTTrainer):
-    """TRL's SFTTrainer on rows of `input_ids` and `labels`; the held-out loss is a mean over tokens."""
+    """TRL's SFTTrainer on rows of `input_ids` and `spans`; the held-out loss is a mean over tokens."""
 
     def __init__(self, *, model: "PreTrainedModel", **options: Any) -> None:
         super().__init__(model=model, **options)
+        self.data_collator = partial(with_labels, self.data_collator)
         if self.aux_loss_enabled:  # TRL's loss asks for the router's logits itself; generation fails over them
             model.config.get_text_config().output_router_logits = False
 
-    def held_out_collator(self) -> Callable[[list[Batch]], Batch]:
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "spans", "labels", "seq_lengths"]
+
+    def held_out_collator(self) -> Callable[[list[JsonObject]], Batch]:
         # held-out rows are never packed: each is scored as it would be read
-        collator: Callable[[list[Batch]], Batch] = DataCollatorForLanguageModeling(
-            pad_token_id=self.processing_class.pad_token_id
-        )
-        return collator
+        return partial(with_labels, DataCollatorForLanguageModeling(pad_token_id=self.processing_class.pad_token_id))
 
     def held_out_weight(self, name: str, inputs: Batch) -> float:
         # means over tokens, whatever the batch size and number of processes
@@ -61,6 +71,9 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
 
 class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
+
+    def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
+        return dataset  # encoded and cut already
 
 
 class DPOTrainer(SafeTrainer, trl.DPOTrainer):

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT, data_config, write_rows
 
 from posttrain.config.schema import DataConfig
-from posttrain.data.formats import format_instruction, read_instructions
+from posttrain.data.formats import format_instruction, instructions
+from posttrain.data.reading import read_rows
 from posttrain.errors import ConfigError, DataError
 
 GOOD = {"instruction": "Say yes.", "response": "Yes."}
@@ -19,7 +20,7 @@ def data(name: Any, **changes: Any) -> DataConfig:
 
 
 def read(path: Path, **changes: Any) -> Any:
-    return read_instructions(data(str(path), **changes))
+    return read_rows(instructions, data(str(path), **changes))
 
 
 def some(count: int) -> list[dict[str, str]]:
@@ -127,14 +128,14 @@ def test_a_source_that_cannot_be_is_refused(tmp_path: Path, name: str, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ConfigError, match=r"data\.dataset_name="):
-        read_instructions(data(name))
+        read_rows(instructions, data(name))
 
 
 def test_several_files_and_patterns_are_read_in_order(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", some(2))
     write_rows(tmp_path / "b.jsonl", some(4)[2:])
-    both = read_instructions(data([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
-    pattern = read_instructions(data(str(tmp_path / "*.jsonl")))
+    both = read_rows(instructions, data([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
+    pattern = read_rows(instructions, data(str(tmp_path / "*.jsonl")))
     assert [row.content for row in both.train] == [row.content for row in pattern.train]
     assert len(both.train) == 4
 
@@ -165,8 +166,7 @@ def test_the_split_depends_on_the_rows_alone(tmp_path: Path) -> None:
     one = read(write_rows(tmp_path / "one.jsonl", rows), test_size=10)
     other = read(write_rows(tmp_path / "other.jsonl", rows[::-1]), test_size=10)
     assert {row.content for row in one.test} == {row.content for row in other.test}
-    assert one.fingerprint() == read(tmp_path / "one.jsonl", test_size=10).fingerprint()
-    assert one.fingerprint() != other.fingerprint()
+    assert [row.content for row in one.test] != [row.content for row in other.test]
 
 
 def test_rows_can_say_which_split_they_belong_to(tmp_path: Path) -> None:

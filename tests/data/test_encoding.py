@@ -6,9 +6,16 @@ import pytest
 import tokenizers_for_tests as made
 
 from posttrain.data.chat import IGNORED, ChatEncoder
-from posttrain.data.encode import encode_conversations
+from posttrain.data.encode import (
+    PROMPT_TOO_LONG,
+    TOO_LONG,
+    ConversationEncoding,
+    LeftOut,
+    encode_rows,
+    labels_of,
+    response_spans,
+)
 from posttrain.data.formats import Conversation, Prompt
-from posttrain.data.splits import Counts
 from posttrain.data.template import plain_template
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.generate import panel
@@ -155,32 +162,41 @@ def conversations(*lengths: int) -> list[Conversation]:
     ]
 
 
-def test_long_rows_are_cut_without_an_eos_and_counted() -> None:
-    tokenizer = plain(made.gpt2_like())
-    encoder = ChatEncoder(tokenizer)
-    prompt = len(encoder.prompt_ids(QUESTION))
-    counts = Counts()
-    split = encode_conversations(encoder, conversations(1, 50), counts, prompt + 10, "truncate")
-    assert (counts.kept, counts.truncated, split.without_end) == (2, 1, 1)
-    cut = split.dataset[1]
-    assert len(cut["input_ids"]) == prompt + 10
-    assert tokenizer.eos_token_id not in cut["labels"]
-    assert split.loss_tokens == sum(label != IGNORED for row in split.dataset for label in row["labels"])
-
-
-def test_rows_whose_prompt_fills_everything_are_left_out_and_counted() -> None:
+def rows_of(lengths: tuple[int, ...], room: int, overlength: str) -> list[Any]:
     encoder = ChatEncoder(plain(made.gpt2_like()))
-    counts = Counts()
-    split = encode_conversations(encoder, conversations(1, 2), counts, len(encoder.prompt_ids(QUESTION)), "truncate")
-    assert (counts.kept, counts.prompt_too_long, len(split.rows)) == (0, 2, 0)
+    prompt = len(encoder.prompt_ids(QUESTION))
+    return list(encode_rows(encoder, conversations(*lengths), ConversationEncoding(prompt + room, overlength)))
+
+
+def test_long_rows_are_cut_without_an_eos() -> None:
+    tokenizer = plain(made.gpt2_like())
+    prompt = len(ChatEncoder(tokenizer).prompt_ids(QUESTION))
+    whole, cut = rows_of((1, 50), 10, "truncate")
+    assert (whole.is_cut, whole.loses_end, cut.is_cut, cut.loses_end) == (False, False, True, True)
+    assert len(cut.columns["input_ids"]) == cut.length == cut.tokens == prompt + 10
+    labels = labels_of(cut.columns["input_ids"], cut.columns["spans"])
+    assert tokenizer.eos_token_id not in labels
+    assert cut.loss_tokens == sum(label != IGNORED for label in labels) == 10
+    assert labels_of(whole.columns["input_ids"], whole.columns["spans"])[-1] == tokenizer.eos_token_id
+
+
+def test_rows_whose_prompt_fills_everything_are_left_out() -> None:
+    assert [row.why for row in rows_of((1, 2), 0, "truncate")] == [PROMPT_TOO_LONG] * 2
 
 
 def test_overlength_drop_and_error() -> None:
-    encoder = ChatEncoder(plain(made.gpt2_like()))
-    prompt = len(encoder.prompt_ids(QUESTION))
-    counts = Counts()
-    split = encode_conversations(encoder, conversations(1, 50, 2), counts, prompt + 10, "drop")
-    assert [row.where for row in split.rows] == ["rows.jsonl line 1", "rows.jsonl line 3"]
-    assert counts.too_long == 1
-    with pytest.raises(DataError, match=r"rows.jsonl line 2: \d+ tokens, stage.max_length="):
-        encode_conversations(encoder, conversations(1, 50, 2), Counts(), prompt + 10, "error")
+    first, left_out, last = rows_of((1, 50, 2), 10, "drop")
+    assert isinstance(left_out, LeftOut)
+    assert left_out.why == TOO_LONG
+    assert first.length < last.length
+    refused = rows_of((1, 50, 2), 10, "error")[1]
+    assert isinstance(refused, ValueError)
+    assert "tokens, stage.max_length=" in str(refused)
+
+
+def test_spans_and_labels_say_the_same() -> None:
+    labels = [IGNORED, 5, 6, IGNORED, IGNORED, 7]
+    assert response_spans(labels) == [1, 3, 5, 6]
+    assert labels_of([4, 5, 6, 8, 9, 7], [1, 3, 5, 6]) == labels
+    assert response_spans([IGNORED, IGNORED]) == []
+    assert response_spans([1, 2]) == [0, 2]

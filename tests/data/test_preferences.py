@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import tokenizers_for_tests as made
-from conftest import data_config, write_rows
+from conftest import data_config, prepared, write_rows
 
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.encode import encode_pairs
-from posttrain.data.formats import format_preference, read_preferences
+from posttrain.data.encode import PairEncoding
+from posttrain.data.formats import format_preference, preferences
 from posttrain.data.messages import parse_transcript
-from posttrain.data.splits import Counts
+from posttrain.data.reading import read_rows
 from posttrain.data.template import plain_template
 from posttrain.errors import DataError
-from posttrain.stages.reward import conversations
 
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Two?\n\nAssistant:"
 USER = [
@@ -26,7 +25,7 @@ USER = [
 
 
 def read(path: Path, **changes: Any) -> Any:
-    return read_preferences(data_config(str(path), "dpo", changes.pop("columns", {}), **changes))
+    return read_rows(preferences, data_config(str(path), "dpo", changes.pop("columns", {}), **changes))
 
 
 def says(text: str) -> list[dict[str, str]]:
@@ -92,8 +91,9 @@ def encoder() -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def pairs(tmp_path: Path, *rows: dict[str, Any]) -> Any:
-    return read(write_rows(tmp_path / "pairs.jsonl", list(rows))).train
+def pairs(tmp_path: Path, encoding: PairEncoding, tokenizer: Any, *rows: dict[str, Any], **changes: Any) -> Any:
+    data = data_config(str(write_rows(tmp_path / "pairs.jsonl", list(rows))), "dpo", **changes)
+    return prepared(preferences, encoding, tokenizer, data, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("make", [made.gpt2_like, made.chatml, made.llama_like])
@@ -102,40 +102,41 @@ def test_a_reward_model_reads_the_ids_of_the_whole_conversation(tmp_path: Path, 
     tokenizer = make()
     tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)
     chat = ChatEncoder(tokenizer)
-    rows = pairs(tmp_path, {"prompt": USER, "chosen": says("one two"), "rejected": says("three")})
-    found = encode_pairs(chat, rows, Counts(), 200, "error")
-    [row] = found.dataset
-    assert row["prompt_ids"] == chat.prompt_ids(USER)
-    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == chat.end_id
-    [read_by_reward_model] = conversations(found)
+    row = {"prompt": USER, "chosen": says("one two"), "rejected": says("three")}
+    [whole] = pairs(tmp_path, PairEncoding(200, "error"), tokenizer, row).train.dataset
+    [apart] = pairs(tmp_path, PairEncoding(200, "error", learns_tokens=True), tokenizer, row).train.dataset
+    assert apart["prompt_ids"] == chat.prompt_ids(USER)
+    assert len(apart["prompt_ids"]) == whole["prompt_length"]
+    assert apart["chosen_ids"][-1] == apart["rejected_ids"][-1] == chat.end_id
     for side, answer in (("chosen_ids", "one two"), ("rejected_ids", "three")):
-        whole = chat.encode([chat.segments([*USER, *says(answer)])])[0][0]
-        assert read_by_reward_model[side] == whole == row["prompt_ids"] + row[side]
+        expected = chat.encode([chat.segments([*USER, *says(answer)])])[0][0]
+        assert whole[side] == expected == apart["prompt_ids"] + apart[side]
 
 
 def test_ties_are_left_out_also_those_that_the_cut_makes(tmp_path: Path) -> None:
-    chat = encoder()
-    rows = pairs(
-        tmp_path,
+    rows = [
         {"prompt": "a", "chosen": "one", "rejected": "two"},
         {"prompt": "a", "chosen": "same", "rejected": "same"},
         {"prompt": "a", "chosen": "one " * 30 + "good", "rejected": "one " * 30 + "bad"},
-    )
-    counts = Counts()
-    room = len(chat.prompt_ids(rows[0].prompt)) + 20
-    found = encode_pairs(chat, rows, counts, room, "truncate")
-    assert [row.where[-6:] for row in found.rows] == ["line 1"]
-    assert (counts.kept, counts.ties, counts.truncated) == (1, 2, 1)
-    with pytest.raises(DataError, match="in all 1 pairs chosen and rejected are the same"):
-        encode_pairs(chat, rows[1:2], Counts(), room, "truncate")
+    ]
+    chat = encoder()
+    room = len(chat.prompt_ids([{"role": "user", "content": "a"}])) + 20
+    found = pairs(tmp_path, PairEncoding(room, "truncate"), chat.tokenizer, *rows)
+    assert [row.where[-6:] for row in found.train.rows] == ["line 1"]
+    counts = found.counts["train"]
+    assert (counts.kept, counts.ties, counts.truncated) == (1, 2, 0)
+    ties = pairs(tmp_path, PairEncoding(room, "truncate"), chat.tokenizer, rows[1])
+    assert ties.train is None
+    assert ties.counts["train"].ties == 1
 
 
 def test_margins_stand_in_all_rows_or_in_none(tmp_path: Path) -> None:
-    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    found = encode_pairs(encoder(), pairs(tmp_path, good | {"margin": 2}), Counts(), 100, "error")
-    assert found.dataset["margin"] == [2.0]
+    good, encoding = {"prompt": "a", "chosen": "b", "rejected": "c"}, PairEncoding(100, "error")
+    found = pairs(tmp_path, encoding, encoder().tokenizer, good | {"margin": 2})
+    assert list(found.train.dataset["margin"]) == [2.0]
+    assert "margin" not in pairs(tmp_path, encoding, encoder().tokenizer, good).train.dataset.column_names
     with pytest.raises(DataError, match="line 2: no 'margin', but 1 of 2 rows have one"):
-        encode_pairs(encoder(), pairs(tmp_path, good | {"margin": 2}, good), Counts(), 100, "error")
+        pairs(tmp_path, encoding, encoder().tokenizer, good | {"margin": 2}, good)
 
 
 def test_hub_sources_are_tried_and_told_when_out_of_reach(tmp_path: Path) -> None:

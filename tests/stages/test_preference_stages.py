@@ -275,10 +275,11 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
         AutoModelForCausalLM.from_pretrained(f"outputs/demo/dpo/{name}").eval() for name in ("model", "base")
     )
     import posttrain.cli.command as compose
-    from posttrain.data.formats import read_preferences
+    from posttrain.data.formats import preferences
+    from posttrain.data.reading import read_rows
 
     config = compose.read_command(["stage=dpo", pairs, *FEW]).config
-    test = read_preferences(config.data).test
+    test = read_rows(preferences, config.data).test
     logps = []
     for model in (policy, reference):
         for answers in ([row.chosen for row in test], [row.rejected for row in test]):

@@ -1,67 +1,65 @@
 """Kahneman-Tversky optimisation: TRL's KTOTrainer on single completions that were liked or disliked."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import trl
 
-from posttrain.config.schema import Config
+from posttrain.config.schema import Config, DataConfig
 from posttrain.data.chat import ChatEncoder, Segment
-from posttrain.data.encode import Encoded, LengthRule, encode_rows, response_start
+from posttrain.data.encode import ColumnType, EncodedRow, TokenIds, response_start, room_for
 from posttrain.data.formats import Prompt, require_columns
 from posttrain.data.messages import as_messages, check_turns
-from posttrain.data.sources import Given, Problems
-from posttrain.data.splits import Counts, read_rows
+from posttrain.data.splits import Reader
 from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.runs.safe_trainer import SafeTrainer
 from posttrain.stages import dpo, sft
-from posttrain.stages.base import StageContext, StageData, no_preflight, prepare_rows
-from posttrain.values import JsonObject
+from posttrain.stages.base import DataSources, StageContext, StageData, no_preflight, prepare_rows
+from posttrain.values import Fields, JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def rated(row: JsonObject, where: str, others: JsonObject) -> Prompt:
-    """A checked row: its prompt, its completion, and whether that was liked."""
-    require_columns(row, ("prompt", "completion", "label"), "rating")
-    prompt = as_messages(row["prompt"], "user", "prompt")
-    completion = as_messages(row["completion"], "assistant", "completion")
-    check_turns([*prompt, *completion])
-    if not isinstance(row["label"], bool):
-        raise ValueError(f"'label' must be true or false, got {row['label']!r}")
-    return Prompt(prompt, where, {"completion": completion, "label": row["label"]})
+def rated(data: DataConfig) -> Reader[Prompt]:
+    """Reads rows of a prompt, its completion, and whether that was liked."""
+
+    def make(row: Fields, where: str, others: Fields) -> Prompt:
+        require_columns(row, ("prompt", "completion", "label"), "rating")
+        prompt = as_messages(row["prompt"], "user", "prompt")
+        completion = as_messages(row["completion"], "assistant", "completion")
+        check_turns([*prompt, *completion])
+        if not isinstance(row["label"], bool):
+            raise ValueError(f"'label' must be true or false, got {row['label']!r}")
+        return Prompt(prompt, where, {"completion": completion, "label": row["label"]})
+
+    return Reader(data, make)
 
 
-def encode(
-    encoder: ChatEncoder, rows: Sequence[Prompt], counts: Counts, size: int, overlength: str, dropped: Problems | None
-) -> Encoded:
+@dataclass(frozen=True)
+class RatedEncoding:
     """Rows of `prompt_ids`, `completion_ids` and `label`."""
-    rule = LengthRule(size, overlength, counts)
 
-    def columns(row: Prompt, encoded: list[tuple[list[int], list[int]]]) -> JsonObject | None:
-        [(ids, labels)] = encoded
-        start = response_start(labels, 0)
-        end = rule.room(len(ids), start)
-        label = row.columns["label"]
-        return None if end is None else {"prompt_ids": ids[:start], "completion_ids": ids[start:end], "label": label}
+    max_length: int
+    overlength: str
+    types: ClassVar[dict[str, ColumnType]] = {"prompt_ids": "ids", "completion_ids": "ids", "label": "integer"}
 
-    def segments(row: Prompt) -> list[list[Segment]]:
+    def segments(self, encoder: ChatEncoder, row: Prompt) -> list[list[Segment]]:
         return [encoder.answer(row.prompt, row.columns["completion"])]
 
-    dataset, kept = encode_rows(encoder, rows, segments, columns, counts, dropped)
-    counts.kept = len(kept)
-    completions = list(dataset["completion_ids"]) if kept else []
-    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in dataset]
-    without_end = sum(ids[-1] != encoder.end_id for ids in completions)
-    return Encoded(dataset, kept, lengths, sum(lengths), sum(map(len, completions)), without_end)
+    def columns(self, row: Prompt, encoded: list[TokenIds]) -> EncodedRow:
+        [(ids, labels)] = encoded
+        start = response_start(labels, 0)
+        end = room_for(len(ids), start, self.max_length, self.overlength)
+        columns = {"prompt_ids": ids[:start], "completion_ids": ids[start:end], "label": row.columns["label"]}
+        return EncodedRow(columns, end, end, end - start, end < len(ids), end < len(ids))
 
 
-def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", given: Given) -> StageData:
-    return prepare_rows(config, tokenizer, given, lambda data, given: read_rows(data, given, rated), encode)
+def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
+    return prepare_rows(config, tokenizer, sources, rated, RatedEncoding)
 
 
 class KTOTrainer(SafeTrainer, trl.KTOTrainer):

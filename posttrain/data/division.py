@@ -1,0 +1,113 @@
+"""Which rows are trained on and which are held out, decided by their content, a few bytes a row."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.config.schema import DataConfig
+from posttrain.data.encode import BAD, KEPT, PROMPT_TOO_LONG, TIE, TOO_LONG
+from posttrain.data.sources import HELD_OUT_NAMES
+from posttrain.data.splits import Counts
+from posttrain.errors import ConfigError, DataError
+
+# what is known of a row while the others are read; `content` is the beginning of its sha256, the same of equal rows
+FACTS = np.dtype(
+    [
+        ("content", "S16"),
+        ("source", "i2"),
+        ("number", "i8"),  # of the row in its source
+        ("split", "i2"),
+        ("why", "i1"),  # KEPT, or why it is left out
+        ("is_cut", "?"),
+        ("loses_end", "?"),
+        ("repeats_prompt", "?"),
+        ("is_optional", "?"),  # it has the column that all rows have or none
+        ("tokens", "i4"),
+        ("loss_tokens", "i4"),
+    ]
+)
+Numbers = NDArray[np.int64]
+Facts = NDArray[np.void]
+
+
+class Division(NamedTuple):
+    """The numbers of the rows in each part, and what is said of the others."""
+
+    train: Numbers
+    test: Numbers
+    in_test_too: int  # left out of training because the same row is held out
+    test_split: str | None  # of the source; None where a share of the rows to train on was held out
+    notes: list[str]
+
+
+def divide(data: DataConfig, facts: Facts, splits: Sequence[str], dropped: Sequence[str]) -> Division:
+    """Set the held-out rows apart: the source's own, else a share of those read.
+
+    Raises:
+        DataError: there are no rows to train on.
+        ConfigError: the split to hold out is not there, or the share is all of the rows or none.
+    """
+    parts = {name: np.flatnonzero(facts["split"] == code) for code, name in enumerate(splits)}
+    parts = {name: numbers for name, numbers in parts.items() if len(numbers)}
+    train = parts.pop(data.dataset_train_split, None)
+    if train is None:
+        there = ", ".join(parts) or "no rows at all"
+        wanted = f"no rows of split {data.dataset_train_split} (found: {there})"
+        raise DataError(f"data.dataset_name={data.dataset_name}: {wanted}", *dropped)
+    test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in parts), None)
+    in_test_too = 0
+    if test_split is None:
+        train, test = _held_out(facts["content"], train, data.test_size)
+    elif test_split not in parts:
+        raise ConfigError(
+            f"data.dataset_test_split={test_split} is neither a file nor a split of {data.dataset_name} "
+            f"(found: {', '.join([data.dataset_train_split, *parts])})"
+        )
+    else:
+        test = parts.pop(test_split)
+        repeated = np.isin(facts["content"][train], facts["content"][test])
+        train, in_test_too = train[~repeated], int(repeated.sum())
+    if not len(train):
+        raise DataError("no rows left to train on: every one of them is also among the held-out rows")
+    notes = [f"{len(numbers)} rows of split {name!r} are not used" for name, numbers in parts.items()]
+    return Division(train, test, in_test_too, test_split, notes)
+
+
+def _held_out(contents: NDArray[np.bytes_], rows: Numbers, test_size: float) -> tuple[Numbers, Numbers]:
+    """Split by content, so that equal rows stay together and the choice depends on nothing but the rows."""
+    if test_size <= 0:
+        return rows, rows[:0]
+    wanted = int(test_size) if test_size >= 1 else round(test_size * len(rows))
+    if not 0 < wanted < len(rows):
+        raise ConfigError(
+            f"data.test_size={test_size:g} of {len(rows)} rows leaves {len(rows) - wanted} to train on and "
+            f"{wanted} held out; data.test_size=0 holds out none"
+        )
+    _, group, sizes = np.unique(contents[rows], return_inverse=True, return_counts=True)
+    chosen, held = np.zeros(len(sizes), dtype=bool), 0
+    for number, size in enumerate(sizes):
+        if held + size <= wanted:
+            chosen[number], held = True, held + size
+        if held == wanted:
+            break
+    is_test = chosen[group]
+    return rows[~is_test], rows[is_test]
+
+
+def count(facts: Facts, lost: Counts, in_test_too: int = 0) -> Counts:
+    """What became of the rows of a part, and of those that were `lost` before."""
+    why = {code: int((facts["why"] == code).sum()) for code in (KEPT, TOO_LONG, PROMPT_TOO_LONG, TIE, BAD)}
+    return Counts(
+        read=lost.read + len(facts) + in_test_too,
+        kept=why[KEPT],
+        duplicates=len(facts) - len(np.unique(facts["content"])),
+        repeats_prompt=int(facts["repeats_prompt"].sum()),
+        in_test_too=in_test_too,
+        bad=lost.bad + why[BAD],
+        ties=lost.ties + why[TIE],
+        truncated=int(facts["is_cut"].sum()),
+        prompt_too_long=why[PROMPT_TOO_LONG],
+        too_long=why[TOO_LONG],
+    )

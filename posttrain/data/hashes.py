@@ -1,0 +1,68 @@
+"""sha256 of files, remembered beside their size and times, so that a large file is read for it once."""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from posttrain.data.sources import Source
+from posttrain.errors import DataError
+
+YOUNG = 5.0  # seconds in which a file may change again without a later time
+
+
+class Hashes:
+    """Digests of files, and what is remembered of them in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "hashes.json"
+        try:
+            self.known: dict[str, list[object]] = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there yet, or broken: every digest is taken anew
+            self.known = {}
+        self.is_new = False
+
+    def of(self, file: Path) -> str:
+        """The sha256 of a file's content.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            now, name = file.stat(), str(file.resolve())
+            state = [now.st_size, now.st_mtime_ns, now.st_ino, now.st_ctime_ns]
+            before = self.known.get(name, [])
+            if before[:4] == state:
+                return str(before[4])
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}; check its permissions") from error
+        self.known.pop(name, None)
+        if time.time() - max(now.st_mtime, now.st_ctime) > YOUNG:
+            self.known[name], self.is_new = [*state, digest], True
+        return digest
+
+    def of_sources(self, sources: Sequence[Source]) -> dict[str, str]:
+        """Name of each source -> its digest: of a file, of the files of a data set, or its fingerprint."""
+        found = {}
+        for source in sources:
+            if isinstance(source.content, Path):
+                found[str(source.content.resolve())] = self.of(source.content)
+            elif source.is_given or not source.content.cache_files:
+                found[source.name] = source.content._fingerprint
+            else:
+                parts = [self.of(Path(part["filename"])) for part in source.content.cache_files]
+                found[source.name] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        return found
+
+    def save(self) -> None:
+        """Remember them, where the folder is there; others may write the file at the same time."""
+        if not self.is_new or not self.file.parent.is_dir():
+            return
+        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, prefix=".hashes-", delete=False) as written:
+            json.dump(self.known, written)
+        Path(written.name).replace(self.file)
+        self.is_new = False

@@ -1,0 +1,297 @@
+"""Rows read, checked and encoded a thousand at a time, by several processes where there are many; in order."""
+
+import hashlib
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+
+import numpy as np
+
+from posttrain.config.schema import DataConfig
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.division import FACTS, Facts, count, divide
+from posttrain.data.encode import BAD, KEPT, ColumnType, EncodedRow, Encoding, LeftOut, encode_rows
+from posttrain.data.sources import (
+    HELD_OUT_NAMES,
+    NOTHING_GIVEN,
+    Given,
+    Problems,
+    Source,
+    find_sources,
+    read_again,
+    read_source,
+)
+from posttrain.data.splits import Counts, Example, Reader, Row, Tally
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CHUNK = 1000  # rows
+ALONE = 5  # chunks that one process reads before others are started
+MOST_PROCESSES = 16
+ECHO = 20  # characters of a prompt from which on a completion that begins with them is hardly a coincidence
+
+Format = Callable[[DataConfig], Reader[Row]]
+Chunk = Sequence[tuple[int, int, object]]  # (number of the source, number of the row, what stands there)
+
+
+class Outcome(NamedTuple):
+    """What became of a chunk."""
+
+    tally: Tally
+    splits: list[str]  # names of the splits that `facts` numbers
+    facts: Facts  # of each readable row
+    rows: list[Any]  # the readable rows, where they are not encoded
+    table: "pyarrow.RecordBatch | None"  # the rows that are kept
+
+
+@dataclass
+class Work(Generic[Row]):
+    """Reads chunks; with an `encoding`, encodes them, too."""
+
+    data: DataConfig
+    format: Format[Row]
+    sources: Sequence[Source]
+    encoder: ChatEncoder | None = None
+    encoding: Encoding[Row] | None = None
+
+    def __call__(self, chunk: Chunk) -> Outcome:
+        reader = self.format(self.data)
+        rows, splits, places = [], [], []
+        for source, number, content in chunk:
+            split, row = reader.row(self.sources[source], number, content)
+            if row is not None:
+                rows.append(row)
+                splits.append(split)
+                places.append((source, number))
+        names = list(dict.fromkeys(splits))
+        facts = np.zeros(len(rows), dtype=FACTS)
+        facts["content"] = [hashlib.sha256(row.content.encode()).digest()[:16] for row in rows]
+        facts["split"] = [names.index(split) for split in splits]
+        facts["repeats_prompt"] = [_repeats_prompt(row) for row in rows]
+        if places:
+            facts["source"], facts["number"] = np.array(places).T
+        if self.encoder is None or self.encoding is None:
+            return Outcome(reader.tally, names, facts, rows, None)
+        before = self.encoder.unlike_generation
+        table = self._encode(rows, splits, facts, reader.tally)
+        reader.tally.unlike_generation = self.encoder.unlike_generation - before
+        return Outcome(reader.tally, names, facts, [], table)
+
+    def _encode(self, rows: list[Row], splits: list[str], facts: Facts, tally: Tally) -> "pyarrow.RecordBatch | None":
+        """The table of the rows that are kept; what became of each goes into `facts` and `tally`."""
+        import pyarrow
+
+        assert self.encoder is not None
+        assert self.encoding is not None
+        used = {self.data.dataset_train_split, self.data.dataset_test_split, *HELD_OUT_NAMES}
+        wanted = [number for number, split in enumerate(splits) if split in used]
+        drops = self.data.bad_rows == "drop"
+        facts["why"] = BAD
+        kept: list[EncodedRow] = []
+        found = encode_rows(self.encoder, [rows[number] for number in wanted], self.encoding)
+        for number, made in zip(wanted, found, strict=True):
+            if isinstance(made, LeftOut):
+                facts["why"][number] = made.why
+            elif isinstance(made, ValueError):
+                (tally.dropped if drops else tally.unfit[splits[number]]).add(rows[number].where, str(made))
+            else:
+                kept.append(made)
+                facts["why"][number] = KEPT
+                facts["is_cut"][number], facts["loses_end"][number] = made.is_cut, made.loses_end
+                facts["tokens"][number], facts["loss_tokens"][number] = made.tokens, made.loss_tokens
+                facts["is_optional"][number] = made.columns.get(OPTIONAL) is not None
+        if not kept:
+            return None
+        places = facts[facts["why"] == KEPT]
+        columns: dict[str, Any] = {name: [row.columns.get(name) for row in kept] for name in self.encoding.types}
+        order = np.ascontiguousarray(places["content"]).view("i8")[::2]
+        columns |= {"length": [row.length for row in kept], "order": order}
+        columns |= {name: places[name] for name in ("source", "number")}
+        fields = table_schema(self.encoding.types)
+        return pyarrow.record_batch(
+            [pyarrow.array(columns[field.name], type=field.type) for field in fields], schema=fields
+        )
+
+
+OPTIONAL = "margin"  # a column that all rows of a part have, or none
+
+
+def table_schema(types: dict[str, ColumnType]) -> "pyarrow.Schema":
+    """The columns of a prepared data set: those of the encoding, and where each row stands.
+
+    `order` is a number made of the row's content, by which some of many rows are chosen.
+    """
+    import pyarrow
+
+    kinds = {
+        "ids": pyarrow.list_(pyarrow.int32()),
+        "integer": pyarrow.int32(),
+        "number": pyarrow.float64(),
+        "text": pyarrow.large_string(),
+    }
+    more = {"length": pyarrow.int32(), "order": pyarrow.int64(), "source": pyarrow.int16(), "number": pyarrow.int64()}
+    return pyarrow.schema({name: kinds[kind] for name, kind in types.items()} | more)
+
+
+def _repeats_prompt(row: Example) -> bool:
+    question = row.prompt[-1]["content"].strip() if row.prompt else ""
+    return len(question) >= ECHO and row.reference.strip().startswith(question)
+
+
+def _chunks(data: DataConfig, sources: Sequence[Source], problems: Problems, cut_short: list[str]) -> Iterator[Chunk]:
+    def rows() -> Iterator[tuple[int, int, object]]:
+        for split in dict.fromkeys(source.split for source in sources):
+            parts = (
+                ((place, number, content) for number, content in read_source(source, problems))
+                for place, source in enumerate(sources)
+                if source.split == split
+            )
+            found = chain.from_iterable(parts)
+            yield from islice(found, data.max_rows)
+            if data.max_rows is not None and next(found, None) is not None:
+                cut_short.append(split)
+
+    found = rows()
+    while chunk := list(islice(found, CHUNK)):
+        yield chunk
+
+
+_work: Callable[[Chunk], Outcome] | None = None
+
+
+def _start(work: Callable[[Chunk], Outcome]) -> None:
+    global _work
+    _work = work
+
+
+def _in_process(chunk: Chunk) -> Outcome:
+    assert _work is not None
+    return _work(chunk)
+
+
+def _outcomes(work: Callable[[Chunk], Outcome], chunks: Iterable[Chunk], processes: int | None) -> Iterator[Outcome]:
+    chunks = iter(chunks)
+    if processes is None:
+        yield from map(work, islice(chunks, ALONE))
+        processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MOST_PROCESSES)
+        first = next(chunks, None)
+        chunks = chain([first], chunks) if first is not None else iter(())
+        processes = processes if first is not None else 1
+    if processes == 1:
+        yield from map(work, chunks)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each process would use all cores, and says so
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else None)
+    pool = ProcessPoolExecutor(processes, context, _start, (work,))
+    try:
+        waiting: deque[Any] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_in_process, chunk))
+            if len(waiting) > 2 * processes:  # no more in memory than that
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Found:
+    """All that is known once every row has been read."""
+
+    counts: dict[str, Counts]
+    notes: list[str]
+    facts: Facts
+    train: "np.ndarray[Any, np.dtype[np.int64]]"
+    test: "np.ndarray[Any, np.dtype[np.int64]]"
+    rows: list[Any]
+    tally: Tally
+
+
+def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.RecordBatch], None] | None" = None) -> Found:
+    """Read all rows, hand on what they are encoded to, and decide which are held out.
+
+    Raises:
+        DataError: names file, line and fault of the first bad rows and counts the others.
+        ConfigError: a source or split does not exist, a column would decide and is not read, or two readings differ.
+    """
+    data, cut_short, codes = work.data, list[str](), dict[str, int]()
+    reader, facts, rows = work.format(data), [np.zeros(0, dtype=FACTS)], []
+    tally = reader.tally
+    for outcome in _outcomes(work, _chunks(data, work.sources, tally.problems, cut_short), processes):
+        tally.merge(outcome.tally)
+        numbers = np.array([codes.setdefault(name, len(codes)) for name in outcome.splits], dtype="i2")
+        outcome.facts["split"] = numbers[outcome.facts["split"]]
+        facts.append(outcome.facts)
+        rows += outcome.rows
+        if outcome.table is not None and keep is not None:
+            keep(outcome.table)
+    every = np.concatenate(facts)
+    notes = reader.notes()
+    if cut_short:
+        notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
+    dropped = [f"left out (data.bad_rows=drop): {line}" for line in tally.dropped.summary()]
+    division = divide(data, every, list(codes), dropped)
+    test_lost = tally.left_out[division.test_split] if division.test_split is not None else Counts()
+    for split in (data.dataset_train_split, division.test_split):
+        tally.unfit[split or ""].raise_if_any()
+    counts = {
+        "train": count(every[division.train], tally.left_out[data.dataset_train_split], division.in_test_too),
+        "test": count(every[division.test], test_lost),
+    }
+    _check_optional(every[division.train], work.sources)
+    _check_optional(every[division.test], work.sources)
+    return Found(counts, notes + dropped + division.notes, every, division.train, division.test, rows, tally)
+
+
+def _check_optional(facts: Facts, sources: Sequence[Source]) -> None:
+    kept = facts[facts["why"] == KEPT]
+    having = int(kept["is_optional"].sum())
+    if 0 < having < len(kept):
+        without = kept[~kept["is_optional"]][0]
+        where = sources[without["source"]].place(int(without["number"]))
+        raise DataError(f"{where}: no {OPTIONAL!r}, but {having} of {len(kept)} rows have one")
+
+
+@dataclass
+class Splits(Generic[Row]):
+    """The rows to train on and those held out, as they were read; no row is in both."""
+
+    train: list[Row]
+    test: list[Row]
+    counts: dict[str, Counts]
+    notes: list[str]
+
+
+def read_rows(format: Format[Row], data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Row]:
+    """The rows themselves, all in memory; raises as `read`."""
+    found = read(Work(data, format, find_sources(data, given)), 1)
+    train, test = ([found.rows[number] for number in part] for part in (found.train, found.test))
+    return Splits(train, test, found.counts, found.notes)
+
+
+def rows_at(work: Work[Row], places: Sequence[tuple[int, int]]) -> list[Row]:
+    """Rows read again from where they stand: (number of the source, number of the row).
+
+    Raises:
+        DataError: the source has changed since it was read.
+    """
+    reader, found = work.format(work.data), dict[tuple[int, int], Row]()
+    for place, source in enumerate(work.sources):
+        numbers = {number for one, number in places if one == place}
+        for number, content in read_again(source, numbers) if numbers else ():
+            _, row = reader.row(source, number, content)
+            if row is not None:
+                found[place, number] = row
+    for at, number in places:
+        if (at, number) not in found:
+            raise DataError(f"{work.sources[at].place(number)} has changed since it was read; start again")
+    return [found[place] for place in places]
