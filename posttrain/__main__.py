@@ -15,7 +15,7 @@ from posttrain import __version__
 from posttrain.cli import completion
 from posttrain.cli.command import parse, read_words
 from posttrain.cli.entry import entry_point, guarded
-from posttrain.cli.help import COMMANDS, overview, recipe_lines
+from posttrain.cli.help import COMMANDS, MODULES, overview, recipe_lines
 from posttrain.config.stages import STAGES
 from posttrain.config.suggest import nearest
 from posttrain.console import say, show_table
@@ -37,7 +37,7 @@ def main() -> None:
         recipes() if first == "recipes" else version()
     elif first in COMMANDS:
         sys.argv = [sys.argv[0], *rest]
-        runpy.run_module(f"posttrain.{first}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"posttrain.{MODULES.get(first, first)}", run_name="__main__", alter_sys=True)
     else:
         sys.exit(guarded(lambda: _refuse(first)))
 

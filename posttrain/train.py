@@ -22,7 +22,7 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
 from posttrain.data.hashes import Hashes
-from posttrain.data.sources import EVAL, TRAIN, Given, check_given, find_sources, is_local_data
+from posttrain.data.sources import EVAL, NOTHING_GIVEN, TRAIN, Given, check_given, find_sources, is_local_data
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
@@ -174,9 +174,29 @@ def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     say("dry run: nothing was trained or written")
 
 
+def cache_of(config: Config) -> Path:
+    """Where prepared rows are kept."""
+    return Path(config.data.cache_dir) if config.data.cache_dir is not None else Path(config.output_dir) / CACHE
+
+
+def prepare_stage(config: Config) -> None:
+    """Prepare the rows of a stage, and say what they are; what it starts from need not have finished.
+
+    Raises:
+        ConfigError, DataError: as `run_stage`.
+    """
+    resolved = resolve(config, STAGES)
+    config = resolved.config
+    with _network_only_where_needed(config, False), logging_to_console(verbose=True):
+        tokenizer, _ = _load_tokenizer(resolved)
+        data = stage_named(config.stage.name).prepare(config, tokenizer, _sources(config, NOTHING_GIVEN))
+        show_data(config, data)
+        say(f"prepared: {cache_of(config)}")
+
+
 def _sources(config: Config, given: Given) -> DataSources:
     """Where the rows come from, with a digest of each source."""
-    cache = Path(config.data.cache_dir) if config.data.cache_dir is not None else Path(config.output_dir) / CACHE
+    cache = cache_of(config)
     hashes, found = Hashes(cache), find_sources(config.data, given)
     digests = on_main_process(lambda: hashes.of_sources(found))
     return DataSources(found, digests, hashes, cache)

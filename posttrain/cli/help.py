@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from posttrain import paths
 from posttrain.cli import command
 
-COMMANDS = ("run", "pipeline", "evaluate", "chat", "report", "export", "recipes", "version")
+COMMANDS = ("run", "pipeline", "evaluate", "chat", "report", "export", "data", "recipes", "version")
+MODULES = {"data": "prepare"}  # of posttrain/, where it is not called as the command is
 EXIT_CODES = (
     "exit codes:\n  0 done; 2 configuration or data invalid; 1 failed while running;\n"
     "  130, 143 stopped by Ctrl-C or SIGTERM after writing a checkpoint"
@@ -23,7 +24,7 @@ SECTIONS = ("stage", "data", "model", "trainer")
 
 def docstring(name: str) -> str:
     """What `posttrain <name>` does: the docstring of its module, or of its function in __main__.py; nothing is run."""
-    module = paths.PACKAGE / f"{name}.py"
+    module = paths.PACKAGE / f"{MODULES.get(name, name)}.py"
     if module.is_file():
         return ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
     tree = ast.parse((paths.PACKAGE / "__main__.py").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from posttrain.data.sources import Source
 from posttrain.errors import DataError
 
+HASHES = "hashes.json"
 YOUNG = 5.0  # seconds in which a file may change again without a later time
 
 
@@ -17,7 +18,7 @@ class Hashes:
     """Digests of files, and what is remembered of them in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / "hashes.json"
+        self.file = folder / HASHES
         try:
             self.known: dict[str, list[object]] = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # not there yet, or broken: every digest is taken anew

@@ -26,7 +26,7 @@ from filelock import FileLock
 from posttrain.console import say
 from posttrain.data.division import Numbers
 from posttrain.data.encode import KEPT
-from posttrain.data.hashes import Hashes
+from posttrain.data.hashes import HASHES, Hashes
 from posttrain.data.reading import OPTIONAL, Found, Work, read, rows_at, table_schema
 from posttrain.data.splits import Counts
 from posttrain.errors import ConfigError, DataError
@@ -225,6 +225,21 @@ def is_whole(folder: Path, hashes: Hashes) -> bool:
         return content is not None and all(hashes.of(folder / name) == sha for name, sha in content["files"].items())
     except (DataError, KeyError, AttributeError):  # a file of it is missing, or prepared.json is another thing
         return False
+
+
+def prune(folder: Path) -> tuple[int, int]:
+    """Delete prepared rows, finished or not, and nothing else; returns how many sets there were, and their bytes."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    sets = [path for path in entries if path.name.startswith(MAKING) or (path / PREPARED).is_file()]
+    size = sum(file.stat().st_size for path in sets for file in path.rglob("*") if file.is_file())
+    for path in sets:
+        with FileLock(folder / f".{path.name.removeprefix(MAKING)}.lock"):  # not while it is being made
+            shutil.rmtree(path)
+    for file in (*folder.glob(".*.lock"), folder / HASHES):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
+    return len(sets), size
 
 
 def load(work: Work[Any], folder: Path, key: str) -> Prepared:

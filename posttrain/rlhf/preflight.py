@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -67,9 +68,9 @@ def check_start(trainer: PPOTrainer) -> None:
 
 def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     """Short completions to a few prompts of different lengths, and log π of their tokens as generation had it."""
-    by_length = sorted(trainer.rows, key=lambda row: len(row["prompt_ids"]))
+    by_length = np.argsort(trainer.train_dataset.with_format("numpy")["length"], kind="stable")
     last = len(by_length) - 1
-    rows = [by_length[round(index * last / (ROWS - 1))]["prompt_ids"] for index in range(ROWS)]
+    rows = [trainer.rows[int(by_length[round(index * last / (ROWS - 1))])]["prompt_ids"] for index in range(ROWS)]
     device, padding = trainer.accelerator.device, trainer.processing_class.pad_token_id
     ids = pad_left(rows, padding).to(device)
     prompt_mask = pad_left([[1] * len(row) for row in rows], 0).to(device)
