@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.config.reserved import ALWAYS
-from posttrain.config.schema import CHANGE_BASE, ROLES, Config, StageConfig, renamed
+from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
 from posttrain.config.stages import STAGES, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
@@ -164,6 +164,7 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     listed = [names] if names is None or isinstance(names, str) else names
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
         yield f"data.dataset_name={names!r} must be a path, a Hub id or a list of paths"
+    yield from _check_sources(config.data)
     targets = model.lora_target_modules
     named = targets or (model.lora_target_parameters and targets is not None)  # parameters may stand alone
     if not isinstance(targets, str) and not (named and all(isinstance(name, str) for name in targets)):
@@ -192,6 +193,45 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"
+
+
+def _check_sources(data: DataConfig) -> typing.Iterator[str]:
+    """The sources of a mixture and of named held-out sets."""
+    named = {**{f"data.mixture[{at}]": part for at, part in enumerate(data.mixture)}}
+    named |= {f"data.eval.{name}": part for name, part in data.eval.items()}
+    for path, part in named.items():
+        if not part.name:
+            yield f"{path}.name is required: a path or a Hub id"
+        if part.weight is not None and (not part.weight > 0 or path.startswith("data.eval")):
+            yield f"{path}.weight={part.weight} must be above 0, and stands in data.mixture alone"
+        if part.max_rows is not None and part.max_rows < 1:
+            yield f"{path}.max_rows={part.max_rows} must be at least 1"
+        for column in part.columns.keys() - vars(data.columns).keys():
+            yield f"{path}.columns.{column} is unknown{nearest(column, vars(data.columns))}"
+    weighted = [part.weight is not None for part in data.mixture]
+    if any(weighted) and not all(weighted):
+        yield "data.mixture: give each source a weight, or none of them"
+    for name in data.eval:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            yield f"data.eval.{name}: a name may hold letters, digits, '_' and '-' only"
+    names = [part.name for part in data.mixture]
+    if names and data.dataset_name not in (None, names):
+        yield "data.mixture stands in place of data.dataset_name; leave one out"
+
+
+def _source(path: str, value: object) -> SourceConfig:
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}={value!r} must be a path, a Hub id, or keys such as {{name: a.jsonl, split: test}}")
+    known = [item.name for item in dataclasses.fields(SourceConfig)]
+    if unknown := [name for name in given if name not in known]:
+        raise ConfigError(f"{path}.{unknown[0]} is unknown{nearest(str(unknown[0]), known)}")
+    try:
+        return typing.cast(
+            SourceConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), given))
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def check(composed: DictConfig) -> Config:
@@ -230,9 +270,15 @@ def check(composed: DictConfig) -> Config:
     # 3. what values are together
     schema.trainer = trainer
     config = typing.cast(Config, OmegaConf.to_object(schema))
+    data = config.data
+    data.mixture = [
+        _source(f"data.mixture[{at}]", part) for at, part in enumerate(typing.cast("list[object]", data.mixture))
+    ]
+    data.eval = {name: _source(f"data.eval.{name}", part) for name, part in data.eval.items()}
     problems = [*_check_trainer(config.stage, config.trainer), *_check_together(config)]
     if problems:
         raise ConfigError(*problems)
+    data.dataset_name = [part.name for part in data.mixture] or data.dataset_name
     return config
 
 

@@ -102,15 +102,29 @@ class PreferenceConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources; what it does not set is that of `data`."""
+
+    name: str = ""
+    weight: float | None = None
+    max_rows: int | None = None
+    split: str | None = None
+    config: str | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass
 class DataConfig:
     """Where the rows come from and what happens to those that do not fit."""
 
     dataset_name: Any = key()
+    mixture: list[Any] = key()  # once it is checked, of SourceConfig
     dataset_config: str | None = key()
     dataset_train_split: str = key()
     dataset_test_split: str | None = key()
     test_size: float = key(at_least=0)
     max_rows: int | None = key(at_least=1)
+    eval: dict[str, Any] = key()  # once it is checked, of SourceConfig
     max_eval_rows: int | None = key(at_least=1)
     num_proc: int | None = key(at_least=1)
     cache_dir: str | None = key()

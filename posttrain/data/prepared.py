@@ -3,7 +3,7 @@
 <output_dir>/.cache/ (or data.cache_dir)
   hashes.json            sha256 of the sources, remembered
   <key>/rows.arrow       the rows that are kept, as `data/encode.py` makes them, and where each stands
-  <key>/train.arrow      the numbers of those to train on, and test.arrow of those held out
+  <key>/train.arrow      the numbers of those to train on; test.arrow and others: of those held out
   <key>/prepared.json    what else is known of them; without it, or with a file changed, the folder is made again
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREPARED = "prepared.json"
-ROWS, PARTS = "rows.arrow", ("train", "test")
+ROWS = "rows.arrow"
 MAKING = ".making-"  # a folder that is not whole yet begins so
 SLOW = 5.0  # seconds of preparation from which on it is told
 # keys that change how the rows are prepared, and not what they are
@@ -83,6 +83,7 @@ class Prepared:
 
     train: Encoded | None  # None where all rows are left out
     test: Encoded | None
+    named: dict[str, Encoded]  # the sets of data.eval
     counts: dict[str, Counts]
     notes: list[str]
     rows_of: dict[str, dict[str, int]]  # source -> part -> readable rows
@@ -173,7 +174,7 @@ def _make(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> int:
     kept = found.facts["why"] == KEPT
     row_numbers = np.cumsum(kept) - 1
     content: JsonObject = {"key": key, "parts": {}, "rows_of": {}}
-    for part, numbers in zip(PARTS, (found.train, found.test), strict=True):
+    for part, numbers in found.parts.items():
         mine = numbers[kept[numbers]]
         index = pyarrow.table({"indices": pyarrow.array(row_numbers[mine], type=pyarrow.uint64())})
         with (
@@ -257,20 +258,20 @@ def load(work: Work[Any], folder: Path, key: str) -> Prepared:
         )
     rows = str(folder / key / ROWS)
     encoded = {}
-    for part in PARTS:
-        known = content["parts"][part]
+    for part, known in content["parts"].items():
         if known["rows"]:
             dataset = Dataset.from_file(rows, indices_filename=str(folder / key / f"{part}.arrow"))
             if OPTIONAL in dataset.column_names and not known["optional"]:
                 dataset = dataset.remove_columns(OPTIONAL)
             encoded[part] = Encoded(dataset, work, known["tokens"], known["loss_tokens"], known["without_end"])
     return Prepared(
-        encoded.get("train"),
-        encoded.get("test"),
-        {part: Counts(**content["parts"][part]["counts"]) for part in PARTS},
+        encoded.pop("train", None),
+        encoded.pop("test", None),
+        encoded,
+        {part: Counts(**known["counts"]) for part, known in content["parts"].items()},
         content["notes"],
         content["rows_of"],
-        {part: content["parts"][part]["fingerprint"] for part in PARTS},
+        {part: known["fingerprint"] for part, known in content["parts"].items()},
         content["columns"],
         content["options"],
         content["unlike_generation"],

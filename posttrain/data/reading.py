@@ -7,17 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
 from posttrain.config.schema import DataConfig
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.division import FACTS, Facts, count, divide
+from posttrain.data.division import FACTS, Facts, Numbers, count, divide
 from posttrain.data.encode import BAD, KEPT, ColumnType, EncodedRow, Encoding, LeftOut, encode_rows
 from posttrain.data.sources import (
     HELD_OUT_NAMES,
+    NAMED,
     NOTHING_GIVEN,
     Given,
     Problems,
@@ -62,14 +63,18 @@ class Work(Generic[Row]):
     encoding: Encoding[Row] | None = None
 
     def __call__(self, chunk: Chunk) -> Outcome:
-        reader = self.format(self.data)
+        tally, readers = Tally(), dict[int, Reader[Row]]()
         rows, splits, places = [], [], []
         for source, number, content in chunk:
-            split, row = reader.row(self.sources[source], number, content)
+            if source not in readers:
+                readers[source] = self.format(self.sources[source].data)
+            split, row = readers[source].row(self.sources[source], number, content)
             if row is not None:
                 rows.append(row)
                 splits.append(split)
                 places.append((source, number))
+        for reader in readers.values():
+            tally.merge(reader.tally)
         names = list(dict.fromkeys(splits))
         facts = np.zeros(len(rows), dtype=FACTS)
         facts["content"] = [hashlib.sha256(row.content.encode()).digest()[:16] for row in rows]
@@ -78,11 +83,11 @@ class Work(Generic[Row]):
         if places:
             facts["source"], facts["number"] = np.array(places).T
         if self.encoder is None or self.encoding is None:
-            return Outcome(reader.tally, names, facts, rows, None)
+            return Outcome(tally, names, facts, rows, None)
         before = self.encoder.unlike_generation
-        table = self._encode(rows, splits, facts, reader.tally)
-        reader.tally.unlike_generation = self.encoder.unlike_generation - before
-        return Outcome(reader.tally, names, facts, [], table)
+        table = self._encode(rows, splits, facts, tally)
+        tally.unlike_generation = self.encoder.unlike_generation - before
+        return Outcome(tally, names, facts, [], table)
 
     def _encode(self, rows: list[Row], splits: list[str], facts: Facts, tally: Tally) -> "pyarrow.RecordBatch | None":
         """The table of the rows that are kept; what became of each goes into `facts` and `tally`."""
@@ -91,7 +96,7 @@ class Work(Generic[Row]):
         assert self.encoder is not None
         assert self.encoding is not None
         used = {self.data.dataset_train_split, self.data.dataset_test_split, *HELD_OUT_NAMES}
-        wanted = [number for number, split in enumerate(splits) if split in used]
+        wanted = [number for number, split in enumerate(splits) if split in used or split.startswith(NAMED)]
         drops = self.data.bad_rows == "drop"
         facts["why"] = BAD
         kept: list[EncodedRow] = []
@@ -145,18 +150,18 @@ def _repeats_prompt(row: Example) -> bool:
     return len(question) >= ECHO and row.reference.strip().startswith(question)
 
 
-def _chunks(data: DataConfig, sources: Sequence[Source], problems: Problems, cut_short: list[str]) -> Iterator[Chunk]:
+def _chunks(sources: Sequence[Source], problems: Problems, cut_short: list[str]) -> Iterator[Chunk]:
     def rows() -> Iterator[tuple[int, int, object]]:
-        for split in dict.fromkeys(source.split for source in sources):
-            parts = (
+        for (_, _), group in groupby(enumerate(sources), key=lambda each: (each[1].split, each[1].entry)):
+            whole = list(group)
+            limit = whole[0][1].data.max_rows
+            found = chain.from_iterable(
                 ((place, number, content) for number, content in read_source(source, problems))
-                for place, source in enumerate(sources)
-                if source.split == split
+                for place, source in whole
             )
-            found = chain.from_iterable(parts)
-            yield from islice(found, data.max_rows)
-            if data.max_rows is not None and next(found, None) is not None:
-                cut_short.append(split)
+            yield from islice(found, limit)
+            if limit is not None and next(found, None) is not None:
+                cut_short.append(f"{limit} rows of {whole[0][1].name}")
 
     found = rows()
     while chunk := list(islice(found, CHUNK)):
@@ -210,8 +215,7 @@ class Found:
     counts: dict[str, Counts]
     notes: list[str]
     facts: Facts
-    train: "np.ndarray[Any, np.dtype[np.int64]]"
-    test: "np.ndarray[Any, np.dtype[np.int64]]"
+    parts: dict[str, Numbers]  # train, test and the sets of data.eval
     rows: list[Any]
     tally: Tally
 
@@ -226,7 +230,7 @@ def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.Record
     data, cut_short, codes = work.data, list[str](), dict[str, int]()
     reader, facts, rows = work.format(data), [np.zeros(0, dtype=FACTS)], []
     tally = reader.tally
-    for outcome in _outcomes(work, _chunks(data, work.sources, tally.problems, cut_short), processes):
+    for outcome in _outcomes(work, _chunks(work.sources, tally.problems, cut_short), processes):
         tally.merge(outcome.tally)
         numbers = np.array([codes.setdefault(name, len(codes)) for name in outcome.splits], dtype="i2")
         outcome.facts["split"] = numbers[outcome.facts["split"]]
@@ -236,20 +240,19 @@ def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.Record
             keep(outcome.table)
     every = np.concatenate(facts)
     notes = reader.notes()
-    if cut_short:
-        notes.append(f"data.max_rows={data.max_rows}: the rows after it were not read")
+    notes += [f"data.max_rows: the rows after the first {which} were not read" for which in cut_short]
     dropped = [f"left out (data.bad_rows=drop): {line}" for line in tally.dropped.summary()]
-    division = divide(data, every, list(codes), dropped)
-    test_lost = tally.left_out[division.test_split] if division.test_split is not None else Counts()
-    for split in (data.dataset_train_split, division.test_split):
-        tally.unfit[split or ""].raise_if_any()
-    counts = {
-        "train": count(every[division.train], tally.left_out[data.dataset_train_split], division.in_test_too),
-        "test": count(every[division.test], test_lost),
-    }
-    _check_optional(every[division.train], work.sources)
-    _check_optional(every[division.test], work.sources)
-    return Found(counts, notes + dropped + division.notes, every, division.train, division.test, rows, tally)
+    entries = np.array([source.entry for source in work.sources])
+    division = divide(data, every, list(codes), entries, dropped)
+    for split in division.splits.values():
+        tally.unfit[split].raise_if_any()
+    counts = {}
+    for part, numbers in division.parts.items():
+        left_out = (division.in_test_too, division.unmixed) if part == "train" else (0, 0)
+        lost = tally.left_out[division.splits[part]] if part in division.splits else Counts()
+        counts[part] = count(every[numbers], lost, *left_out)
+        _check_optional(every[numbers], work.sources)
+    return Found(counts, notes + dropped + division.notes, every, division.parts, rows, tally)
 
 
 def _check_optional(facts: Facts, sources: Sequence[Source]) -> None:
@@ -274,7 +277,7 @@ class Splits(Generic[Row]):
 def read_rows(format: Format[Row], data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Row]:
     """The rows themselves, all in memory; raises as `read`."""
     found = read(Work(data, format, find_sources(data, given)), 1)
-    train, test = ([found.rows[number] for number in part] for part in (found.train, found.test))
+    train, test = ([found.rows[number] for number in found.parts[part]] for part in ("train", "test"))
     return Splits(train, test, found.counts, found.notes)
 
 
@@ -284,8 +287,9 @@ def rows_at(work: Work[Row], places: Sequence[tuple[int, int]]) -> list[Row]:
     Raises:
         DataError: the source has changed since it was read.
     """
-    reader, found = work.format(work.data), dict[tuple[int, int], Row]()
+    found = dict[tuple[int, int], Row]()
     for place, source in enumerate(work.sources):
+        reader = work.format(source.data)
         numbers = {number for one, number in places if one == place}
         for number, content in read_again(source, numbers) if numbers else ():
             _, row = reader.row(source, number, content)

@@ -7,10 +7,11 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.config.schema import DataConfig
+from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.config.suggest import nearest
 from posttrain.errors import ConfigError, DataError
 from posttrain.values import JsonObject
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 HELD_OUT_NAMES = ("test", "validation")
+NAMED = "eval."  # the split of a held-out set of data.eval begins so
 SHOWN_PROBLEMS = 5
 
 
@@ -62,6 +64,9 @@ class Source(NamedTuple):
     split: str  # the part that its rows belong to, where they do not say so themselves
     unit: str  # what it has: lines, items or rows
     content: "Path | Dataset"
+    data: DataConfig  # how it is read
+    entry: int = 0  # of data.mixture
+    keeps_split: bool = False  # whatever its rows say
     is_given: bool = False  # by a Python caller
 
     def place(self, number: int) -> str:
@@ -188,8 +193,13 @@ def _files(name: str) -> list[Path]:
     return sorted(Path(found) for found in glob.glob(name) if Path(found).is_file())  # noqa: PTH207, it takes absolute patterns
 
 
-def _sources(data: DataConfig) -> list[str]:
+def _names(data: DataConfig) -> list[str]:
     return [data.dataset_name] if isinstance(data.dataset_name, str) else list(data.dataset_name)
+
+
+def _sources(data: DataConfig) -> list[str]:
+    """The names of all sources but a file of data.dataset_test_split."""
+    return [*_names(data), *(part.name for part in data.eval.values())]
 
 
 def is_local_data(data: DataConfig) -> bool:
@@ -308,7 +318,33 @@ def _folder_or_hub(data: DataConfig, name: str) -> list[Source]:
             f"data.dataset_train_split={data.dataset_train_split} is not a split of {name}; it has {', '.join(splits)}"
         )
     used = (data.dataset_train_split, data.dataset_test_split, *HELD_OUT_NAMES)
-    return [Source(f"{name}[{split}]", split, "row", rows) for split, rows in splits.items() if split in used]
+    return [Source(f"{name}[{split}]", split, "row", rows, data) for split, rows in splits.items() if split in used]
+
+
+def _files_as(data: DataConfig, name: str, split: str) -> list[Source]:
+    return [Source(str(path), split, _unit(path), path, data) for path in _files(name)]
+
+
+def _part(data: DataConfig, part: SourceConfig, split: str) -> list[Source]:
+    """One of several sources, read as the rows of a split."""
+    own = replace(
+        data,
+        dataset_name=part.name,
+        dataset_config=part.config if part.config is not None else data.dataset_config,
+        dataset_train_split=part.split if part.split is not None else data.dataset_train_split,
+        dataset_test_split=None,
+        max_rows=part.max_rows if part.max_rows is not None else data.max_rows,
+        columns=replace(data.columns, **part.columns),
+    )
+    check_source(own)
+    found = _files_as(own, part.name, split) or [
+        source._replace(split=split)
+        for source in _folder_or_hub(own, part.name)
+        if source.split == own.dataset_train_split
+    ]
+    if not found:
+        raise ConfigError(f"{part.name} has no split {own.dataset_train_split}")
+    return found
 
 
 def find_sources(data: DataConfig, given: Given = NOTHING_GIVEN) -> list[Source]:
@@ -318,13 +354,18 @@ def find_sources(data: DataConfig, given: Given = NOTHING_GIVEN) -> list[Source]
         ConfigError: something is not there, or of a type that is not read.
     """
     if given:
-        return [Source(split, split, "row", rows, is_given=True) for split, rows in given.items()]
-    check_source(data)
+        return [
+            Source(split, split, "row", rows, data, keeps_split=True, is_given=True) for split, rows in given.items()
+        ]
     found: list[Source] = []
-    for name in _sources(data):
-        files = [Source(str(path), data.dataset_train_split, _unit(path), path) for path in _files(name)]
-        found += files or _folder_or_hub(data, name)
+    for entry, part in enumerate(data.mixture):
+        found += [source._replace(entry=entry) for source in _part(data, part, data.dataset_train_split)]
+    if not data.mixture:
+        check_source(data)
+        for name in _names(data):
+            found += _files_as(data, name, data.dataset_train_split) or _folder_or_hub(data, name)
     if data.dataset_test_split:
-        held_out = _files(data.dataset_test_split)
-        found += [Source(str(path), data.dataset_test_split, _unit(path), path) for path in held_out]
+        found += _files_as(data, data.dataset_test_split, data.dataset_test_split)
+    for name, part in data.eval.items():
+        found += [source._replace(keeps_split=True) for source in _part(data, part, f"{NAMED}{name}")]
     return sorted(found, key=lambda source: source.split != data.dataset_train_split)

@@ -67,6 +67,7 @@ class Counts:
     repeats_prompt: int = 0  # kept although the completion begins with its whole prompt
     in_test_too: int = 0  # left out of training because the same row is held out
     bad: int = 0  # left out on request (data.bad_rows=drop)
+    unmixed: int = 0  # left out because data.mixture wants fewer of their source
     ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
     truncated: int = 0  # kept without their end
     prompt_too_long: int = 0  # left out: nothing of the response would remain
@@ -254,7 +255,7 @@ class Reader(Generic[Row]):
             record = parse_line(number, content) if isinstance(content, bytes) else content
             if record is None and isinstance(content, bytes):
                 return split, None
-            if isinstance(record, dict) and not source.is_given:
+            if isinstance(record, dict) and not source.keeps_split:
                 named = record.get("split")
                 split = named if isinstance(named, str) and named else split
             row = self._row(where, record)

@@ -26,6 +26,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
     reasons = {
         "also held out": counts.in_test_too,
+        "not in the mixture": counts.unmixed,
         "prompt too long": counts.prompt_too_long,
         "too long": counts.too_long,
         "ties": counts.ties,

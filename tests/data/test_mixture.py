@@ -1,0 +1,104 @@
+"""Several sources in exact shares, and several held-out sets."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers_for_tests as made
+from conftest import Posttrain, data_config, manifest, prepared, write_rows
+
+from posttrain import configure
+from posttrain.config.schema import SourceConfig
+from posttrain.data.division import _shares
+from posttrain.data.encode import ConversationEncoding
+from posttrain.data.formats import instructions
+from posttrain.errors import ConfigError, DataError
+
+
+def some(name: str, count: int) -> list[dict[str, str]]:
+    return [{"instruction": f"{name} {number}", "response": f"It is {number}."} for number in range(count)]
+
+
+def mixed(tmp_path: Path, mixture: list[SourceConfig], cache: str = "cache", **changes: Any) -> Any:
+    data = data_config([part.name for part in mixture], "sft", mixture=mixture, **changes)
+    return prepared(instructions, ConversationEncoding(64, "drop"), made.chatml(), data, tmp_path / cache)
+
+
+def test_shares_are_exact_to_a_row(tmp_path: Path) -> None:
+    a, b = (str(write_rows(tmp_path / f"{name}.jsonl", some(name, count))) for name, count in (("a", 100), ("b", 60)))
+    mixture = [SourceConfig(name=a, weight=0.7), SourceConfig(name=b, weight=0.3)]
+    found = mixed(tmp_path, mixture, test_size=0.1)
+    # 142 rows: 99.4 and 42.6 of them, so 99 and 43; with 143 it would be 100.1, so 100 and 43
+    assert found.counts["train"].unmixed == 160 - 143
+    assert found.counts["train"].read + found.counts["test"].read == 160
+    assert "mixture: 100 rows of " + a + ", 43 rows of " + b in found.notes
+    assert found.rows_of[a]["train"] + found.rows_of[a]["test"] == 100
+    assert found.rows_of[b]["train"] + found.rows_of[b]["test"] == 43
+    again = mixed(tmp_path, mixture, "other", test_size=0.1)
+    assert list(again.train.dataset) == list(found.train.dataset)
+    assert _shares(10, [1 / 3, 1 / 3, 1 / 3]) == [4, 3, 3]
+    assert _shares(7, [0.5, 0.25, 0.25]) == [3, 2, 2]
+    for total in range(50):
+        assert sum(_shares(total, [0.61, 0.29, 0.1])) == total
+
+
+def test_each_source_has_columns_and_a_bound_of_its_own(tmp_path: Path) -> None:
+    a = write_rows(tmp_path / "a.jsonl", some("a", 30))
+    b = write_rows(tmp_path / "b.jsonl", [{"q": f"b {n}", "r": f"{n}"} for n in range(30)])
+    columns: dict[str, str | None] = {"instruction": "q", "response": "r"}
+    found = mixed(tmp_path, [SourceConfig(name=str(a), max_rows=10), SourceConfig(name=str(b), columns=columns)])
+    assert len(found.train.dataset) == 40
+    assert [row.where for row in found.train.examples([9, 10])] == [f"{a} line 10", f"{b} line 1"]
+    assert found.train.examples([10])[0].messages[0]["content"] == "b 0"
+    assert any(note.startswith("data.max_rows: the rows after the first 10") for note in found.notes)
+
+
+def test_no_row_is_trained_and_held_out(tmp_path: Path) -> None:
+    a = str(write_rows(tmp_path / "a.jsonl", some("a", 30)))
+    held = str(write_rows(tmp_path / "held.jsonl", [*some("a", 3), {**some("h", 1)[0], "split": "train"}]))
+    found = mixed(tmp_path, [SourceConfig(name=a)], eval={"helpful": SourceConfig(name=held)}, test_size=5)
+    assert len(found.named["helpful"].dataset) == 4
+    trained = {row.content for row in found.train.rows}
+    assert not trained & {row.content for row in found.named["helpful"].rows}
+    assert not trained & {row.content for row in found.test.rows}
+    assert found.counts["helpful"].kept == 4
+    empty = str(write_rows(tmp_path / "empty.jsonl", []))
+    with pytest.raises(DataError, match=r"data\.eval\.helpful has no rows"):
+        mixed(tmp_path, [SourceConfig(name=a)], eval={"helpful": SourceConfig(name=empty)})
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.mixture=[{nme: a.jsonl}]"], r"data\.mixture\[0\]\.nme is unknown; did you mean name"),
+        (["data.mixture=[{name: a.jsonl, weight: 0.5}, {name: b.jsonl}]"], "give each source a weight"),
+        (["data.mixture=[{name: a.jsonl, weight: -1}]"], r"data\.mixture\[0\]\.weight=-1"),
+        (["data.mixture=[{name: a.jsonl, columns: {instrction: q}}]"], r"columns\.instrction is unknown"),
+        (["data.mixture=[{weight: 1}]"], r"data\.mixture\[0\]\.name is required"),
+        (["data.mixture=[{name: a.jsonl}]", "data.dataset_name=b.jsonl"], "leave one out"),
+        (["data.eval={a/b: c.jsonl}", "data.dataset_name=a.jsonl"], r"data\.eval\.a/b: a name"),
+        (["data.eval.helpful=nope.jsonl", "data.dataset_name=a.jsonl"], r"nope\.jsonl: no such file"),
+        (["data.mixture=[{name: nope.jsonl}]"], r"nope\.jsonl: no such file"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("a.jsonl"), some("a", 3))
+    write_rows(Path("b.jsonl"), some("b", 3))
+    with pytest.raises(ConfigError, match=told):
+        configure("stage=sft", *words)
+
+
+def test_a_mixture_trains_and_says_what_came_from_where(posttrain: Posttrain, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", some(name, 20))
+    words = ("data.mixture=[{name: a.jsonl, weight: 3}, {name: b.jsonl, weight: 1}]", "data.test_size=4")
+    done = posttrain(*words, "trainer.max_steps=1")
+    assert done.code == 0, done
+    data = manifest("outputs/demo/sft")["data"]
+    assert {name: sum(rows.values()) for name, rows in data["rows_of"].items()} == {"a.jsonl": 20, "b.jsonl": 7}
+    assert np.sum([counts["kept"] for counts in data["counts"].values()]) == 27
+    assert posttrain(*words, "trainer.max_steps=1").code == 0
