@@ -21,6 +21,7 @@ from posttrain.cli.command import read_command
 from posttrain.cli.entry import entry_point
 from posttrain.config.stages import STAGES
 from posttrain.console import say
+from posttrain.data.hashes import cache_of
 from posttrain.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    from posttrain.train import cache_of, prepare_stage
+    from posttrain.train import prepare_stage
 
     word, *rest = arguments or [""]
     if word == "prepare":

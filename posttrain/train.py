@@ -21,7 +21,7 @@ from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
-from posttrain.data.hashes import Hashes
+from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.sources import EVAL, NOTHING_GIVEN, TRAIN, Given, check_given, find_sources, is_local_data
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 PANEL_SIZE = 64  # held-out prompts that a stage may have completed
 PANEL_SHOWN = 3
 SEARCHED = 1000  # rows to train on among which they are looked for where none are held out
-CACHE = ".cache"  # in output_dir
 
 
 @dataclass
@@ -172,11 +171,6 @@ def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     longest = config.stage.max_length if config.trainer.get("packing") else int(data.train.lengths.max()) + completion
     show_memory(config, tokenizer, longest, completion, world_size())
     say("dry run: nothing was trained or written")
-
-
-def cache_of(config: Config) -> Path:
-    """Where prepared rows are kept."""
-    return Path(config.data.cache_dir) if config.data.cache_dir is not None else Path(config.output_dir) / CACHE
 
 
 def prepare_stage(config: Config) -> None:

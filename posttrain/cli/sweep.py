@@ -10,11 +10,12 @@ from posttrain.cli.command import Command
 from posttrain.config.check import check, to_dict
 from posttrain.config.stages import STAGES
 from posttrain.console import say, show_table
+from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.sources import data_files, is_local_data
 from posttrain.metrics.catalogue import label
 from posttrain.metrics.charts import Chart, Series, draw
 from posttrain.models.resolve import all_reward_functions, code_hashes, resolve, weight_hashes
-from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object, sha256_of
+from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object
 from posttrain.values import JsonObject
 
 PICTURE = "sweep.svg"
@@ -42,7 +43,8 @@ def is_complete(folder: Path, composed: DictConfig) -> bool:
         now["code"] = code_hashes(all_reward_functions(config))
     except (OSError, ImportError):  # a module that this process does not find
         return False
-    digests = sorted(sha256_of(Path(file)) for file in data_files(config.data))
+    hashes = Hashes(cache_of(config))
+    digests = sorted(hashes.of(Path(file)) for file in data_files(config.data))
     return (
         not changes(recorded, now, finished=True)
         and digests == sorted(manifest["data"]["sources"].values())

@@ -7,11 +7,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain.config.schema import Config
 from posttrain.data.sources import Source
 from posttrain.errors import DataError
 
-HASHES = "hashes.json"
+CACHE, HASHES = ".cache", "hashes.json"
 YOUNG = 5.0  # seconds in which a file may change again without a later time
+
+
+def cache_of(config: Config) -> Path:
+    """The folder of prepared rows and remembered digests."""
+    return Path(config.data.cache_dir) if config.data.cache_dir is not None else Path(config.output_dir) / CACHE
 
 
 class Hashes:
