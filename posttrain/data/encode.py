@@ -10,8 +10,9 @@ import decimal
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from posttrain.data.chat import IGNORED, ChatEncoder, Segment
 from posttrain.data.formats import Conversation, Pair, Prompt
@@ -66,12 +67,9 @@ def response_start(labels: list[int], number: int) -> int:
 
 def response_spans(labels: Sequence[int]) -> list[int]:
     """Where each response begins and ends, one after the other."""
-    spans, position = [], 0
-    for carries, run in groupby(labels, lambda label: label != IGNORED):
-        length = sum(1 for _ in run)
-        spans += [position, position + length] if carries else []
-        position += length
-    return spans
+    carries = np.zeros(len(labels) + 2, dtype=bool)
+    carries[1:-1] = np.array(labels) != IGNORED
+    return list(np.flatnonzero(carries[1:] != carries[:-1]).tolist())
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:

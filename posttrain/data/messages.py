@@ -63,13 +63,16 @@ def kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def check_text(text: object, name: str) -> None:
     """Refuse what is not a text, is blank, or cannot be encoded."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a text, got {kind(text)}")
     if not text.strip():
         raise ValueError(f"{name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise ValueError(f"{name} contains an unpaired surrogate (invalid Unicode)")
 
 
