@@ -1,7 +1,7 @@
 """Devices and processes: which process this is, how many there are, and the precision that they compute in."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
+Row = TypeVar("Row")
 
 
 def process_state() -> "PartialState":
@@ -49,6 +50,20 @@ def on_main_process(decide: Callable[[], T]) -> T:
         raise found[0]
     decided: T = found[0]
     return decided
+
+
+def on_all_processes(rows: Sequence[Row], find: Callable[[list[Row]], Sequence[T]]) -> list[T]:
+    """What `find` gives for each row, in the rows' own order; each process is handed a share of them.
+
+    The shares are of equal size, because forwards of a sharded model wait for one another: some rows may be read twice.
+    """
+    from accelerate.utils import gather_object
+
+    state, count = process_state(), len(rows)
+    share = range(state.process_index, count + -count % state.num_processes, state.num_processes)
+    mine = [place % count for place in share]
+    found = dict(gather_object(list(zip(mine, find([rows[place] for place in mine]), strict=True)))) if rows else {}
+    return [found[place] for place in range(count)]
 
 
 def mixed_precision(precision: str) -> str:

@@ -1,12 +1,13 @@
 """TRL's trainers as the stages use them: whole checkpoints, held-out means over tokens or pairs, rows encoded ahead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl.models import prepare_deepspeed
@@ -62,6 +63,30 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
 class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
 
+    scores: Sequence[tuple[float, float]] = ()  # of chosen and rejected, of each held-out pair at the last evaluation
+
+    def held_out_loss(self, inputs: Batch) -> Tensor:
+        loss: Tensor
+        loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
+        chosen, rejected = outputs.logits.float().view(2, -1).tolist()
+        self.scores = [*self.scores, *zip(chosen, rejected, strict=True)]
+        return loss
+
+    def measure(self) -> dict[str, float]:
+        self.scores = ()
+        metrics = super().measure()
+        rows = [row for batches in self.held_out_batches for batch in batches for row in batch]
+        by_row = dict(gather_object(list(zip(rows, self.scores, strict=True))))
+        self.scores = [by_row[row] for row in sorted(by_row)]
+        return metrics
+
+    def running(self) -> JsonObject:
+        return super().running() | {"scores": self.scores}
+
+    def resume(self, running: JsonObject, checkpoint: Path) -> None:
+        self.scores = running["scores"]
+        super().resume(running, checkpoint)
+
 
 class DPOTrainer(SafeTrainer, trl.DPOTrainer):
     """TRL's DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -77,7 +102,6 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
     ) -> None:
         self.more_metrics = more_metrics
         self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0
-        self.start_logps: dict[str, Tensor] = {}  # the same of each held-out row, (rows)
         super().__init__(**options)
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
