@@ -414,8 +414,9 @@ def _show_result(
         values = [formatted(name, result.metrics.get(name)) for result in (before, after)]
         if any(values):
             rows.append((label(name), *values))
-    counted = f", {metrics['eval_rows']:,} held-out rows" if metrics["eval_rows"] else ""
-    show_table(f"{config.stage.name}: before and after{counted}", ("", "before", "after"), rows)
+    if rows and metrics["eval_rows"]:
+        rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2))
+    show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
     completed = list(zip(shown, before.completions, after.completions, strict=False))
     samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
     if samples:

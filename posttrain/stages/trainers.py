@@ -94,6 +94,8 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
     `more_metrics` is handed the trainer and its held-out metrics at every evaluation, and returns more of them.
     """
 
+    precompute_ref_logps: bool
+
     def __init__(
         self,
         *,
@@ -102,6 +104,7 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
     ) -> None:
         self.more_metrics = more_metrics
         self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0
+        self._references: list[tuple[Tensor, Tensor]] = []  # its log-probabilities of each held-out batch
         super().__init__(**options)
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
@@ -123,8 +126,17 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         return dataset
 
     def held_out_loss(self, inputs: Batch) -> Tensor:
+        precomputed = self.precompute_ref_logps
+        if not precomputed:  # the reference says the same of a batch at every evaluation
+            if self._batch == len(self._references):
+                self._references.append(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._references[self._batch]
+            self._batch += 1
+        self.precompute_ref_logps = True
         with without_router_loss(self):
-            return super().held_out_loss(inputs)
+            loss = super().held_out_loss(inputs)
+        self.precompute_ref_logps = precomputed
+        return loss
 
     def held_out_weight(self, name: str, inputs: Batch) -> float:
         # what TRL takes over the tokens of completions; all else over pairs
@@ -133,6 +145,7 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         return (tokens | {"entropy": chosen + rejected}).get(name, super().held_out_weight(name, inputs))
 
     def measure(self) -> dict[str, float]:
+        self._batch = 0
         metrics = super().measure()
         return metrics | self.more_metrics(self, metrics) if self.more_metrics is not None else metrics
 
