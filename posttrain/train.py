@@ -279,7 +279,7 @@ def _evaluate_before(
     stage: Stage, context: StageContext, trainer: "SafeTrainer", checkpoint: Path | None
 ) -> EvalResult:
     """What the model can do before the first step; a resumed run has it in its checkpoint."""
-    kept = read_running(checkpoint).get("before") if checkpoint else None
+    kept = read_running(checkpoint, trainer.accelerator.process_index).get("before") if checkpoint else None
     if kept is None:
         result = stage.evaluate_model(context, trainer)
         kept = {"metrics": result.metrics, "completions": result.completions}
