@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
+Row = TypeVar("Row")
 
 
 def process_state() -> "PartialState":
@@ -73,6 +74,20 @@ def on_each_machine(make: Callable[[], None]) -> None:
         distributed.destroy_process_group(group)
     for found in filter(None, errors):
         raise found
+
+
+def on_all_processes(rows: Sequence[Row], find: Callable[[list[Row]], Sequence[T]]) -> list[T]:
+    """What `find` gives for each row, in the rows' own order; each process is handed a share of them.
+
+    The shares are of equal size, because forwards of a sharded model wait for one another: some rows may be read twice.
+    """
+    from accelerate.utils import gather_object
+
+    state, count = process_state(), len(rows)
+    share = range(state.process_index, count + -count % state.num_processes, state.num_processes)
+    mine = [place % count for place in share]
+    found = dict(gather_object(list(zip(mine, find([rows[place] for place in mine]), strict=True)))) if rows else {}
+    return [found[place] for place in range(count)]
 
 
 def mixed_precision(precision: str) -> str:

@@ -40,7 +40,7 @@ from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import ConversationEncoding, EncodedRow, encode_rows
 from posttrain.data.formats import Prompt, instructions, prompts
 from posttrain.data.reading import read_rows
-from posttrain.devices import process_state, setup_device
+from posttrain.devices import on_all_processes, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
 from posttrain.models.generate import completion_logps, panel
@@ -165,42 +165,40 @@ def _answers(
     config: Config,
     scorer: RewardScorer,
 ) -> list[scoring.ScoredCompletion]:
-    """Sampled completions with their scores: batches are distributed round-robin, each with a seed of its own."""
-    import torch
-    from accelerate.utils import gather_object
-
-    stage, state = _stage(config), process_state()
+    """Sampled completions with their scores; the processes share them, a batch at a time."""
+    stage = _stage(config)
     same_tokens = reference.config.vocab_size == policy.config.vocab_size
-    placed: list[tuple[int, scoring.ScoredCompletion]] = []
-    for start in range(BATCH * state.process_index, len(rows), BATCH * state.num_processes):
-        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
-            torch.manual_seed(config.seed + start)
-            scored = scoring.score_answers(
-                policy,
-                partial(nullcontext, reference) if same_tokens else None,
-                encoder,
-                rows[start : start + BATCH],
-                scorer,
-                stage.max_new_tokens,
-                stage.temperature,
-            )
-        placed += enumerate(scored, start)
-    return [each for _, each in sorted(gather_object(placed), key=lambda placed: placed[0])]
+
+    def score(start: int) -> list[scoring.ScoredCompletion]:
+        batch = rows[start : start + BATCH]
+        return scoring.score_answers(
+            policy,
+            partial(nullcontext, reference) if same_tokens else None,
+            encoder,
+            batch,
+            scorer,
+            stage.max_new_tokens,
+            stage.temperature,
+            range(config.seed + start, config.seed + start + len(batch)),
+        )
+
+    scored = on_all_processes(range(0, len(rows), BATCH), lambda starts: [score(start) for start in starts])
+    return [each for batch in scored for each in batch]
 
 
 def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) -> float:
-    """exp of the mean negative log-likelihood of the tokens of each row's last response, over all processes' rows."""
-    from accelerate.utils import gather_object
-
-    state = process_state()
-    asked, responses = [], []
-    for columns in (row.columns for row in rows[state.process_index :: state.num_processes]):
+    """exp of the mean negative log-likelihood of the tokens of each row's last response, over all rows."""
+    pairs = []
+    for columns in (row.columns for row in rows):
         ids, spans = cast("list[int]", columns["input_ids"]), cast("list[int]", columns["spans"])
-        asked.append(ids[: spans[-2]])
-        responses.append(ids[spans[-2] :])
-    total = completion_logps(policy, asked, responses, pad).double().sum().item() if asked else 0.0
-    parts = gather_object([(total, sum(map(len, responses)))])
-    return math.exp(-sum(part for part, _ in parts) / sum(count for _, count in parts))
+        pairs.append((ids[: spans[-2]], ids[spans[-2] :]))
+
+    def share(mine: list[tuple[list[int], list[int]]]) -> list[float]:
+        asked, responses = zip(*mine, strict=True)
+        found: list[float] = completion_logps(policy, asked, responses, pad).tolist()
+        return found
+
+    return math.exp(-math.fsum(on_all_processes(pairs, share)) / sum(len(response) for _, response in pairs))
 
 
 def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:

@@ -29,7 +29,7 @@ from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import formatted, label, with_gold_apart
 from posttrain.metrics.charts import curves, draw
 from posttrain.metrics.trackers import Cells, log_tables
-from posttrain.models.generate import panel
+from posttrain.models.generate import Completion, panel
 from posttrain.models.load import load_tokenizer, prepare_base
 from posttrain.models.resolve import (
     Resolved,
@@ -46,10 +46,10 @@ from posttrain.paths import EMBEDDED
 from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
-from posttrain.runs.checkpoint import StopSignals, write_atomically
+from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
-from posttrain.stages.base import DataSources, EvalResult, StageContext, StageData, stage_named
+from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, stage_named
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _run(
     show_plan(config, data, world_size(), len(trainer.train_dataset), counts)
     say(f"device: {trainer.args.device}, precision: {trainer.accelerator.mixed_precision.replace('no', 'fp32')}")
     stage.preflight(context, trainer)
-    before = stage.evaluate_model(context, trainer)
+    before = _evaluate_before(stage, context, trainer, checkpoint)
 
     # 3. train
     tokens_per_second = _train(trainer, checkpoint)
@@ -293,6 +293,7 @@ def _run(
         "tokens_per_second": tokens_per_second,
         "trained_tokens": trainer.trained_tokens or round(data.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
+        "eval_rows": 0 if data.test is None else len(shown) if spec.is_online else len(data.test.rows),
     }
     save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
@@ -307,6 +308,18 @@ def _run(
     trainer.accelerator.wait_for_everyone()
     _show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, spec.objective)
+
+
+def _evaluate_before(
+    stage: Stage, context: StageContext, trainer: "SafeTrainer", checkpoint: Path | None
+) -> EvalResult:
+    """What the model can do before the first step; a resumed run has it in its checkpoint."""
+    kept = read_running(checkpoint, trainer.accelerator.process_index).get("before") if checkpoint else None
+    if kept is None:
+        result = stage.evaluate_model(context, trainer)
+        kept = {"metrics": result.metrics, "completions": result.completions}
+    trainer.before = kept
+    return EvalResult(kept["metrics"], [Completion(*each) for each in kept["completions"]])
 
 
 def _begin(folder: RunFolder, identity: JsonObject, state: State) -> Path | None:
@@ -440,6 +453,8 @@ def _show_result(
         values = [formatted(name, result.metrics.get(name)) for result in (before, after)]
         if any(values):
             rows.append((label(name), *values))
+    if rows and metrics["eval_rows"]:
+        rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2))
     show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
     completed = list(zip(shown, before.completions, after.completions, strict=False))
     samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]

@@ -1,10 +1,11 @@
 """What a model says to held-out prompts, how likely it finds a completion, and how it scores one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.splits import Row
+from posttrain.devices import on_all_processes
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,14 +64,36 @@ def share_ended(completions: Sequence[Completion]) -> float:
     return sum(reply.ended for reply in completions) / len(completions) if completions else float("nan")
 
 
+def _sampler(
+    temperature: float, seeds: Sequence[int], device: "torch.device"
+) -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]":
+    """Makes scores (rows, vocabulary) whose maximum is a sample, by Gumbel noise from each row's own generator."""
+    import torch
+
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        variates = [
+            torch.empty_like(row).exponential_(generator=own) for row, own in zip(scores, generators, strict=True)
+        ]
+        return scores / temperature - torch.stack(variates).log()
+
+    return draw
+
+
 def generate(
     model: "PreTrainedModel",
     encoder: "ChatEncoder",
     rows: "Sequence[Example]",
     max_new_tokens: int,
     temperature: float | None = None,
+    seeds: Sequence[int] = (),
 ) -> Generated:
-    """Complete each row's prompt, all in one left-padded batch; greedily, or sampled at `temperature`."""
+    """Complete each row's prompt, all in one left-padded batch; greedily, or sampled at `temperature`.
+
+    A sampled row draws from a generator of its own, with a seed of `seeds`, so its completion does not depend on which
+    rows stand beside it; the run's generators are left as they were.
+    """
     import torch
 
     prompts = [encoder.prompt_ids(row.prompt, row.inputs) for row in rows]
@@ -85,11 +108,12 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=temperature is not None,
+            do_sample=False,
             suppress_tokens=[pad],
-            temperature=temperature,
-            top_p=None if temperature is None else 1.0,
-            top_k=None if temperature is None else 0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            logits_processor=[] if temperature is None else [_sampler(temperature, seeds, model.device)],
         )
     model.train(training)
     stops = model.generation_config.eos_token_id
@@ -105,12 +129,14 @@ def generate(
 def complete(
     model: "PreTrainedModel", encoder: "ChatEncoder", rows: "Sequence[Example]", max_new_tokens: int
 ) -> list[Completion]:
-    """The most likely completion to each prompt, token by token (greedy)."""
-    if not rows:
-        return []
-    made = generate(model, encoder, rows, max_new_tokens)
-    texts = [encoder.tokenizer.decode(completion, skip_special_tokens=True) for completion in made.completions]
-    return [Completion(str(text), ended) for text, ended in zip(texts, made.ended, strict=True)]
+    """The most likely completion to each prompt, token by token (greedy); called on all processes, which share them."""
+
+    def share(mine: "list[Example]") -> list[Completion]:
+        made = generate(model, encoder, mine, max_new_tokens)
+        texts = [encoder.tokenizer.decode(completion, skip_special_tokens=True) for completion in made.completions]
+        return [Completion(str(text), ended) for text, ended in zip(texts, made.ended, strict=True)]
+
+    return on_all_processes(rows, share)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
@@ -122,9 +148,11 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
 
 
 class _Batch(NamedTuple):
+    rows: list[int]  # their places among all rows
     ids: "torch.Tensor"  # (rows, longest), prompt and completion, padded on the right
     mask: "torch.Tensor"  # (rows, longest), 1 on both
-    learned: "torch.Tensor"  # (rows, longest - 1), 1 where the next token belongs to the completion
+    targets: "torch.Tensor"  # (rows, kept), the last tokens of `ids`, from the first one of any completion on
+    learned: "torch.Tensor"  # (rows, kept), 1 where a target belongs to the completion
 
 
 def _batches(
@@ -133,27 +161,53 @@ def _batches(
     completions: Sequence[Sequence[int]],
     pad: int,
     batch_size: int,
-) -> Iterator[_Batch]:
-    rows, device = list(zip(prompts, completions, strict=True)), model.device
-    longest = max((len(prompt) + len(completion) for prompt, completion in rows), default=1)
-    size = min(batch_size, max(LOGITS // (longest * model.config.get_text_config().vocab_size), 1))
-    for start in range(0, len(rows), size):
-        pairs = rows[start : start + size]
-        learned = pad_right([[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs], 0)
-        yield _Batch(
-            pad_right([[*prompt, *completion] for prompt, completion in pairs], pad).to(device),
-            pad_right([[1] * (len(prompt) + len(completion)) for prompt, completion in pairs], 0).to(device),
-            learned[:, 1:].to(device),
-        )
+) -> list[_Batch]:
+    """Rows of like lengths, the longest first, as many as their own logits leave room for.
+
+    Called on all processes, which get equally many batches: forwards of a sharded model wait for one another.
+    """
+    from accelerate.utils import gather_object
+
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    room = LOGITS // model.config.get_text_config().vocab_size
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        part = [*(parts[-1] if parts else []), row]
+        kept = lengths[part[0]] - min(len(prompts[each]) for each in part)
+        if parts and len(part) <= batch_size and len(part) * kept <= room:
+            parts[-1] = part
+        else:
+            parts.append([row])
+    parts += parts[-1:] * (max(gather_object([len(parts)])) - len(parts))
+    found = []
+    for part in parts:
+        learned = pad_right([[0] * len(prompts[row]) + [1] * len(completions[row]) for row in part], 0)
+        ids = pad_right([[*prompts[row], *completions[row]] for row in part], pad).to(model.device)
+        mask = pad_right([[1] * lengths[row] for row in part], 0).to(model.device)
+        first = max(min(len(prompts[row]) for row in part), 1)  # nothing predicts a row's first token
+        found.append(_Batch(part, ids, mask, ids[:, first:], learned[:, first:].to(model.device)))
+    return found
 
 
 def _log_probs(model: "PreTrainedModel", batch: _Batch) -> "torch.Tensor":
-    """(rows, longest - 1, vocabulary), in float32."""
+    """(rows, kept, vocabulary), in float32: of the targets alone, where the model can leave out the other logits."""
     import torch
 
+    kept = batch.targets.size(1) + 1
+    options = {"logits_to_keep": kept} if model._supports_logits_to_keep() else {}
     with torch.no_grad():
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    found: torch.Tensor = logits[:, :-1].float().log_softmax(-1)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **options).logits
+    found: torch.Tensor = logits[:, -kept:-1].float().log_softmax(-1)
+    return found
+
+
+def _by_row(batches: Sequence[_Batch], at_each: "Callable[[_Batch], torch.Tensor]") -> "torch.Tensor":
+    """(rows): what is found at each target (rows, kept), summed over the completion of each row."""
+    import torch
+
+    found = torch.empty(len({row for batch in batches for row in batch.rows}))
+    for batch in batches:
+        found[batch.rows] = (at_each(batch) * batch.learned).sum(-1).cpu()
     return found
 
 
@@ -165,13 +219,11 @@ def completion_logps(
     batch_size: int = 8,
 ) -> "torch.Tensor":
     """log π(completion | prompt) in nats, summed over the completion's tokens, as a float32 tensor (rows)."""
-    import torch
 
-    found = []
-    for batch in _batches(model, prompts, completions, pad, batch_size):
-        picked = _log_probs(model, batch).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
-        found.append((picked * batch.learned).sum(-1).cpu())
-    return torch.cat(found)
+    def picked(batch: _Batch) -> "torch.Tensor":
+        return _log_probs(model, batch).gather(-1, batch.targets[..., None]).squeeze(-1)
+
+    return _by_row(_batches(model, prompts, completions, pad, batch_size), picked)
 
 
 def completion_kl(
@@ -183,16 +235,14 @@ def completion_kl(
     batch_size: int = 8,
 ) -> "torch.Tensor":
     """KL(policy‖reference) over the next token, summed over each completion's positions, in nats, as (rows)."""
-    import torch
 
-    found = []
-    for batch in _batches(policy, prompts, completions, pad, batch_size):
+    def divergence(batch: _Batch) -> "torch.Tensor":
         ours = _log_probs(policy, batch)
         with reference() as model:
             theirs = _log_probs(model, batch)
-        at_each = (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)  # below 0 only by rounding
-        found.append((at_each * batch.learned).sum(-1).cpu())
-    return torch.cat(found)
+        return (ours.exp() * (ours - theirs)).sum(-1).clamp(min=0)  # below 0 only by rounding
+
+    return _by_row(_batches(policy, prompts, completions, pad, batch_size), divergence)
 
 
 def scores(model: "PreTrainedModel", rows: Sequence[Sequence[int]], pad: int, batch_size: int = 16) -> list[float]:

@@ -106,10 +106,11 @@ def score_answers(
     scorer: RewardScorer,
     new_tokens: int,
     temperature: float,
+    seeds: Sequence[int],
     **extra: object,
 ) -> list[ScoredCompletion]:
     """Sample a completion to each prompt, in one batch, and score it; `extra` is handed to the reward functions."""
-    made = generate(policy, encoder, rows, new_tokens, temperature=temperature)
+    made = generate(policy, encoder, rows, new_tokens, temperature, seeds)
     pad = encoder.tokenizer.pad_token_id
     kl: Sequence[float | None] = [None] * len(rows)
     if reference is not None:

@@ -5,6 +5,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ class SafeTrainer(_TrainerBase):
     _evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step, and what was found after it
     _asked_at, _save_due = -1, False
     _evaluation_due = False  # a signal came before it
+    before: JsonObject | None = None  # what was found before the first step, kept for a resumed run
     _began = 0.0
     _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
@@ -105,9 +107,8 @@ class SafeTrainer(_TrainerBase):
 
         training = self.model.training
         self.model.eval()
-        batches, processes = self._held_out_batches(), self.accelerator.num_processes
-        loader = DataLoaderShard(self.eval_dataset, batch_sampler=batches, collate_fn=self.held_out_collator())
-        whole = len(self.eval_dataset) // (self.args.eval_batch_size * processes)
+        (own, common), processes = self.held_out_batches, self.accelerator.num_processes
+        loader = DataLoaderShard(self.eval_dataset, batch_sampler=own + common, collate_fn=self.held_out_collator())
         values, sums = defaultdict(list), defaultdict(list)
         for number, batch in enumerate(loader):
             inputs = self._prepare_inputs(batch)
@@ -116,7 +117,7 @@ class SafeTrainer(_TrainerBase):
             counted = {name: noted.pop() for name, noted in self._metrics["eval"].items() if noted}
             for name, value in {"loss": loss, **counted}.items():
                 # a batch that all processes read is given by each of them
-                weight = self.held_out_weight(name, inputs) / (1 if number < whole else processes)
+                weight = self.held_out_weight(name, inputs) / (1 if number < len(own) else processes)
                 values[name].append(value)
                 sums[name].append((value * weight, weight))
         # what TRL counts of some batches alone may be missing on a process
@@ -136,18 +137,21 @@ class SafeTrainer(_TrainerBase):
         self.model.train(training)
         return metrics
 
-    def _held_out_batches(self) -> list[range]:
-        """The rows of each batch of this process; those left over at the end are read by every process.
+    @cached_property
+    def held_out_batches(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of like lengths, the longest first: the batches of this process alone, and those that all read.
 
-        All processes then have equally many batches of equal sizes, and no row stands in for another.
+        All processes have equally many batches of equal sizes, as TRL's losses need, and no row stands in for another;
+        fewer rows than there are processes are left over, and read by all.
         """
-        rows, size, processes = len(self.eval_dataset), self.args.eval_batch_size, self.accelerator.num_processes
-        whole = rows // (size * processes) * size * processes
-        mine = range(self.accelerator.process_index * size, whole, size * processes)
-        return [
-            *(range(start, start + size) for start in mine),
-            *(range(start, min(start + size, rows)) for start in range(whole, rows, size)),
-        ]
+        lengths = [sum(len(part) for part in row.values() if isinstance(part, list)) for row in self.eval_dataset]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        largest, processes = self.args.eval_batch_size, self.accelerator.num_processes
+        mine: list[list[int]] = []
+        while size := min(largest, len(order) // processes):
+            mine.append(order[self.accelerator.process_index : size * processes : processes])
+            order = order[size * processes :]
+        return mine, [order[start : start + largest] for start in range(0, len(order), largest)]
 
     def held_out_collator(self) -> Callable[[list[JsonObject]], Batch]:
         """What makes a batch of held-out rows."""
@@ -174,6 +178,7 @@ class SafeTrainer(_TrainerBase):
             "tokens": self._total_train_tokens,
             "evaluated": self._evaluated,
             "evaluation_due": self._evaluation_due,
+            "before": self.before,
             "seconds": self._earlier_seconds + time.monotonic() - self._began,
             "logs": log_sizes(Path(self.args.output_dir)),
         }

@@ -13,6 +13,8 @@ from posttrain.config.stages import DPOStage
 from posttrain.console import say, warn
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import preferences
+from posttrain.data.splits import Example
+from posttrain.devices import on_all_processes
 from posttrain.errors import PosttrainError
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
 from posttrain.models.load import load_causal_lm
@@ -36,7 +38,14 @@ if TYPE_CHECKING:
 
     from posttrain.stages.trainers import DPOTrainer
 
-KL_COMPLETIONS = 64  # held-out prompts completed to estimate KL after training; a quarter of them during it
+KL_COMPLETIONS = 64  # held-out prompts completed to estimate KL before and after training; a quarter during it
+# what is shown before and after: its key in an evaluation
+EVALUATED = {
+    "eval_loss": "eval_loss",
+    "accuracy": "eval_rewards/accuracies",
+    "reward_margin": "eval_rewards/margins",
+    **{name: f"eval_{name}" for name in ("chosen_logp_change", "rejected_logp_change", "kl", "response_length")},
+}
 STEP_0_ROWS = 8
 # |log π - log π_ref| at step 0, in nats per completion: fp32 rounding, and that of half precision
 STEP_0_TOLERANCE = {"no": 1e-3, "bf16": 0.5, "fp16": 0.1}
@@ -190,7 +199,8 @@ class DPOEvalMetrics:
         trainer.start = trainer.start or (chosen, rejected)
         fall, others = chosen - trainer.start[0], rejected - trainer.start[1]
         more = {"eval_chosen_logp_change": fall, "eval_rejected_logp_change": others}
-        more |= sample_kl(self.context, trainer, KL_COMPLETIONS // 4)
+        at_an_end = trainer.state.global_step in (0, trainer.state.max_steps)
+        more |= sample_kl(self.context, trainer, KL_COMPLETIONS if at_an_end else KL_COMPLETIONS // 4)
         trainer.log(dict(more))
         if fall < -1 and not self.warned:
             self.warned = True
@@ -212,65 +222,39 @@ def sample_kl(context: StageContext, trainer: "DPOTrainer", count: int) -> dict[
     """KL(π‖π_ref) in nats per completion, estimated on completions that the policy samples to held-out prompts.
 
     The mean over completions y ~ π of the sum over positions of KL(π(·|x, y<t)‖π_ref(·|x, y<t)), each exact: unbiased,
-    of less variance than log π(y|x) - log π_ref(y|x), never negative, and 0 while the two agree. The generators of
-    the run are left as they were.
+    of less variance than log π(y|x) - log π_ref(y|x), never negative, and 0 while the two agree.
     """
-    import torch
-
-    rows = context.panel[:count]
-    if not rows:
+    if not context.panel:
         return {}
-    policy, encoder = trainer.unwrapped_model(), context.data.encoder
+    policy, encoder, frozen = trainer.unwrapped_model(), context.data.encoder, reference(context, trainer)
+
+    def share(mine: list[tuple[int, Example]]) -> list[tuple[float, int]]:
+        seeds, rows = zip(*mine, strict=True)
+        made = generate(policy, encoder, rows, context.new_tokens, 1.0, seeds)
+        kl = completion_kl(policy, frozen, made.prompts, made.completions, encoder.tokenizer.pad_token_id)
+        return list(zip(kl.tolist(), map(len, made.completions), strict=True))
+
     training = policy.training
     policy.eval()
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(context.config.seed)
-        made = generate(policy, encoder, rows, context.new_tokens, temperature=1.0)
-    kl = completion_kl(
-        policy, reference(context, trainer), made.prompts, made.completions, encoder.tokenizer.pad_token_id
-    )
+    found = on_all_processes(list(enumerate(context.panel[:count], context.config.seed)), share)
     policy.train(training)
-    return {
-        "eval_kl": float(kl.mean()),
-        "eval_response_length": fmean(len(completion) for completion in made.completions),
-    }
+    kl, lengths = zip(*found, strict=True)
+    return {"eval_kl": fmean(kl), "eval_response_length": fmean(lengths)}
 
 
 def evaluate_model(context: StageContext, trainer: "DPOTrainer") -> EvalResult:
     """Held-out accuracy and margin over rows, KL from the reference, and the prompt panel."""
-    data = context.data
-    policy = trainer.unwrapped_model()
-    completions = complete(policy, data.encoder, context.panel[:COMPLETED], context.new_tokens)
-    metrics: dict[str, float] = {"ended_by_eos": share_ended(completions)}
-    if data.test is None:
-        return EvalResult(metrics, completions)
-    metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    held, pad = data.test.dataset, context.tokenizer.pad_token_id
-    policy.eval()
-    logps = {
-        side: completion_logps(policy, held["prompt_ids"], held[side], pad) for side in ("chosen_ids", "rejected_ids")
-    }
-    if trainer.state.global_step == 0:
-        trainer.start_logps = logps  # the reference's, too: they have been found to agree
-    _, chosen, rejected = compute_dpo_loss(
-        logps["chosen_ids"],
-        logps["rejected_ids"],
-        trainer.start_logps["chosen_ids"],
-        trainer.start_logps["rejected_ids"],
-        _beta(context),
+    completions = complete(
+        trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens
     )
-    margins = chosen - rejected
-    metrics |= {
-        # of the policy at the start all pairs are ties
-        "accuracy": float((margins > 0).float().mean()) if margins.any() else math.nan,
-        "ties": int((margins == 0).sum()),
-        "reward_margin": float(margins.mean()),
-        "chosen_logp_change": float((logps["chosen_ids"] - trainer.start_logps["chosen_ids"]).mean()),
-        "rejected_logp_change": float((logps["rejected_ids"] - trainer.start_logps["rejected_ids"]).mean()),
-    }
-    sampled = sample_kl(context, trainer, KL_COMPLETIONS)
-    return EvalResult(metrics | {name.removeprefix("eval_"): value for name, value in sampled.items()}, completions)
+    metrics = {"ended_by_eos": share_ended(completions)}
+    if context.data.test is None:
+        return EvalResult(metrics, completions)
+    found = trainer.evaluate()
+    metrics |= {name: found[key] for name, key in EVALUATED.items() if key in found}
+    if trainer.state.global_step == 0:
+        metrics["accuracy"] = math.nan  # at the start all pairs are ties
+    return EvalResult(metrics, completions)
 
 
 STAGE = Stage(

@@ -17,7 +17,7 @@ from posttrain.console import is_main_process, say, warn
 from posttrain.data.encode import PromptEncoding, from_text
 from posttrain.data.formats import Prompt, prompts
 from posttrain.data.prepared import Encoded
-from posttrain.devices import process_state
+from posttrain.devices import on_all_processes, process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
 from posttrain.metrics.comparison import REWARD
@@ -323,19 +323,26 @@ class HeldOut:
         context, stage = self.context, _stage(self.context.config)
         if not context.panel:
             return {}
-        with trainer.seeded(f"held out {context.config.seed}"), trainer.accelerator.autocast():
-            scored = scoring.score_answers(
+
+        def share(mine: list[tuple[int, Prompt]]) -> list[scoring.ScoredCompletion]:
+            seeds, rows = zip(*mine, strict=True)
+            return scoring.score_answers(
                 trainer.unwrapped_model(),
                 trainer.reference,
                 context.data.encoder,
-                cast("Sequence[Prompt]", context.panel),
+                rows,
                 self.scorer,
                 context.new_tokens,
                 stage.temperature,
+                seeds,
                 trainer_state=trainer.state,
                 log_extra=trainer._log_completion_extra,
                 log_metric=trainer._log_metric,
             )
+
+        rows = list(enumerate(cast("Sequence[Prompt]", context.panel), context.config.seed))
+        with trainer.seeded(f"held out {context.config.seed}"), trainer.accelerator.autocast():
+            scored = on_all_processes(rows, share)
         if without := sum(each.scores[REWARD] is None for each in scored):
             raise PosttrainError(
                 f"the reward is not a finite number for {without} of {len(scored)} held-out completions: no reward "
@@ -365,9 +372,7 @@ def preflight(context: StageContext, trainer: "PPOTrainer") -> None:
 
 def evaluate_model(context: StageContext, trainer: "PPOTrainer") -> EvalResult:
     """Reward, gold reward, KL and length of completions sampled to held-out prompts, and the prompt panel."""
-    numbers = trainer.held_out(trainer)
-    if trainer.state.global_step == 0:  # where the curves begin
-        trainer.log({f"eval_{name}": value for name, value in numbers.items()})
+    numbers = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     with trainer.accelerator.autocast():
         completions = complete(
             trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens

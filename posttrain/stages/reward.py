@@ -88,12 +88,7 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
     test = context.data.test
     if test is None:
         return EvalResult({})
-    model = trainer.unwrapped_model()
-    training = model.training
-    model.eval()
-    pad, read = context.tokenizer.pad_token_id, trainer.eval_dataset
-    scored = {side: scores(model, list(read[side]), pad) for side in ("chosen_ids", "rejected_ids")}
-    model.train(training)
+    trainer.evaluate()
     pairs = [
         ScoredPair(
             prompt=row.prompt[-1]["content"],
@@ -104,9 +99,7 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
             chosen_length=len(ids["chosen_ids"]) - ids["prompt_length"],
             rejected_length=len(ids["rejected_ids"]) - ids["prompt_length"],
         )
-        for row, ids, chosen, rejected in zip(
-            test.rows, test.dataset, scored["chosen_ids"], scored["rejected_ids"], strict=True
-        )
+        for row, ids, (chosen, rejected) in zip(test.rows, test.dataset, trainer.scores, strict=True)
     ]
     assert isinstance(context.config.stage, RewardStage)
     card = report_card(pairs, context.config.stage.best_accuracy)

@@ -1,6 +1,6 @@
 """TRL's trainers as the stages use them: whole checkpoints, held-out means over tokens or pairs, rows encoded ahead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl.models import prepare_deepspeed
@@ -72,8 +73,32 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
 class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
 
+    scores: Sequence[tuple[float, float]] = ()  # of chosen and rejected, of each held-out pair at the last evaluation
+
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded and cut already
+
+    def held_out_loss(self, inputs: Batch) -> Tensor:
+        loss: Tensor
+        loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
+        chosen, rejected = outputs.logits.float().view(2, -1).tolist()
+        self.scores = [*self.scores, *zip(chosen, rejected, strict=True)]
+        return loss
+
+    def measure(self) -> dict[str, float]:
+        self.scores = ()
+        metrics = super().measure()
+        rows = [row for batches in self.held_out_batches for batch in batches for row in batch]
+        by_row = dict(gather_object(list(zip(rows, self.scores, strict=True))))
+        self.scores = [by_row[row] for row in sorted(by_row)]
+        return metrics
+
+    def running(self) -> JsonObject:
+        return super().running() | {"scores": self.scores}
+
+    def resume(self, running: JsonObject, checkpoint: Path) -> None:
+        self.scores = running["scores"]
+        super().resume(running, checkpoint)
 
 
 class DPOTrainer(SafeTrainer, trl.DPOTrainer):
@@ -81,6 +106,8 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
 
     `more_metrics` is handed the trainer and its held-out metrics at every evaluation, and returns more of them.
     """
+
+    precompute_ref_logps: bool
 
     def __init__(
         self,
@@ -90,7 +117,7 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
     ) -> None:
         self.more_metrics = more_metrics
         self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0
-        self.start_logps: dict[str, Tensor] = {}  # the same of each held-out row, (rows)
+        self._references: list[tuple[Tensor, Tensor]] = []  # its log-probabilities of each held-out batch
         super().__init__(**options)
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
@@ -112,8 +139,17 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         return dataset
 
     def held_out_loss(self, inputs: Batch) -> Tensor:
+        precomputed = self.precompute_ref_logps
+        if not precomputed:  # the reference says the same of a batch at every evaluation
+            if self._batch == len(self._references):
+                self._references.append(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._references[self._batch]
+            self._batch += 1
+        self.precompute_ref_logps = True
         with without_router_loss(self):
-            return super().held_out_loss(inputs)
+            loss = super().held_out_loss(inputs)
+        self.precompute_ref_logps = precomputed
+        return loss
 
     def held_out_weight(self, name: str, inputs: Batch) -> float:
         # what TRL takes over the tokens of completions; all else over pairs
@@ -122,6 +158,7 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         return (tokens | {"entropy": chosen + rejected}).get(name, super().held_out_weight(name, inputs))
 
     def measure(self) -> dict[str, float]:
+        self._batch = 0
         metrics = super().measure()
         return metrics | self.more_metrics(self, metrics) if self.more_metrics is not None else metrics
 

@@ -19,6 +19,7 @@ from conftest import (
     ended,
     launched,
     logged,
+    manifest,
     wait_for,
     weights,
 )
@@ -75,6 +76,12 @@ def check_agreement(posttrain: Posttrain, folder: Path, *runs: tuple[str, tuple[
             for name in a:  # seven held-out rows: the last of them are read by both processes
                 if name in ("loss", "grad_norm") or name.startswith("eval_"):
                     assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
+        found, other = (manifest(folder)["metrics"] for folder in (left, right))
+        assert {"eval_rows", "eval_loss_before", "eval_loss"} <= found.keys() == other.keys()
+        for name in found.keys() - {"tokens_per_second"}:
+            assert found[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+        if "samples.json" in expected:
+            assert (left / "samples.json").read_text() == (right / "samples.json").read_text()
 
 
 def test_two_processes_learn_what_one_learns(posttrain: Posttrain, sources: Path) -> None:
@@ -110,8 +117,14 @@ def interrupted(stage: str, folder: Path, *more: str) -> None:
     assert computed(folder / f"outputs/whole/{stage}") == computed(folder / f"outputs/cut/{stage}")
 
 
-def test_ppo_on_two_processes_resumes(sources: Path) -> None:
+def test_ppo_on_two_processes_resumes(posttrain: Posttrain, sources: Path) -> None:
     interrupted("ppo", sources, *NO_DROPOUT)
+    # rollouts are other ones in one process; what is held out is sampled and scored alike
+    assert posttrain(*command("ppo", "one", "trainer.max_steps=1", *NO_DROPOUT)).code == 0
+    one, two = (manifest(sources / f"outputs/{name}/ppo")["metrics"] for name in ("one", "whole"))
+    before = {name for name in one if name.endswith("_before")}
+    assert {"reward_before", "kl_before", "response_length_before"} <= before
+    assert {name: one[name] for name in before} == pytest.approx({name: two[name] for name in before}, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -152,15 +152,18 @@ def test_the_layout_of_hh_rlhf_is_read_from_a_file(tmp_path: Path) -> None:
     assert [json.loads(row.content)[0] for row in found.train] == [USER] * 6
 
 
-def test_log_probabilities_and_kl_against_a_loop(tmp_path: Path) -> None:
-    """Batched and padded, they are what each row alone gives, position by position."""
+@pytest.mark.parametrize("logits", [2**25, 140], ids=["by rows", "by logits"])
+def test_log_probabilities_and_kl_against_a_loop(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    """Batched and padded, they are what each row alone gives, position by position; so are those of a batch's room."""
     from contextlib import nullcontext
 
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from posttrain.models import generate
     from posttrain.models.generate import completion_kl, completion_logps
 
+    monkeypatch.setattr(generate, "LOGITS", logits)
     policy, reference = (
         GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)) for _ in "ab"
     )

@@ -112,3 +112,6 @@ def test_padding_on_the_left_changes_no_completion(name: str, tmp_path: Path) ->
     rows = [Prompt([{"role": "user", "content": "hello " * count}], f"row {count}", {}) for count in (1, 6, 25)]
     together = generate(model, encoder, rows, 12).completions
     assert together == [generate(model, encoder, [row], 12).completions[0] for row in rows]
+    sampled = generate(model, encoder, rows, 12, 1.0, (3, 4, 5)).completions
+    alone = [generate(model, encoder, [row], 12, 1.0, [seed]) for seed, row in enumerate(rows, 3)]
+    assert sampled == [each.completions[0] for each in alone] != together

@@ -447,6 +447,37 @@ def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     assert (folder / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()
 
 
+def test_a_model_is_evaluated_once_in_each_state(posttrain: Posttrain, prompts: str, tmp_path: Path) -> None:
+    """Before the first step, when it is due, and not again after the last step nor in a resumed run."""
+    (tmp_path / "my_rewards.py").write_text(
+        (tmp_path / "my_rewards.py").read_text()
+        + "def counted(trainer_state, completions, **columns):\n"
+        + "    with open('calls.txt', 'a') as file:\n"
+        + "        file.write(f'{trainer_state.global_step}\\n')\n"
+        + "    return [float(len(each[0]['content'])) for each in completions]\n"
+    )
+    sys.modules.pop("my_rewards", None)
+    command = (*PPO, "stage.eval_reward_functions=[my_rewards.counted]", "trainer.save_steps=6")
+    command = (*command, "trainer.eval_strategy=steps", "trainer.eval_steps=6", "trainer.max_steps=12")
+    assert posttrain(*command).code == 0
+    folder, calls = Path("outputs/demo/ppo"), tmp_path / "calls.txt"
+    assert calls.read_text().split() == ["0", "6", "12"]
+    undisturbed, samples = computed(folder), (folder / "samples.json").read_text()
+    evaluated = [line["eval_reward"] for line in undisturbed if "eval_reward" in line]
+    assert [undisturbed[-1]["reward_before"], undisturbed[-1]["reward"]] == [evaluated[0], evaluated[-1]]
+    for steps, more in ((12, []), (6, ["12"])):
+        calls.write_text("")
+        (folder / "posttrain.json").unlink()
+        shutil.rmtree(folder / "model")
+        for checkpoint in folder.glob("checkpoint-*"):
+            if int(checkpoint.name.removeprefix("checkpoint-")) > steps:
+                shutil.rmtree(checkpoint)
+        assert posttrain(*command).code == 0
+        assert calls.read_text().split() == more
+        assert computed(folder) == undisturbed
+        assert (folder / "samples.json").read_text() == samples
+
+
 def test_an_epochs_last_checkpoint_holds_what_is_logged_once_an_epoch(posttrain: Posttrain, rows: Path) -> None:
     """Nine steps an epoch: killed right after the checkpoint at the end of one, and of the last one."""
     by_epoch = ("trainer.eval_strategy=epoch", "+trainer.logging_strategy=epoch", "trainer.save_steps=9")

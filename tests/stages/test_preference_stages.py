@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_reward_ends_in_a_model_that_scores_when_loaded(
     ):
         assert words in done.out
     card = json.loads(Path("outputs/demo/reward/report_card.json").read_text())
-    assert card["pairs"] == 20
+    assert card["pairs"] == manifest("outputs/demo/reward")["metrics"]["eval_rows"] == 20
+    assert re.search(r"held-out rows\W+20\W+20", done.out)
     assert card["accuracy"] == manifest("outputs/demo/reward")["metrics"]["accuracy"]
     model = AutoModelForSequenceClassification.from_pretrained("outputs/demo/reward/model")
     assert model.config.num_labels == 1
@@ -287,8 +289,13 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
             prompts = [encoder.prompt_ids(row.prompt) for row in test]
             completions = [whole[len(prompt) :] for whole, prompt in zip(ids, prompts, strict=True)]
             logps.append(completion_logps(model, prompts, completions, tokenizer.pad_token_id))
-    loss, _, _ = compute_dpo_loss(*logps, beta=0.1)
-    assert float(loss.mean()) == pytest.approx(manifest(DPO)["metrics"]["eval_loss"], abs=1e-5)
+    loss, chosen, rejected = compute_dpo_loss(logps[0], logps[1], logps[2], logps[3], beta=0.1)
+    found = manifest(DPO)["metrics"]
+    assert float(loss.mean()) == pytest.approx(found["eval_loss"], abs=1e-5)
+    assert float((chosen > rejected).float().mean()) == pytest.approx(found["accuracy"])
+    assert float((chosen - rejected).mean()) == pytest.approx(found["reward_margin"], abs=1e-5)
+    assert float((logps[0] - logps[2]).mean()) == pytest.approx(found["chosen_logp_change"], abs=1e-4)
+    assert found["eval_rows"] == len(test)
     hand, chosen, rejected = compute_dpo_loss(*(torch.tensor([value]) for value in (-1.0, -3.0, -2.0, -2.0)), beta=0.5)
     assert (float(chosen), float(rejected)) == (0.5, -0.5)
     assert float(hand) == pytest.approx(math.log(1 + math.exp(-1)))
