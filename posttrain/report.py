@@ -11,8 +11,11 @@ examples:
   posttrain report outputs/demo outputs/other out=both.html
 """
 
+import json
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from posttrain.metrics.catalogue import formatted, label, with_gold_apart
 from posttrain.metrics.charts import Chart, Series, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import MANIFEST, read_json, read_lines
+from posttrain.runs.folder import MANIFEST, read_json
 from posttrain.values import JsonObject
 
 FILE = "report.html"
@@ -36,10 +39,18 @@ FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
 SAMPLES = 4
 ANSWERS = 6  # of the evaluation, side by side
+CURVES = 8  # points of a sweep whose curves are drawn
 
 
 def _json(file: Path) -> Any:
     return read_json(file, "run what wrote it again, or delete it")
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The whole lines of a .jsonl file of a run, one at a time: long runs write gigabytes."""
+    if file.is_file():
+        with file.open("rb") as lines:
+            yield from (line for line in lines if line.rstrip().endswith(b"}"))  # a kill may have cut the last one
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -65,7 +76,7 @@ def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{name}", value
 
 
-def _stage(folder: Path) -> JsonObject:
+def _stage(folder: Path, has_curves: bool) -> JsonObject:
     manifest = _json(folder / MANIFEST)
     name, metrics = manifest["stage"], manifest["metrics"]
     log = folder / "run.log"
@@ -75,7 +86,9 @@ def _stage(folder: Path) -> JsonObject:
         if " WARNING posttrain: " in line
     ]
     card = _json(folder / "report_card.json")
-    rollouts = read_lines(folder / "rollouts.jsonl")
+    lines = _lines(folder / "rollouts.jsonl")
+    rollouts = [*islice(lines, 2), *deque(lines, maxlen=4)]  # the first and the last
+    entries = map(json.loads, _lines(folder / "metrics.jsonl") if has_curves else ())
     return {
         "name": name,
         "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
@@ -88,10 +101,11 @@ def _stage(folder: Path) -> JsonObject:
             for key in with_gold_apart(STAGES[name].shown, metrics)
             if key in metrics
         ],
-        "curves": [draw([each]) for each in curves(STAGES[name].charts, read_lines(folder / "metrics.jsonl"))],
+        "curves": [draw([each]) for each in curves(STAGES[name].charts, entries)],
+        "has_curves": has_curves,
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
-        "rollouts": rollouts[:2] + rollouts[-4:] if len(rollouts) > 6 else rollouts,
+        "rollouts": [json.loads(line) for line in rollouts],
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
             (key, value)
@@ -149,7 +163,9 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
     """Write the page about the folders and return its path: report.html in the one folder, if `out` is not given."""
     runs = []
     for path in paths:
-        stages = [_stage(folder) for folder in stage_folders(path)]
+        folders = stage_folders(path)
+        points = [folder for folder in folders if "=" in folder.name]
+        stages = [_stage(folder, folder not in points or len(points) <= CURVES) for folder in folders]
         runs.append(
             {
                 "path": str(path),

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.messages import Message, parsed
@@ -50,12 +50,15 @@ class ChatEncoder:
         tokens = {*(token for token in tokenizer.all_special_tokens if token.strip()), *added}
         # the longest match first: <|im_end|> before <|im
         names = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+        self._longest = max(map(len, tokens), default=0)
         self._special, self._special_at_end = re.compile(names), re.compile(rf"(?:\s*(?:{names}))+\s*\Z")
         self._refuses_special = not allow_special_tokens
         self._call_forms: dict[str | None, tuple[str | None, bool]] = {}
         self.unlike_generation = 0  # completions that do not begin with the thought that a generation prompt begins
         self.end_of_turn, self.tail = self._probe()
-        self._anchor = self._find_anchor()
+        plain, line, both = self._ids(["a", "\n", "\na"])
+        # what is put before a later text, where the tokenizer begins every text with a space of its own
+        self._anchors = [""] if both == line + plain else ["\n", ":", "a"]
 
     # --- what the template writes
 
@@ -230,7 +233,7 @@ class ChatEncoder:
                         f"a {message['role']} message contains the special token {found.group()!r}; "
                         "data.allow_special_tokens=true lets it through as a control token"
                     )
-            if found := self._special.search(json.dumps(inputs, ensure_ascii=False)):
+            if any(inputs) and (found := self._special.search(json.dumps(inputs, ensure_ascii=False))):
                 raise ValueError(f"its tools or chat_template_kwargs contain the special token {found.group()!r}")
         if inputs.tools and not self._writes_tools:
             without = any("tool_calls" in message for message in messages)
@@ -332,10 +335,13 @@ class ChatEncoder:
 
     def _with_end(self, text: str, start: int, end: int) -> tuple[int, int]:
         """A mark with the token that ends the turn, where it stands right behind it."""
-        if self._special_at_end.search(text[start:end]) is None:
+        if not self._ends_with_token(text[start:end]):
             token = self._special.match(text, len(text) - len(text[end:].lstrip()))
             end = token.end() if token is not None and token.group() == self.end_of_turn else end
         return start, end
+
+    def _ends_with_token(self, text: str) -> bool:
+        return self._special_at_end.search(text, max(len(text.rstrip()) - self._longest, 0)) is not None
 
     def _pieces(self, text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
         pieces, position = [], 0
@@ -343,40 +349,40 @@ class ChatEncoder:
             pieces += [Segment(text[position:start], False)] if start > position else []
             pieces.append(Segment(text[start:end], True))
             position = end
-        if self._special_at_end.search(pieces[-1].text) is None:  # the template itself ends it with no token
+        if not self._ends_with_token(pieces[-1].text):  # the template itself ends it with no token
             pieces[-1] = Segment(pieces[-1].text + self.end_of_turn, True)
         return pieces
 
     # --- token ids
 
-    def _find_anchor(self) -> str | None:
-        """Text put before a continuation for tokenizers that start every text with a space of their own."""
-        plain = self._ids(["a"])[0]
-        anchor = self._ids(["\n"])[0]
-        return None if self._ids(["\na"])[0] == anchor + plain else "\n"
-
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
 
-    def _continuation_ids(self, text: str) -> list[int]:
-        for anchor in ("\n", ":", "a"):
-            before, both = self._ids([anchor, anchor + text])
-            if both[: len(before)] == before:
-                return both[len(before) :]
-        raise ValueError("the tokenizer merges the beginning of the response with any text before it")
+    def _ids_behind(self, anchors: Sequence[str], texts: Iterable[str]) -> dict[str, list[int]]:
+        """The ids of each text behind the first of the anchors whose own ids stand apart from it."""
+        found: dict[str, list[int]] = {}
+        left = [*dict.fromkeys(texts)]  # a prompt before two completions is tokenised once
+        for anchor in anchors:
+            before = self._ids([anchor])[0] if anchor else []
+            ids = dict(zip(left, self._ids([anchor + text for text in left]), strict=True))
+            found |= {text: both[len(before) :] for text, both in ids.items() if both[: len(before)] == before}
+            left = [text for text in left if text not in found]
+        if left:
+            raise ValueError("the tokenizer merges the beginning of the response with any text before it")
+        return found
 
     def encode(self, batch: Sequence[Sequence[Segment]]) -> list[tuple[list[int], list[int]]]:
         """Token ids and labels of each row; a label is the token itself in a response, IGNORED elsewhere."""
-        flat = [segment for segments in batch for segment in segments]
-        ids = iter(self._ids([segment.text for segment in flat]) if flat else [])
+        first = self._ids_behind([""], (segments[0].text for segments in batch))
+        later = self._ids_behind(self._anchors, (segment.text for segments in batch for segment in segments[1:]))
         rows = []
         for segments in batch:
             row_ids: list[int] = []
             labels: list[int] = []
-            for segment in segments:
-                piece = next(ids)
-                if self._anchor is not None and row_ids:
-                    piece = self._continuation_ids(segment.text)
+            for number, segment in enumerate(segments):
+                piece = later[segment.text] if number else first[segment.text]
+                if number and not row_ids:  # nothing came of the text before it
+                    [piece] = self._ids([segment.text])
                 row_ids += piece
                 labels += piece if segment.is_response else [IGNORED] * len(piece)
             rows.append((row_ids, labels))
@@ -416,6 +422,8 @@ def _finds(words: str, text: str, start: int) -> Iterator[int]:
 
 def _shared(text: str, other: str) -> int:
     """How many characters two texts begin with alike."""
+    if text.startswith(other):
+        return len(other)
     return next((at for at, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 

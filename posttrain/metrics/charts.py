@@ -1,6 +1,7 @@
 """Every picture: line charts as SVG whose colours serve on light and dark pages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+POINTS = 400  # of a line, more than its chart has room for
 _TRAINING, _HELD_OUT = ("#4c8dd6", ""), ("#e08a2e", "o")  # colour and marker
 
 
@@ -61,21 +63,36 @@ def draw(charts: Sequence[Chart]) -> str:
             if sum(bool(series.points) for series in chart.series) > 1:
                 axes.legend(frameon=False, fontsize=8)
         written = StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
         pyplot.close(figure)
     drawn = written.getvalue()
     return drawn[drawn.index("<svg") :]
 
 
-def curves(groups: Sequence[Sequence[str]], entries: Sequence[Mapping[str, float]]) -> Iterator[Chart]:
-    """A chart of each group of metrics over the steps of a run, from the lines of its metrics.jsonl."""
+def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """At most POINTS of them, in order: the first, the last, and the lowest and highest of each stretch."""
+    if len(points) <= POINTS:
+        return points
+    size = math.ceil(len(points) / (POINTS // 2 - 1))
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), size):
+        stretch = range(start, min(start + size, len(points)))
+        kept |= {least(stretch, key=lambda at: points[at][1]) for least in (min, max)}
+    return [points[at] for at in sorted(kept)]
+
+
+def curves(groups: Sequence[Sequence[str]], entries: Iterable[Mapping[str, float]]) -> Iterator[Chart]:
+    """A chart of each group of metrics over the steps of a run, from the lines of its metrics.jsonl, read once."""
+    lines: dict[str, list[tuple[float, float]]] = {key: [] for keys in groups for key in keys}
+    for entry in entries:
+        for key in lines.keys() & entry.keys():
+            lines[key].append((entry["step"], entry[key]))
+            if len(lines[key]) > 20 * POINTS:
+                lines[key] = [*thinned(lines[key])]
     for keys in groups:
         series = [
-            Series(
-                "held out" if key.startswith("eval_") else "training",
-                [(entry["step"], entry[key]) for entry in entries if key in entry],
-                key.startswith("eval_"),
-            )
+            Series("held out" if key.startswith("eval_") else "training", thinned(lines[key]), key.startswith("eval_"))
             for key in keys
         ]
         if any(len(each.points) > 1 for each in series):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 # bytes that an optimizer keeps for each trained number; AdamW's two moments are of the weight's own type
 STATES = {"8bit": 2.0, "4bit": 1.0, "adafactor": 0.0, "sgd": 0.0, "adagrad": 4.0, "lion": 4.0}
+WORTH_SAVING = GIB  # of a smaller peak nothing needs to be saved
 WORTH_TELLING = 0.05  # of the peak
 
 
@@ -48,9 +49,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", longest: int, completion: int, processes: int
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    longest: int,
+    completion: int,
+    processes: int,
+    peak_alone: bool = False,
 ) -> MemoryPlan:
     """The memory of one process training on sequences of `longest` tokens, of which `completion` are the response.
+
+    With `peak_alone` the logits are counted among the activations, which takes half the time.
 
     Raises:
         ConfigError: a model's config cannot be read.
@@ -68,7 +76,8 @@ def plan_memory(
         half = torch.float16 if precision == "fp16" else torch.bfloat16
         sequences = config.stage.batch_size * STAGES[config.stage.name].sequences_per_row
         steps = []
-        for loss in (lambda batch: holdings.loss(batch, completion), holdings.hidden_loss):
+        losses = (lambda batch: holdings.loss(batch, completion), holdings.hidden_loss)
+        for loss in losses[: 1 if peak_alone else 2]:
             with torch.autocast("cpu", half, enabled=precision != "no"):
                 steps.append(_step(config, holdings, loss, (sequences, longest), accumulation > 1))
         trained = [weight for weight in holdings.trained.parameters() if weight.requires_grad]
@@ -78,8 +87,8 @@ def plan_memory(
     shares = _shares(processes)
     if processes > 1 and shares == {"weights": 1, "gradients": 1, "optimizer": 1}:
         gradients *= 2  # DDP's buckets
-    backward, trunk = steps
-    logits = max(backward.activations - trunk.activations, 0)
+    backward = steps[0]
+    logits = 0 if peak_alone else max(backward.activations - steps[1].activations, 0)
     moments = {
         "in the backward pass": {
             "gradients": (gradients if accumulation > 1 else backward.gradients) // shares["gradients"],
@@ -274,8 +283,8 @@ def show_memory(
     else:
         say(f"{summary}, excluding Python and library overhead")
     saved = {
-        override: plan.peak - plan_memory(changed, tokenizer, longest, completion, processes).peak
-        for override, changed in _changes(config).items()
+        override: plan.peak - plan_memory(changed, tokenizer, longest, completion, processes, peak_alone=True).peak
+        for override, changed in (_changes(config) if plan.peak > min(WORTH_SAVING, capacity) else {}).items()
     }
     best = sorted(
         (override for override in saved if saved[override] > WORTH_TELLING * plan.peak),

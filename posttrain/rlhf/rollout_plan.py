@@ -1,8 +1,8 @@
 """How many prompts, episodes, updates and steps an online run has, and which prompts its rollouts take."""
 
+import functools
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from posttrain.config.stages import OnlineStage
@@ -60,13 +60,12 @@ def plan_rollouts(stage: OnlineStage, prompts: int, processes: int) -> RolloutPl
     )
 
 
-def _permutations(prompts: int, seed: int, first: int) -> Iterator[int]:
-    """The endless stream of prompt numbers, from pass number `first` on: each pass a permutation of its own."""
-    while True:
-        order = list(range(prompts))
-        random.Random(f"prompts {seed} {first}").shuffle(order)
-        yield from order
-        first += 1
+@functools.lru_cache(maxsize=2)  # a rollout may reach into the next pass; 8 MB each for a million prompts
+def _permutation(prompts: int, seed: int, number: int) -> tuple[int, ...]:
+    """The prompts in the order of pass `number`."""
+    order = list(range(prompts))
+    random.Random(f"prompts {seed} {number}").shuffle(order)
+    return tuple(order)
 
 
 def prompts_of_rollout(plan: RolloutPlan, seed: int, rollout: int) -> list[int]:
@@ -74,11 +73,12 @@ def prompts_of_rollout(plan: RolloutPlan, seed: int, rollout: int) -> list[int]:
 
     A rollout that reaches beyond the last prompt goes on with the next permutation: no prompt is left out.
     """
-    start = rollout * plan.rollout
-    stream = _permutations(plan.prompts, seed, start // plan.prompts)
-    for _ in range(start % plan.prompts):
-        next(stream)
-    return [next(stream) for _ in range(plan.rollout)]
+    chosen: list[int] = []
+    number, at = divmod(rollout * plan.rollout, plan.prompts)
+    while len(chosen) < plan.rollout:
+        chosen += _permutation(plan.prompts, seed, number)[at : at + plan.rollout - len(chosen)]
+        number, at = number + 1, 0
+    return chosen
 
 
 def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, process: int) -> list[int]:

@@ -6,12 +6,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHORT_PIPELINE, Posttrain, documented, manifest
 
 from posttrain import evaluate, export, report
+from posttrain.metrics import charts
 from posttrain.metrics.comparison import distinct, in_words, paired, sign_test
 
 
@@ -164,6 +166,63 @@ def test_a_sweep_ends_in_a_frontier_and_is_drawn_on_what_is_possible(posttrain: 
     possible = [{"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 2.0}]
     (tmp_path / "outputs/demo/ppo/frontier.json").write_text(json.dumps(possible))
     assert "best possible" in report.write_report(tmp_path / "outputs/demo").read_text()
+
+
+def finished(folder: Path, entries: int) -> None:
+    """A PPO run as it is left: its manifest, and logs of that many lines of two kilobytes."""
+    folder.mkdir(parents=True)
+    config: dict[str, object] = {"stage": {"name": "ppo"}, "trainer": {}, "model": {"base_model": "x"}}
+    known = {"stage": "ppo", "metrics": {"kl": 1.0}, "config": config, "data": {"sources": {}, "counts": {"train": {}}}}
+    more = {"finished": "2026-01-01", "inputs": {}, "versions": {}, "weights": {}, "command": "posttrain run"}
+    (folder / "posttrain.json").write_text(json.dumps(known | more))
+    with (folder / "metrics.jsonl").open("w") as lines:
+        for step in range(entries):
+            numbers = {"step": step, "reward": 1000.0 if step == 777 else step % 7, "kl": 0.5, "more": "m" * 2000}
+            lines.write(json.dumps(numbers) + "\n")
+    with (folder / "rollouts.jsonl").open("w") as lines:
+        for number in range(entries):
+            answer = f"answer {number} \u2028" + "a" * 2000
+            sample = {"rollout": number, "prompt": [{"content": "Q"}], "answer": answer, "reward": 1.0, "kl": 0.1}
+            lines.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        lines.write('{"rollout": 1, "pro')  # a kill
+
+
+def test_the_logs_of_a_long_run_are_not_held_in_memory(tmp_path: Path) -> None:
+    finished(tmp_path / "short" / "ppo", 3)
+    finished(tmp_path / "long" / "ppo", 10_000)
+    assert "answer 2 " in report.write_report(tmp_path / "short").read_text()  # and matplotlib is imported
+    tracemalloc.start()
+    file = report.write_report(tmp_path / "long")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**20 < (tmp_path / "long" / "ppo" / "rollouts.jsonl").stat().st_size / 3
+    page = file.read_text()
+    shown = [number for number in range(10_000) if f"answer {number} " in page]
+    assert shown == [0, 1, 9996, 9997, 9998, 9999]
+    assert len(page) < 150_000
+
+
+def test_a_thinned_line_keeps_its_ends_and_its_extremes() -> None:
+    entries = [
+        {"step": step, "loss": 1000.0 if step == 777 else -5.0 if step == 54_321 else 1.0} for step in range(10**5)
+    ]
+    [chart] = charts.curves((("loss", "eval_loss"),), iter(entries))
+    points = chart.series[0].points
+    assert len(points) <= charts.POINTS
+    assert {(0, 1.0), (777, 1000.0), (54_321, -5.0), (99_999, 1.0)} <= set(points)
+    assert points == sorted(points)
+    assert charts.thinned(points) == points
+
+
+def test_the_curves_of_a_wide_sweep_are_left_to_a_report_of_each_point(tmp_path: Path) -> None:
+    for number in range(50):
+        finished(tmp_path / "wide" / "ppo" / f"stage.beta={number}", 3)
+    page = report.write_report(tmp_path / "wide").read_text()
+    assert "<svg" not in page
+    point = tmp_path / "wide" / "ppo" / "stage.beta=7"
+    assert f"posttrain report {point}" in page
+    assert "<svg" in report.write_report(point).read_text()
+    assert len(page) < 3 * 2**20
 
 
 def test_policies_without_ppo_are_compared(pipeline: Posttrain, trained: str) -> None:

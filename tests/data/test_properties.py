@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import configure
-from posttrain.data.chat import IGNORED, ChatEncoder
+from posttrain.data.chat import IGNORED, ChatEncoder, Segment
 from posttrain.data.formats import instructions
 from posttrain.data.reading import read_rows
 from posttrain.data.template import plain_template
@@ -68,6 +68,37 @@ def test_responses_and_their_ends_carry_loss_and_nothing_else(kind: str, turns: 
     # what is asked at generation is what stood before the answer in training
     asked = encoder.prompt_ids(messages[:-1])
     assert ids[: len(asked)] == asked
+
+
+SPACED = made.llama_like()
+SPACED.chat_template = plain_template(SPACED)
+SPACED_ENCODER = ChatEncoder(SPACED)
+WORDS = st.lists(st.text(st.sampled_from("\n\n\n :aoneswr1?"), min_size=1, max_size=12), min_size=1, max_size=4)
+
+
+@ANY
+@given(st.lists(WORDS, min_size=1, max_size=4))
+def test_a_batch_has_the_ids_of_each_text_behind_the_first_anchor_that_splits_off(batch: list[list[str]]) -> None:
+    """A tokenizer that begins every text with a space: one text at a time, as it is defined."""
+
+    def ids(text: str) -> list[int]:
+        return list(SPACED(text, add_special_tokens=False).input_ids)
+
+    def behind(text: str) -> list[int] | None:
+        splits = (a for a in ("\n", ":", "a") if ids(a + text)[: len(ids(a))] == ids(a))
+        anchor = next(splits, None)
+        return None if anchor is None else ids(anchor + text)[len(ids(anchor)) :]
+
+    rows = [[Segment(text, number % 2 == 1) for number, text in enumerate(texts)] for texts in batch]
+    expected = [[ids(texts[0]), *map(behind, texts[1:])] for texts in batch]
+    if any(piece is None for pieces in expected for piece in pieces):
+        with pytest.raises(ValueError, match="merges the beginning"):
+            SPACED_ENCODER.encode(rows)
+        return
+    for pieces, (found, labels) in zip(expected, SPACED_ENCODER.encode(rows), strict=True):
+        assert found == [token for piece in pieces for token in piece or ()]
+        learned = [token for piece in pieces[1::2] for token in piece or ()]
+        assert [label for label in labels if label != IGNORED] == learned
 
 
 # pieces of a template: text around a question, before an answer, between an answer and the token that ends it

@@ -1,6 +1,7 @@
 """PPO's arithmetic against cases worked out by hand, and the numbers that follow from a schedule."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -136,6 +137,19 @@ def test_no_prompt_is_left_out_and_a_rollout_is_a_function_of_its_number(prompts
     assert len({tuple(stream[number * prompts :][:prompts]) for number in range(passes)}) > 1 or prompts == 1
     assert prompts_of_rollout(plan, 7, 3) == stream[24:32]
     assert prompts_of_rollout(plan, 8, 3) != stream[24:32]
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 7, 8, 100])
+def test_a_pass_is_the_list_of_prompts_shuffled_by_seed_and_number(prompts: int) -> None:
+    """As defined: the shuffled lists one behind the other, of which a rollout takes the next eight."""
+    passes = []
+    for number in range(math.ceil(240 / prompts)):
+        order = list(range(prompts))
+        random.Random(f"prompts 7 {number}").shuffle(order)
+        passes += order
+    plan = plan_rollouts(stage(), prompts=prompts, processes=1)
+    for rollout in (0, 1, 29, 2, 28, 12, 13):  # a resume begins anywhere
+        assert prompts_of_rollout(plan, 7, rollout) == passes[8 * rollout : 8 * rollout + 8]
 
 
 def test_each_pass_takes_every_episode_once_in_an_order_of_its_own() -> None:
