@@ -27,7 +27,7 @@ from posttrain.config.stages import STAGES, followers
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
-from posttrain.metrics.catalogue import formatted, label, with_gold_apart
+from posttrain.metrics.catalogue import OF_NAMED, formatted, label, of_sets, with_gold_apart
 from posttrain.metrics.charts import Chart, Series, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
@@ -79,6 +79,7 @@ def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _stage(folder: Path, has_curves: bool) -> JsonObject:
     manifest = _json(folder / MANIFEST)
     name, metrics = manifest["stage"], manifest["metrics"]
+    sets = list(manifest["config"]["data"].get("eval", {}))
     log = folder / "run.log"
     warnings = [
         line.split(" WARNING posttrain: ", 1)[1]
@@ -97,11 +98,11 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
         "folder": str(folder),
         "manifest": manifest,
         "numbers": [
-            (label(key), formatted(key, metrics.get(f"{key}_before")), formatted(key, metrics.get(key)))
-            for key in with_gold_apart(STAGES[name].shown, metrics)
+            (label(key, sets), formatted(key, metrics.get(f"{key}_before")), formatted(key, metrics.get(key)))
+            for key in [*with_gold_apart(STAGES[name].shown, metrics), *of_sets(OF_NAMED, sets)]
             if key in metrics
         ],
-        "curves": [draw([each]) for each in curves(STAGES[name].charts, entries)],
+        "curves": [draw([each]) for each in curves(STAGES[name].charts, entries, sets)],
         "has_curves": has_curves,
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,

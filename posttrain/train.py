@@ -26,7 +26,7 @@ from posttrain.data.sources import EVAL, NOTHING_GIVEN, TRAIN, Given, check_give
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
-from posttrain.metrics.catalogue import formatted, label, with_gold_apart
+from posttrain.metrics.catalogue import OF_NAMED, formatted, label, of_sets, with_gold_apart
 from posttrain.metrics.charts import curves, draw
 from posttrain.metrics.trackers import Cells, log_tables
 from posttrain.models.generate import Completion, panel
@@ -265,7 +265,11 @@ def _run(
     some = range(min(SEARCHED, len(data.train.dataset)))
     rows = data.test.rows if data.test else data.train.examples(some)
     shown = panel(rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
-    context = StageContext(config, data, shown, base, folder)
+    panels = {
+        name: panel(part.rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
+        for name, part in data.named.items()
+    }
+    context = StageContext(config, data, shown, panels, base, folder)
     trainer = stage.build(context, stage.load(config, tokenizer, base))
     show_progress(trainer, folder.metrics, checkpoint)
     for callback in callbacks:
@@ -284,7 +288,7 @@ def _run(
 
     # 4. evaluate, save, and only then call it finished
     say("training is done; evaluating and saving")
-    after = stage.evaluate_model(context, trainer)
+    after = _evaluate(stage, context, trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
         **({"train_loss": losses[-1]} if losses else {}),
@@ -300,7 +304,7 @@ def _run(
         for name, content in {**after.files, **_samples(shown, before, after)}.items():
             write_atomically(folder.path / name, json.dumps(content, indent=1, ensure_ascii=False))
         if spec.is_online:
-            charts = list(curves(spec.charts, read_lines(folder.metrics)))
+            charts = list(curves(spec.charts, read_lines(folder.metrics), list(config.data.eval)))
             if charts:
                 write_atomically(folder.curves, draw(charts))
         log_tables(trainer, _tables(shown, before, after))
@@ -310,13 +314,22 @@ def _run(
     return _result(folder, metrics, spec.objective)
 
 
+def _evaluate(stage: Stage, context: StageContext, trainer: "SafeTrainer") -> EvalResult:
+    """What the model can do now, and its numbers on each set of data.eval."""
+    result = stage.evaluate_model(context, trainer)
+    if context.data.named:
+        named = tuple(f"eval_{name}_" for name in context.data.named)
+        result.metrics |= {name: value for name, value in trainer.evaluate().items() if name.startswith(named)}
+    return result
+
+
 def _evaluate_before(
     stage: Stage, context: StageContext, trainer: "SafeTrainer", checkpoint: Path | None
 ) -> EvalResult:
     """What the model can do before the first step; a resumed run has it in its checkpoint."""
     kept = read_running(checkpoint, trainer.accelerator.process_index).get("before") if checkpoint else None
     if kept is None:
-        result = stage.evaluate_model(context, trainer)
+        result = _evaluate(stage, context, trainer)
         kept = {"metrics": result.metrics, "completions": result.completions}
     trainer.before = kept
     return EvalResult(kept["metrics"], [Completion(*each) for each in kept["completions"]])
@@ -449,10 +462,12 @@ def _show_result(
     after: EvalResult,
 ) -> None:
     rows: list[tuple[str, ...]] = []
-    for name in with_gold_apart(STAGES[config.stage.name].shown, after.metrics):
+    sets = config.data.eval
+    shown_keys = with_gold_apart(STAGES[config.stage.name].shown, after.metrics)
+    for name in [*shown_keys, *of_sets(OF_NAMED, sets)]:
         values = [formatted(name, result.metrics.get(name)) for result in (before, after)]
         if any(values):
-            rows.append((label(name), *values))
+            rows.append((label(name, sets), *values))
     if rows and metrics["eval_rows"]:
         rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2))
     show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)

@@ -44,8 +44,22 @@ METRICS = {
 PROGRESS = ("reward", "kl", "loss", "eval_loss", "eval_reward", "eval_kl", "learning_rate")
 
 
-def label(key: str) -> str:
-    """The name and unit of a metric: `eval_` before a key says that it is held out, and `gold/` names a function."""
+OF_NAMED = ("loss", "accuracy", "rewards/accuracies", "reward", "kl")  # what is shown of each set of data.eval
+
+
+def of_sets(keys: Iterable[str], sets: Iterable[str]) -> list[str]:
+    """The same held-out keys of each set of data.eval: `eval_<set>_loss` beside `eval_loss`."""
+    return [f"eval_{name}_{key.removeprefix('eval_')}" for name in sets for key in keys]
+
+
+def label(key: str, sets: Iterable[str] = ()) -> str:
+    """The name and unit of a metric: `eval_` before a key says that it is held out, and `gold/` names a function.
+
+    `sets` are those of data.eval, whose name stands between the two.
+    """
+    for name in sets:
+        if key.startswith(f"eval_{name}_"):
+            return f"{name}: {label('eval_' + key.removeprefix(f'eval_{name}_'))}"
     metric = METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
     unit = f" ({metric.unit})" if metric.unit else ""
     return f"{'held-out ' if key.startswith('eval_') else ''}{metric.name}{unit}"
@@ -61,7 +75,8 @@ def formatted(key: str, value: float | None) -> str:
     """A value for a table: shares as percentages, what is missing as nothing."""
     if value is None or math.isnan(value):
         return ""
-    return f"{value:.1%}" if key in METRICS and METRICS[key].is_share else f"{value:.4f}"
+    is_share = key in METRICS and METRICS[key].is_share
+    return f"{value:.1%}" if is_share or key.endswith("_accuracy") else f"{value:.4f}"  # of a named set
 
 
 def with_gold_apart(shown: Iterable[str], metrics: Iterable[str]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from typing import Any, NamedTuple
 
-from posttrain.metrics.catalogue import label
+from posttrain.metrics.catalogue import label, of_sets
 
 _GREY = "#808080"
 _STYLE: dict[Any, Any] = {
@@ -82,8 +82,15 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
     return [points[at] for at in sorted(kept)]
 
 
-def curves(groups: Sequence[Sequence[str]], entries: Iterable[Mapping[str, float]]) -> Iterator[Chart]:
-    """A chart of each group of metrics over the steps of a run, from the lines of its metrics.jsonl, read once."""
+def curves(
+    groups: Sequence[Sequence[str]], entries: Iterable[Mapping[str, float]], sets: Sequence[str] = ()
+) -> Iterator[Chart]:
+    """A chart of each group of metrics over the steps of a run, from the lines of its metrics.jsonl, read once.
+
+    Those of the `sets` of data.eval have charts of their own.
+    """
+    held_out = [[key for key in keys if key.startswith("eval_")] for keys in groups]
+    groups = [*groups, *([key] for name in sets for keys in held_out for key in of_sets(keys, [name]))]
     lines: dict[str, list[tuple[float, float]]] = {key: [] for keys in groups for key in keys}
     for entry in entries:
         for key in lines.keys() & entry.keys():
@@ -96,4 +103,5 @@ def curves(groups: Sequence[Sequence[str]], entries: Iterable[Mapping[str, float
             for key in keys
         ]
         if any(len(each.points) > 1 for each in series):
-            yield Chart(label(keys[0].removeprefix("eval_")), series)
+            title = label(keys[0], sets) if len(keys) == 1 and sets else label(keys[0].removeprefix("eval_"))
+            yield Chart(title, series)

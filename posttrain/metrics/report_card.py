@@ -154,6 +154,17 @@ def verdict(card: JsonObject) -> tuple[str, list[str]]:
     return ("weak" if reasons else FIT), reasons
 
 
+IN_SHORT = (
+    "pairs",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "ties",
+    "mean_margin",
+    "loss",
+)  # of a set of data.eval
+
+
 def card_table(card: JsonObject) -> list[tuple[str, str]]:
     """The card's lines for a person."""
     accuracy = f"{card['accuracy']:.1%} ({card['accuracy_low']:.1%} to {card['accuracy_high']:.1%})"
@@ -163,6 +174,9 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
     ]
     if card["best_accuracy"] is not None:
         rows.append(("best possible accuracy", f"{card['best_accuracy']:.1%}, so {_near(card)}"))
+    for name, each in card.get("named", {}).items():
+        interval = f"{each['accuracy']:.1%} ({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
+        rows.append((f"{name}: accuracy", f"{interval} of {each['pairs']:,} pairs"))
     base = card["baselines"]
     rows += [
         ("the longer completion wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),

@@ -101,7 +101,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         on_rollout: "Callable[[OnlineTrainer, Rollout], None]",
         held_out: "Callable[[OnlineTrainer], dict[str, float]]",
         args: OnlineConfig,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__(args=args, **options)
         self.rows, self.plan = rows, plan

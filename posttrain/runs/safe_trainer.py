@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +65,15 @@ class SafeTrainer(_TrainerBase):
     _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
 
-    def __init__(self, *, model: "PreTrainedModel", args: "TrainingArguments", **more: object) -> None:
+    def __init__(
+        self,
+        *,
+        model: "PreTrainedModel",
+        args: "TrainingArguments",
+        named: "Mapping[str, Dataset] | None" = None,
+        **more: object,
+    ) -> None:
+        self.named = dict(named or {})  # further held-out sets
         if args.ddp_find_unused_parameters is None and not _may_skip_weights(model):
             args.ddp_find_unused_parameters = False  # DDP would look for them in each step, and warn that it found none
         super().__init__(model=model, args=args, **more)
@@ -96,19 +104,35 @@ class SafeTrainer(_TrainerBase):
         return dict(metrics)
 
     def measure(self) -> dict[str, float]:
-        """The held-out loss and what TRL counts beside it, over the rows of all processes.
+        """The held-out loss and what TRL counts beside it, over the rows of all processes; of named sets, too.
 
         Not the Trainer's own loop: called before training, as here, that lets accelerate take the model for prepared,
         DDP then never wraps it, and each process trains alone, silently (transformers 5.23, accelerate 1.15).
         """
+        training = self.model.training
+        self.model.eval()
+        found = {name: self._means(name) for name in self.held_out_batches}
+        own = found.pop("")
+        metrics = {"eval_loss": own.pop("loss")}
+        self._metrics["eval"] |= {name: [value] for name, value in own.items()}
+        self.log(metrics)  # TRL adds what it has counted
+        named = {f"eval_{name}_{key}": value for name, means in found.items() for key, value in means.items()}
+        if named:
+            self.log(dict(named))
+        metrics |= named
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(training)
+        return metrics
+
+    def _means(self, name: str) -> dict[str, float]:
+        """The means over a held-out set."""
         import torch
         from accelerate.data_loader import DataLoaderShard
         from accelerate.utils import gather_object
 
-        training = self.model.training
-        self.model.eval()
-        (own, common), processes = self.held_out_batches, self.accelerator.num_processes
-        loader = DataLoaderShard(self.eval_dataset, batch_sampler=own + common, collate_fn=self.held_out_collator())
+        (own, common), processes = self.held_out_batches[name], self.accelerator.num_processes
+        rows = self.named[name] if name else self.eval_dataset
+        loader = DataLoaderShard(rows, batch_sampler=own + common, collate_fn=self.held_out_collator())
         values, sums = defaultdict(list), defaultdict(list)
         for number, batch in enumerate(loader):
             inputs = self._prepare_inputs(batch)
@@ -130,21 +154,20 @@ class SafeTrainer(_TrainerBase):
         }
         if not math.isfinite(found["loss"]):
             self._refuse_weights(f"weights whose held-out loss is {found['loss']}")
-        metrics = {"eval_loss": found.pop("loss")}
-        self._metrics["eval"] |= {name: [value] for name, value in found.items()}
-        self.log(metrics)  # TRL adds what it has counted
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(training)
-        return metrics
+        return found
 
     @cached_property
-    def held_out_batches(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows of like lengths, the longest first: the batches of this process alone, and those that all read.
+    def held_out_batches(self) -> dict[str, tuple[list[list[int]], list[list[int]]]]:
+        """Of each held-out set ("": the first) the batches of this process alone, and those that all read."""
+        return {name: self._batches(rows) for name, rows in {"": self.eval_dataset, **self.named}.items()}
+
+    def _batches(self, rows: "Dataset") -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of like lengths, the longest first.
 
         All processes have equally many batches of equal sizes, as TRL's losses need, and no row stands in for another;
         fewer rows than there are processes are left over, and read by all.
         """
-        lengths = [sum(len(part) for part in row.values() if isinstance(part, list)) for row in self.eval_dataset]
+        lengths = list(rows["length"])
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         largest, processes = self.args.eval_batch_size, self.accelerator.num_processes
         mine: list[list[int]] = []

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,6 +52,7 @@ class StageData:
     prepared: Prepared
     train: Encoded
     test: Encoded | None  # of the rows held out no more than data.max_eval_rows
+    named: dict[str, Encoded]  # the same of each set of data.eval
     room: int  # tokens that prompt and response together may have
     new_tokens: int  # the most tokens that a generated completion may have
 
@@ -73,6 +74,7 @@ class StageContext:
     config: Config
     data: StageData
     panel: Sequence[Example]  # held-out rows whose prompts are completed before and after
+    panels: Mapping[str, Sequence[Example]]  # the same of each set of data.eval
     base: str  # path of the weights that the stage started from
     folder: RunFolder
 
@@ -196,13 +198,18 @@ def prepare_rows(
             f"{made.unlike_generation:,} completions do not begin with the <think> that the generation prompt ends "
             "with: the model will generate otherwise than it is trained (data.chat_template_kwargs may turn it off)"
         )
-    test = made.test.bounded(data.max_eval_rows) if made.test is not None else None
-    if test is not None and made.test is not None and len(test.dataset) < len(made.test.dataset):
-        made.notes.append(
-            f"held-out numbers rest on {len(test.dataset):,} of the {len(made.test.dataset):,} held-out rows "
-            "(data.max_eval_rows)"
-        )
-    return StageData(encoder, made, made.train, test, room, new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1)))
+    bounded = {}
+    for name, whole in {**({"": made.test} if made.test is not None else {}), **made.named}.items():
+        bounded[name] = whole.bounded(data.max_eval_rows)
+        if (rows := len(bounded[name].dataset)) < len(whole.dataset):
+            made.notes.append(
+                f"held-out numbers{f' of {name}' if name else ''} rest on {rows:,} of the {len(whole.dataset):,} "
+                "held-out rows (data.max_eval_rows)"
+            )
+    # where nothing else is held out, the first of the named sets is
+    test = bounded.pop("", None) or next(iter(bounded.values()), None)
+    shown = new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1))
+    return StageData(encoder, made, made.train, test, bounded, room, shown)
 
 
 def check_length(config: Config) -> int:

@@ -122,6 +122,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "DPOTrainer":
         args=trl_config(DPOConfig, arguments),
         train_dataset=data.train.dataset,
         eval_dataset=data.test.dataset if data.test else None,
+        named={name: rows.dataset for name, rows in data.named.items()},
         processing_class=tokenizer,
         peft_config=lora_config(config.model, model),
         more_metrics=DPOEvalMetrics(context),

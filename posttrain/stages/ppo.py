@@ -17,6 +17,7 @@ from posttrain.console import is_main_process, say, warn
 from posttrain.data.encode import PromptEncoding, from_text
 from posttrain.data.formats import Prompt, prompts
 from posttrain.data.prepared import Encoded
+from posttrain.data.splits import Example
 from posttrain.devices import on_all_processes, process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
@@ -320,9 +321,15 @@ class HeldOut:
         self.context, self.scorer = context, scorer
 
     def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
-        context, stage = self.context, _stage(self.context.config)
-        if not context.panel:
+        if not self.context.panel:
             return {}
+        numbers = self._numbers(trainer, self.context.panel)
+        for name, rows in self.context.panels.items():
+            numbers |= {f"{name}_{key}": value for key, value in self._numbers(trainer, rows).items()}
+        return numbers
+
+    def _numbers(self, trainer: "PPOTrainer", prompts: Sequence[Example]) -> dict[str, float]:
+        context, stage = self.context, _stage(self.context.config)
 
         def share(mine: list[tuple[int, Prompt]]) -> list[scoring.ScoredCompletion]:
             seeds, rows = zip(*mine, strict=True)
@@ -340,7 +347,7 @@ class HeldOut:
                 log_metric=trainer._log_metric,
             )
 
-        rows = list(enumerate(cast("Sequence[Prompt]", context.panel), context.config.seed))
+        rows = list(enumerate(cast("Sequence[Prompt]", prompts), context.config.seed))
         with trainer.seeded(f"held out {context.config.seed}"), trainer.accelerator.autocast():
             scored = on_all_processes(rows, share)
         if without := sum(each.scores[REWARD] is None for each in scored):
@@ -372,7 +379,9 @@ def preflight(context: StageContext, trainer: "PPOTrainer") -> None:
 
 def evaluate_model(context: StageContext, trainer: "PPOTrainer") -> EvalResult:
     """Reward, gold reward, KL and length of completions sampled to held-out prompts, and the prompt panel."""
-    numbers = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    named = tuple(f"eval_{name}_" for name in context.panels)
+    found = trainer.evaluate()
+    numbers = {name.removeprefix("eval_"): value for name, value in found.items() if not name.startswith(named)}
     with trainer.accelerator.autocast():
         completions = complete(
             trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens

@@ -1,5 +1,6 @@
 """Reward modelling: TRL's RewardTrainer on pairs, and a report card of what it has learned."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,9 @@ from posttrain.config.stages import RewardStage
 from posttrain.console import say
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import preferences
+from posttrain.data.prepared import Encoded
 from posttrain.errors import PosttrainError
-from posttrain.metrics.report_card import ScoredPair, card_table, report_card
+from posttrain.metrics.report_card import IN_SHORT, ScoredPair, card_table, report_card
 from posttrain.models.generate import scores
 from posttrain.models.load import load_reward_model
 from posttrain.models.lora import lora_config
@@ -48,6 +50,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "RewardModelTraine
         args=trl_config(RewardConfig, trainer_arguments(config, context.folder.path, data.test is not None)),
         train_dataset=data.train.dataset,
         eval_dataset=data.test.dataset if data.test else None,
+        named={name: rows.dataset for name, rows in data.named.items()},
         processing_class=context.tokenizer,
         peft_config=lora_config(config.model, model, "SEQ_CLS"),
     )
@@ -83,13 +86,8 @@ def preflight(context: StageContext, trainer: "RewardModelTrainer") -> None:
     say(f"step 0: scores in training within {gap:.1e} of those in an evaluation")
 
 
-def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> EvalResult:
-    """The report card over held-out pairs."""
-    test = context.data.test
-    if test is None:
-        return EvalResult({})
-    trainer.evaluate()
-    pairs = [
+def _pairs(part: Encoded, scores: Sequence[tuple[float, float]]) -> list[ScoredPair]:
+    return [
         ScoredPair(
             prompt=row.prompt[-1]["content"],
             chosen=row.chosen[-1]["content"],
@@ -99,10 +97,21 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
             chosen_length=len(ids["chosen_ids"]) - ids["prompt_length"],
             rejected_length=len(ids["rejected_ids"]) - ids["prompt_length"],
         )
-        for row, ids, (chosen, rejected) in zip(test.rows, test.dataset, trainer.scores, strict=True)
+        for row, ids, (chosen, rejected) in zip(part.rows, part.dataset, scores, strict=True)
     ]
+
+
+def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> EvalResult:
+    """The report card over held-out pairs."""
+    test = context.data.test
+    if test is None:
+        return EvalResult({})
+    trainer.evaluate()
     assert isinstance(context.config.stage, RewardStage)
-    card = report_card(pairs, context.config.stage.best_accuracy)
+    card = report_card(_pairs(test, trainer.scores[""]), context.config.stage.best_accuracy)
+    named = {name: report_card(_pairs(rows, trainer.scores[name])) for name, rows in context.data.named.items()}
+    if named:
+        card["named"] = {name: {key: each[key] for key in IN_SHORT} for name, each in named.items()}
     metrics = {
         "eval_loss": card["loss"],
         **{

@@ -113,6 +113,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "SFTTrainer":
         args=trl_config(SFTConfig, arguments),
         train_dataset=_with_labels(data.train.dataset) if packing else data.train.dataset,
         eval_dataset=data.test.dataset if data.test is not None else None,
+        named={name: rows.dataset for name, rows in data.named.items()},
         processing_class=context.tokenizer,
         peft_config=lora_config(config.model, model),
     )

@@ -1,8 +1,9 @@
 """TRL's trainers as the stages use them: whole checkpoints, held-out means over tokens or pairs, rows encoded ahead."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,8 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
 class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
 
-    scores: Sequence[tuple[float, float]] = ()  # of chosen and rejected, of each held-out pair at the last evaluation
+    # of each held-out set, the scores of chosen and rejected of each pair at the last evaluation
+    scores: dict[str, list[tuple[float, float]]]
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded and cut already
@@ -82,15 +84,17 @@ class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
         loss: Tensor
         loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
         chosen, rejected = outputs.logits.float().view(2, -1).tolist()
-        self.scores = [*self.scores, *zip(chosen, rejected, strict=True)]
+        self._scored += zip(chosen, rejected, strict=True)
         return loss
 
     def measure(self) -> dict[str, float]:
-        self.scores = ()
+        self._scored: list[tuple[float, float]] = []
         metrics = super().measure()
-        rows = [row for batches in self.held_out_batches for batch in batches for row in batch]
-        by_row = dict(gather_object(list(zip(rows, self.scores, strict=True))))
-        self.scores = [by_row[row] for row in sorted(by_row)]
+        scored, self.scores = iter(self._scored), {}
+        for name, both in self.held_out_batches.items():
+            rows = [row for batches in both for batch in batches for row in batch]
+            by_row = dict(gather_object(list(zip(rows, islice(scored, len(rows)), strict=True))))
+            self.scores[name] = [by_row[row] for row in sorted(by_row)]
         return metrics
 
     def running(self) -> JsonObject:
@@ -113,7 +117,7 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         self,
         *,
         more_metrics: Callable[["DPOTrainer", dict[str, float]], dict[str, float]] | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         self.more_metrics = more_metrics
         self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0

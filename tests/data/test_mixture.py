@@ -1,12 +1,13 @@
 """Several sources in exact shares, and several held-out sets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers_for_tests as made
-from conftest import Posttrain, data_config, manifest, prepared, write_rows
+from conftest import Posttrain, data_config, manifest, prepared, read_rows, write_rows
 
 from posttrain import configure
 from posttrain.config.schema import SourceConfig
@@ -14,6 +15,7 @@ from posttrain.data.division import _shares
 from posttrain.data.encode import ConversationEncoding
 from posttrain.data.formats import instructions
 from posttrain.errors import ConfigError, DataError
+from posttrain.report import write_report
 
 
 def some(name: str, count: int) -> list[dict[str, str]]:
@@ -90,6 +92,42 @@ def test_what_is_wrong_is_told_before_anything_is_read(
     write_rows(Path("b.jsonl"), some("b", 3))
     with pytest.raises(ConfigError, match=told):
         configure("stage=sft", *words)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_each_held_out_set_has_numbers_of_its_own(posttrain: Posttrain, tmp_path: Path, stage: str) -> None:
+    for name, count in (("a", 30), ("b", 5), ("c", 9)):
+        rows = [{**row, "prompt": row["instruction"]} for row in some(name, count)]
+        pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "No."} for row in rows]
+        write_rows(tmp_path / f"{name}.jsonl", pairs if stage in ("reward", "dpo") else rows)
+    words = [f"stage={stage}", "data.dataset_name=a.jsonl", "data.test_size=4", "trainer.max_steps=2"]
+    words += ["data.eval.helpful=b.jsonl", "data.eval.maths={name: c.jsonl, max_rows: 7}", "trainer.eval_steps=1"]
+    words += ["trainer.eval_strategy=steps"]
+    if stage == "ppo":
+        (tmp_path / "rewards_of_length.py").write_text(
+            "def length(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+        )
+        words += ["stage.reward_functions=[rewards_of_length.py:length]", "stage.max_new_tokens=4"]
+        words += ["stage.rollout_batch_size=4", "stage.batch_size=4", "stage.num_mini_batches=1"]
+    done = posttrain(*words)
+    assert done.code == 0, done
+    number = {"sft": "loss", "reward": "accuracy", "dpo": "rewards/accuracies", "ppo": "reward"}[stage]
+    metrics = manifest(f"outputs/demo/{stage}")["metrics"]
+    entries = read_rows(f"outputs/demo/{stage}/metrics.jsonl")
+    for name in ("helpful", "maths"):
+        key = f"eval_{name}_{number}"
+        assert [entry["step"] for entry in entries if key in entry] == [0, 1, 2]
+        assert metrics[key] == [entry[key] for entry in entries if key in entry][-1]
+        assert metrics[f"{key}_before"] == next(entry[key] for entry in entries if key in entry)
+        assert f"{name}: held-out" in " ".join(done.out.split())
+    other = "reward" if stage == "ppo" else "loss"
+    assert metrics[f"eval_helpful_{other}"] != metrics[f"eval_maths_{other}"]
+    if stage == "reward":
+        card = json.loads(Path("outputs/demo/reward/report_card.json").read_text())
+        assert {name: each["pairs"] for name, each in card["named"].items()} == {"helpful": 5, "maths": 7}
+        assert card["named"]["maths"]["accuracy"] == pytest.approx(metrics["eval_maths_accuracy"])
+    page = write_report(Path("outputs/demo"))
+    assert page.read_text().count("maths: held-out") >= 2  # the numbers and a curve
 
 
 def test_a_mixture_trains_and_says_what_came_from_where(posttrain: Posttrain, tmp_path: Path) -> None:
