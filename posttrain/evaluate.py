@@ -33,13 +33,12 @@ from typing import TYPE_CHECKING, cast
 
 from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
-from posttrain.config.schema import Config, DataConfig
+from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, OnlineStage
 from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.encode import ConversationEncoding, EncodedRow, encode_rows
-from posttrain.data.formats import Prompt, instructions, prompts
-from posttrain.data.reading import read_rows
+from posttrain.data.encode import ConversationEncoding, EncodedRow, PromptEncoding, encode_rows
+from posttrain.data.formats import Conversation, Prompt, prompts
 from posttrain.devices import on_all_processes, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
@@ -50,7 +49,7 @@ from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import EARLIER, read_json
-from posttrain.stages.base import check_length
+from posttrain.stages.base import check_length, data_sources, prepare_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,11 +90,11 @@ def _stage(config: Config) -> OnlineStage:
 
 
 def compare(
-    config: Config, policies: Sequence[str], responses: DataConfig | None = None, all_rows: bool = False
+    config: Config, policies: Sequence[str], responses: Sequence[Conversation] = (), all_rows: bool = False
 ) -> list[Evaluated]:
     """Let every policy complete the held-out prompts of `config`, or all of them, and score the completions.
 
-    `responses` names instruction rows whose held-out responses are scored by perplexity.
+    The last completions of `responses` are scored by perplexity.
 
     Raises:
         ConfigError: a policy cannot be loaded or has changed since its run wrote it, or nothing is held out.
@@ -106,11 +105,7 @@ def compare(
             input_hashes(Path(resolve_path(_config_for(config, path).model)))
     first = _config_for(config, policies[0])
     scorer = load_scorer(first, load_tokenizer(first.model)[0])
-    splits = read_rows(prompts, replace(config.data, test_size=0.0) if all_rows else config.data)
-    asked = [*splits.train, *splits.test] if all_rows else splits.test[:]
-    if not asked:
-        raise ConfigError("no prompts are held out to evaluate on; set data.test_size or data.dataset_test_split")
-    said = read_rows(instructions, responses).test[: responses.max_eval_rows] if responses is not None else []
+    asked = _prompts(first, all_rows)
     reference: PreTrainedModel | None = None
     done: list[Evaluated] = []
     for path in policies:
@@ -132,14 +127,30 @@ def compare(
         same = bool(done) and questions == done[0].prompts
         against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
         metrics = _metrics(answers)
-        if said:
-            found = encode_rows(encoder, said, ConversationEncoding(check_length(mine), "drop"))
+        if responses:
+            found = encode_rows(encoder, responses, ConversationEncoding(check_length(mine), "drop"))
             fitting = [row for row in found if isinstance(row, EncodedRow)]
             metrics["perplexity"] = perplexity(policy, fitting, tokenizer.pad_token_id)
         done.append(Evaluated(path, metrics, questions, [each.text for each in answers], scores, against))
         say(f"evaluated: {path}, {len(rows)} prompts")
         del policy
     return done
+
+
+def _prompts(config: Config, all_rows: bool) -> list[Prompt]:
+    """The held-out prompts of a configuration, or all of them, which are not too long for its model."""
+    config = replace(config, data=replace(config.data, test_size=0.0)) if all_rows else config
+    tokenizer, _ = load_tokenizer(config.model)
+    new_tokens = _stage(config).max_new_tokens
+    data = prepare_rows(config, tokenizer, data_sources(config), prompts, PromptEncoding, new_tokens)
+    held_out = data.prepared.test if all_rows else data.test
+    parts = [*([data.train] if all_rows else []), *([held_out] if held_out is not None else [])]
+    if not parts:
+        raise ConfigError("no prompts are held out to evaluate on; set data.test_size or data.dataset_test_split")
+    long = sum(counts.prompt_too_long for counts in data.prepared.counts.values()) if all_rows else 0
+    if long:
+        warn(f"{config.model.start}: {long} prompts leave no room for a completion")
+    return [row for part in parts for row in part.rows]
 
 
 def _metrics(answers: Sequence[scoring.ScoredCompletion]) -> dict[str, float]:
@@ -251,7 +262,7 @@ def _main(arguments: Sequence[str]) -> None:
     file = Path(out) if out is not None else _free_file(config)
     if file.exists() and not config.overwrite:
         raise ConfigError(f"out={file} is there already; choose another file, or pass overwrite=true")
-    show_evaluation(compare(config, policies, None, all_rows), file)
+    show_evaluation(compare(config, policies, all_rows=all_rows), file)
 
 
 def _answers_in(file: Path) -> list[tuple[object, object]]:
@@ -269,7 +280,7 @@ def _free_file(config: Config) -> Path:
     return file
 
 
-def evaluate_into(config: Config, policies: Sequence[str], responses: DataConfig | None) -> None:
+def evaluate_into(config: Config, policies: Sequence[str], responses: Sequence[Conversation]) -> None:
     """Compare the policies of a pipeline; an earlier evaluation with other numbers is moved to earlier/."""
     found = compare(config, policies, responses)
     file = Path(config.output_dir) / config.run_name / comparison.FILE

@@ -210,6 +210,7 @@ def main() -> None:
 def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> None:
     """Put the policies side by side on held-out prompts, where there are any."""
     from posttrain.evaluate import evaluate_into
+    from posttrain.train import prepared
 
     folders = {each.stage: str(each.folder) for each in done if each.metrics}
     policies = [folders[name] for name, spec in STAGES.items() if name in folders and not spec.is_classifier]
@@ -227,7 +228,8 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> Non
         read_command(_command(single, stage, (trained_first, stage))[0], list(STAGES)).config
         for stage in (online, trained_first)
     )
-    evaluate_into(resolve(asked, STAGES).config, policies, resolve(said).config.data)
+    held_out = prepared(resolve(said).config).test
+    evaluate_into(resolve(asked, STAGES).config, policies, held_out.rows if held_out is not None else ())
 
 
 def _main(arguments: Sequence[str]) -> None:

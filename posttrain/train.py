@@ -21,8 +21,8 @@ from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
-from posttrain.data.hashes import Hashes, cache_of
-from posttrain.data.sources import EVAL, NOTHING_GIVEN, TRAIN, Given, check_given, find_sources, is_local_data
+from posttrain.data.hashes import cache_of
+from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
@@ -49,7 +49,7 @@ from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
-from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, stage_named
+from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, data_sources, stage_named
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -164,13 +164,18 @@ def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     """Everything that can be known without loading a model; rows that are not prepared yet are so in `scratch`."""
     config = resolved.config
     tokenizer, _ = _load_tokenizer(resolved)
-    sources = replace(_sources(config, given), scratch=scratch)
+    sources = replace(data_sources(config, given), scratch=scratch)
     data = stage_named(config.stage.name).prepare(config, tokenizer, sources)
     show_dry_run(config, data, world_size())
     completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
     longest = config.stage.max_length if config.trainer.get("packing") else int(data.train.lengths.max()) + completion
     show_memory(config, tokenizer, longest, completion, world_size())
     say("dry run: nothing was trained or written")
+
+
+def prepared(config: Config) -> StageData:
+    """The rows of a stage, as a run has them; the configuration is a resolved one."""
+    return stage_named(config.stage.name).prepare(config, _tokenizer(config)[0], data_sources(config))
 
 
 def prepare_stage(config: Config) -> None:
@@ -183,17 +188,8 @@ def prepare_stage(config: Config) -> None:
     config = resolved.config
     with _network_only_where_needed(config, False), logging_to_console(verbose=True):
         tokenizer, _ = _load_tokenizer(resolved)
-        data = stage_named(config.stage.name).prepare(config, tokenizer, _sources(config, NOTHING_GIVEN))
-        show_data(config, data)
+        show_data(config, stage_named(config.stage.name).prepare(config, tokenizer, data_sources(config)))
         say(f"prepared: {cache_of(config)}")
-
-
-def _sources(config: Config, given: Given) -> DataSources:
-    """Where the rows come from, with a digest of each source."""
-    cache = cache_of(config)
-    hashes, found = Hashes(cache), find_sources(config.data, given)
-    digests = on_main_process(lambda: hashes.of_sources(found))
-    return DataSources(found, digests, hashes, cache)
 
 
 def _load_tokenizer(resolved: Resolved) -> tuple["PreTrainedTokenizerBase", datetime.datetime]:
@@ -211,13 +207,17 @@ def _load_tokenizer(resolved: Resolved) -> tuple["PreTrainedTokenizerBase", date
         )
     if (Path(chosen) / CHECKPOINT).is_file():
         warn(f"{chosen} is a checkpoint from inside a run, not the result of one; that is {Path(chosen).parent}")
-    tokenizer, notes = load_tokenizer(config.model)
-    run = Path(config.output_dir) / config.run_name
-    begun = on_main_process(lambda: first_begun(run))
-    notes.append(keep_in_template(tokenizer, begun, config.data.chat_template_kwargs))
+    tokenizer, begun, notes = _tokenizer(config)
     for note in filter(None, notes):
         say(note)
     return tokenizer, begun
+
+
+def _tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", datetime.datetime, list[str]]:
+    tokenizer, notes = load_tokenizer(config.model)
+    run = Path(config.output_dir) / config.run_name
+    begun = on_main_process(lambda: first_begun(run))
+    return tokenizer, begun, [*notes, keep_in_template(tokenizer, begun, config.data.chat_template_kwargs)]
 
 
 def _identity(
@@ -247,7 +247,7 @@ def _run(
     stage, spec = stage_named(config.stage.name), STAGES[config.stage.name]
     # 1. see what is in the folder already, and only then prepare the data
     tokenizer, begun = _load_tokenizer(resolved)
-    sources = _sources(config, given)
+    sources = data_sources(config, given)
     identity = _identity(resolved, sources, tokenizer, begun)
     state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
     if state == "complete":

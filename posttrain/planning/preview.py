@@ -97,6 +97,9 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
         f"batch: {stage.batch_size} per device × {plan.accumulation} accumulation × {processes} "
         f"{'device' if processes == 1 else 'devices'} = {plan.batch} {plan.unit} per update"
     )
+    if data.test is not None:
+        bound = f" (data.max_eval_rows={config.data.max_eval_rows})" if config.data.max_eval_rows is not None else ""
+        say(f"held-out rows at each evaluation: {len(data.test.dataset):,}{bound}")
     if config.trainer.get("max_steps", -1) > 0:
         say(f"steps: {plan.steps:,} (trainer.max_steps={config.trainer['max_steps']})")
     else:

@@ -11,12 +11,12 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import Encoding
-from posttrain.data.hashes import Hashes
+from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.prepared import Encoded, Prepared, is_whole, key_of, load, prepare
 from posttrain.data.reading import Format, Work
-from posttrain.data.sources import Source
+from posttrain.data.sources import NOTHING_GIVEN, Given, Source, find_sources
 from posttrain.data.splits import Example, Row
-from posttrain.devices import on_each_machine
+from posttrain.devices import on_each_machine, on_main_process
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.generate import Completion
 from posttrain.models.load import Load, load_causal_lm, max_positions
@@ -42,6 +42,17 @@ class DataSources:
     hashes: Hashes
     cache: Path
     scratch: Path | None = None  # where they are made instead, if nothing may be written to the cache
+
+
+def data_sources(config: Config, given: Given = NOTHING_GIVEN) -> DataSources:
+    """The sources of a configuration, found and hashed.
+
+    Raises:
+        ConfigError, DataError: one is not there, or cannot be read.
+    """
+    cache = cache_of(config)
+    hashes, found = Hashes(cache), find_sources(config.data, given)
+    return DataSources(found, on_main_process(lambda: hashes.of_sources(found)), hashes, cache)
 
 
 @dataclass
