@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.cli.entry import command_line
-from posttrain.cli.next_steps import next_commands, quoted, relative
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
-from posttrain.console import is_main_process, logging_to_console, say, show_table, warn
+from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
 from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
-from posttrain.metrics.catalogue import OF_NAMED, formatted, label, of_sets, with_gold_apart
 from posttrain.metrics.charts import curves, draw
-from posttrain.metrics.trackers import Cells, log_tables
+from posttrain.metrics.trackers import log_tables
 from posttrain.models.generate import Completion, panel
 from posttrain.models.load import load_tokenizer, prepare_base
 from posttrain.models.resolve import (
@@ -42,6 +40,7 @@ from posttrain.models.resolve import (
     weight_hashes,
 )
 from posttrain.models.saving import save_model
+from posttrain.outcome import samples, show_result, tables
 from posttrain.paths import EMBEDDED
 from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
@@ -57,11 +56,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from posttrain.data.splits import Example
     from posttrain.runs.safe_trainer import SafeTrainer
 
 PANEL_SIZE = 64  # held-out prompts that a stage may have completed
-PANEL_SHOWN = 3
 SEARCHED = 1000  # rows to train on among which they are looked for where none are held out
 
 
@@ -301,16 +298,16 @@ def _run(
     }
     save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
-        for name, content in {**after.files, **_samples(shown, before, after)}.items():
+        for name, content in {**after.files, **samples(shown, before, after)}.items():
             write_atomically(folder.path / name, json.dumps(content, indent=1, ensure_ascii=False))
         if spec.is_online:
             charts = list(curves(spec.charts, read_lines(folder.metrics), list(config.data.eval)))
             if charts:
                 write_atomically(folder.curves, draw(charts))
-        log_tables(trainer, _tables(shown, before, after))
+        log_tables(trainer, tables(shown, before, after))
         folder.finish(_manifest(resolved, sources, data, identity, metrics))
     trainer.accelerator.wait_for_everyone()
-    _show_result(config, folder, metrics, shown, before, after)
+    show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, spec.objective)
 
 
@@ -392,29 +389,6 @@ def _tell_best(trainer: "SafeTrainer") -> None:
         say(f"the result is the best checkpoint: {best}, {name} {trainer.state.best_metric:.4g}")
 
 
-def _samples(shown: "Sequence[Example]", before: EvalResult, after: EvalResult) -> JsonObject:
-    """The prompt panel as samples.json."""
-    return (
-        {
-            "samples.json": [
-                {"prompt": row.prompt, "reference": row.reference, "before": old._asdict(), "after": new._asdict()}
-                for row, old, new in zip(shown, before.completions, after.completions, strict=False)
-            ]
-        }
-        if after.completions
-        else {}
-    )
-
-
-def _tables(shown: "Sequence[Example]", before: EvalResult, after: EvalResult) -> dict[str, Cells]:
-    completed = zip(shown, before.completions, after.completions, strict=False)
-    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed]
-    return {
-        "samples": Cells(("prompt", "before", "after"), samples),
-        "report card": Cells(("", "value"), after.table),
-    }
-
-
 def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Result:
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
 
@@ -451,51 +425,3 @@ def _manifest(
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
-
-
-def _show_result(
-    config: Config,
-    folder: RunFolder,
-    metrics: JsonObject,
-    shown: "Sequence[Example]",
-    before: EvalResult,
-    after: EvalResult,
-) -> None:
-    rows: list[tuple[str, ...]] = []
-    sets = config.data.eval
-    shown_keys = with_gold_apart(STAGES[config.stage.name].shown, after.metrics)
-    for name in [*shown_keys, *of_sets(OF_NAMED, sets)]:
-        values = [formatted(name, result.metrics.get(name)) for result in (before, after)]
-        if any(values):
-            rows.append((label(name, sets), *values))
-    if rows and metrics["eval_rows"]:
-        rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2))
-    show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
-    completed = list(zip(shown, before.completions, after.completions, strict=False))
-    samples = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
-    if samples:
-        cells = [tuple(map(_short, each)) for each in samples]
-        show_table("sample completions", ("prompt", "before", "after"), cells)
-    if after.table:
-        show_table("report card", ("", ""), after.table, headed=False)
-    more = [
-        ("tokens per second", f"{metrics['tokens_per_second']:,.0f}"),
-        ("trained tokens", f"{metrics['trained_tokens']:,} of responses, in {metrics['steps']:,} steps"),
-        ("model", relative(folder.model)),
-    ]
-    show_table("result", ("", ""), more, headed=False)
-    if completed:
-        say(f"try it:\n  posttrain chat {quoted(relative(folder.path))}")
-    following = next_commands(config, folder.path)
-    if following:
-        title = (
-            "next, with a file of yours" if any("data.dataset_name=" in command for command in following) else "next"
-        )
-        say("\n  ".join([f"{title}:", *following]))
-
-
-def _short(text: str, limit: int = 100) -> str:
-    if not text.strip():
-        return "(nothing)" if not text else "(whitespace only)"
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -115,6 +115,7 @@ def test_the_other_commands_are_read_as_written(tmp_path: Path, monkeypatch: pyt
         "evaluate": lambda words: read_command(read_evaluation(words)[2], to_come=None),
         "chat": read_chat,
         "report": lambda words: read_words(words, ["out"]),
+        "data": lambda words: read_command([*words[1:], "data.dataset_name=prompts.jsonl"], to_come=None),
         "export": lambda words: read_words(words, ["to", "push_to_hub", "private"]),
     }
     lines = {line for page in DOCUMENTS for line in commands(page) if line.startswith("posttrain ")}

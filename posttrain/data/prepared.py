@@ -27,7 +27,7 @@ from posttrain.console import say
 from posttrain.data.division import Numbers
 from posttrain.data.encode import KEPT
 from posttrain.data.hashes import HASHES, Hashes
-from posttrain.data.reading import OPTIONAL, Found, Work, read, rows_at, table_schema
+from posttrain.data.reading import OPTIONAL, Work, read, rows_at, table_schema
 from posttrain.data.splits import Counts
 from posttrain.errors import ConfigError, DataError
 from posttrain.values import JsonObject
@@ -195,20 +195,15 @@ def _make(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> int:
         for number, source in enumerate(work.sources):
             rows_of = content["rows_of"].setdefault(source.name, {})
             rows_of[part] = int((found.facts["source"][numbers] == number).sum())
-    content |= _told(found)
+    content |= {
+        "notes": found.notes,
+        "columns": sorted(found.tally.columns),
+        "options": sorted(found.tally.options),
+        "unlike_generation": found.tally.unlike_generation,
+    }
     content["files"] = {file.name: hashes.of(file) for file in sorted(folder.iterdir())}
     (folder / PREPARED).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return len(found.facts)
-
-
-def _told(found: Found) -> JsonObject:
-    tally = found.tally
-    return {
-        "notes": found.notes,
-        "columns": sorted(tally.columns),
-        "options": sorted(tally.options),
-        "unlike_generation": tally.unlike_generation,
-    }
 
 
 def _content(folder: Path) -> JsonObject | None:
