@@ -17,9 +17,10 @@ examples:
 import sys
 from collections.abc import Sequence
 
-from posttrain.cli.command import read_command
+from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.config.stages import STAGES
+from posttrain.config.suggest import nearest
 from posttrain.console import say
 from posttrain.data.hashes import cache_of
 from posttrain.errors import ConfigError
@@ -34,6 +35,7 @@ def _main(arguments: Sequence[str]) -> None:
     from posttrain.train import prepare_stage
 
     word, *rest = arguments or [""]
+    parse(arguments if word.startswith("-") else rest)  # an unknown flag is named first
     if word == "prepare":
         prepare_stage(read_command(rest, list(STAGES)).config)
     elif word == "prune":
@@ -43,7 +45,8 @@ def _main(arguments: Sequence[str]) -> None:
         count, size = prune(folder)
         say(f"{count} prepared data sets deleted from {folder}, {size / 1e6:,.1f} MB")
     else:
-        raise ConfigError(f"posttrain data {word}: prepare or prune is meant; posttrain data --help")
+        known = ("prepare", "prune")
+        raise ConfigError(f"posttrain data {word}: {' or '.join(known)} is needed{nearest(word, known)}")
 
 
 if __name__ == "__main__":
