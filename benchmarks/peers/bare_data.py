@@ -39,6 +39,7 @@ def main() -> None:
         split = data.train_test_split(0.05, seed=0)
         DPOTrainer(
             model=causal,
+            ref_model=AutoModelForCausalLM.from_config(causal.config),
             args=DPOConfig(output_dir=output, use_cpu=True, bf16=False, report_to="none", max_length=1024),
             train_dataset=split["train"],
             eval_dataset=split["test"],
