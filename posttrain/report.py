@@ -79,7 +79,7 @@ def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _stage(folder: Path, has_curves: bool) -> JsonObject:
     manifest = _json(folder / MANIFEST)
     name, metrics = manifest["stage"], manifest["metrics"]
-    sets = list(manifest["config"]["data"].get("eval", {}))
+    sets = list(manifest["config"].get("data", {}).get("eval", {}))
     log = folder / "run.log"
     warnings = [
         line.split(" WARNING posttrain: ", 1)[1]
@@ -89,7 +89,6 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
     card = _json(folder / "report_card.json")
     lines = _lines(folder / "rollouts.jsonl")
     rollouts = [*islice(lines, 2), *deque(lines, maxlen=4)]  # the first and the last
-    entries = map(json.loads, _lines(folder / "metrics.jsonl") if has_curves else ())
     return {
         "name": name,
         "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
@@ -102,7 +101,9 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
             for key in [*with_gold_apart(STAGES[name].shown, metrics), *of_sets(OF_NAMED, sets)]
             if key in metrics
         ],
-        "curves": [draw([each]) for each in curves(STAGES[name].charts, entries, sets)],
+        "curves": [draw([each]) for each in curves(STAGES[name].charts, folder / "metrics.jsonl", sets)]
+        if has_curves
+        else [],
         "has_curves": has_curves,
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,

@@ -301,7 +301,7 @@ def _run(
         for name, content in {**after.files, **samples(shown, before, after)}.items():
             write_atomically(folder.path / name, json.dumps(content, indent=1, ensure_ascii=False))
         if spec.is_online:
-            charts = list(curves(spec.charts, read_lines(folder.metrics), list(config.data.eval)))
+            charts = list(curves(spec.charts, folder.metrics, list(config.data.eval)))
             if charts:
                 write_atomically(folder.curves, draw(charts))
         log_tables(trainer, tables(shown, before, after))

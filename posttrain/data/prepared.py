@@ -44,6 +44,12 @@ SLOW = 5.0  # seconds of preparation from which on it is told
 FREE_KEYS = ("num_proc", "cache_dir", "max_eval_rows")
 
 
+def _column(dataset: "Dataset", name: str) -> Numbers:
+    """A column of numbers, read whole: an iteration would make a Python object of each."""
+    found: Numbers = dataset.with_format("numpy")[name][:]
+    return found
+
+
 @dataclass
 class Encoded:
     """One part ready to train on, and what it holds."""
@@ -57,19 +63,19 @@ class Encoded:
     @property
     def lengths(self) -> Numbers:
         """Tokens of each row after the cut; of a pair those of its longer conversation."""
-        return np.asarray(self.dataset.with_format("numpy")["length"])
+        return _column(self.dataset, "length")
 
     def examples(self, numbers: Sequence[int]) -> list[Any]:
         """Some of the rows, read again from their sources."""
         some = self.dataset.select(numbers)
-        return rows_at(self.work, list(zip(some["source"], some["number"], strict=True)))
+        return rows_at(self.work, list(zip(some["source"][:], some["number"][:], strict=True)))
 
     def bounded(self, rows: int | None) -> "Encoded":
         """No more than so many of its rows, chosen by their content; what it holds is told of all of them."""
         if rows is None or len(self.dataset) <= rows:
             return self
-        order = np.asarray(self.dataset.with_format("numpy")["order"])
-        return replace(self, dataset=self.dataset.select(np.sort(np.argpartition(order, rows)[:rows])))
+        first = np.argpartition(_column(self.dataset, "order"), rows)[:rows]
+        return replace(self, dataset=self.dataset.select(np.sort(first)))
 
     @cached_property
     def rows(self) -> list[Any]:
@@ -152,7 +158,6 @@ def prepare(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> None:
                 making.rename(target)
                 if (seconds := time.monotonic() - started) > SLOW:
                     say(f"data: {made:,} rows prepared in {seconds:,.0f} s and kept in {target}")
-        hashes.save()
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         if not was_there:  # leave the disk as it was

@@ -1,9 +1,12 @@
 """Every picture: line charts as SVG whose colours serve on light and dark pages."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from posttrain.metrics.catalogue import label, of_sets
 
@@ -16,15 +19,19 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+TAIL = 2**20  # bytes, more than a line has
 POINTS = 400  # of a line, more than its chart has room for
 _TRAINING, _HELD_OUT = ("#4c8dd6", ""), ("#e08a2e", "o")  # colour and marker
+
+
+Points = Sequence[tuple[float, float]]
 
 
 class Series(NamedTuple):
     """One line of a chart."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Points
     is_held_out: bool = False
 
 
@@ -70,7 +77,7 @@ def draw(charts: Sequence[Chart]) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+def thinned(points: Points) -> Points:
     """At most POINTS of them, in order: the first, the last, and the lowest and highest of each stretch."""
     if len(points) <= POINTS:
         return points
@@ -82,24 +89,45 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
     return [points[at] for at in sorted(kept)]
 
 
-def curves(
-    groups: Sequence[Sequence[str]], entries: Iterable[Mapping[str, float]], sets: Sequence[str] = ()
-) -> Iterator[Chart]:
-    """A chart of each group of metrics over the steps of a run, from the lines of its metrics.jsonl, read once.
+def read_points(file: Path, keys: Iterable[str]) -> dict[str, Points]:
+    """(step, value) of each key in the lines of a metrics.jsonl; the last line may be cut short."""
+    import pyarrow
+    import pyarrow.json
+
+    wanted = {"step": pyarrow.float64(), **{key: pyarrow.float64() for key in keys}}
+    if not file.is_file() or not file.stat().st_size:
+        return {}
+    content = pyarrow.memory_map(str(file)).read_buffer()
+    end = content.slice(max(content.size - TAIL, 0)).to_pybytes()
+    whole = content.slice(0, content.size - len(end) + end.rfind(b"\n") + 1)
+    if not whole.size:
+        return {}
+    options = pyarrow.json.ParseOptions(explicit_schema=pyarrow.schema(wanted), unexpected_field_behavior="ignore")
+    table = pyarrow.json.read_json(pyarrow.BufferReader(whole), parse_options=options)
+    steps = table["step"].to_numpy()
+    found: dict[str, Points] = {}
+    for key in keys:
+        values = table[key].to_numpy()
+        there = ~np.isnan(values)
+        found[key] = list(zip(steps[there].tolist(), values[there].tolist(), strict=True))
+    return found
+
+
+def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()) -> Iterator[Chart]:
+    """A chart of each group of metrics over the steps of a run, from its metrics.jsonl.
 
     Those of the `sets` of data.eval have charts of their own.
     """
     held_out = [[key for key in keys if key.startswith("eval_")] for keys in groups]
     groups = [*groups, *([key] for name in sets for keys in held_out for key in of_sets(keys, [name]))]
-    lines: dict[str, list[tuple[float, float]]] = {key: [] for keys in groups for key in keys}
-    for entry in entries:
-        for key in lines.keys() & entry.keys():
-            lines[key].append((entry["step"], entry[key]))
-            if len(lines[key]) > 20 * POINTS:
-                lines[key] = [*thinned(lines[key])]
+    lines = read_points(file, dict.fromkeys(key for keys in groups for key in keys))
     for keys in groups:
         series = [
-            Series("held out" if key.startswith("eval_") else "training", thinned(lines[key]), key.startswith("eval_"))
+            Series(
+                "held out" if key.startswith("eval_") else "training",
+                thinned(lines.get(key, [])),
+                key.startswith("eval_"),
+            )
             for key in keys
         ]
         if any(len(each.points) > 1 for each in series):

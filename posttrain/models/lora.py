@@ -57,13 +57,13 @@ def lora_config(model: ModelConfig, loaded: "PreTrainedModel", task_type: str = 
     Raises:
         ConfigError: lists the names that match no module, and those that would; or the adapter cannot be built so.
     """
+    if not model.use_peft:
+        return None
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if not model.use_peft:
-        return None
     linear = {name: module for name, module in loaded.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     linear.pop("score", None)  # a reward model's head is trained whole, not through an adapter
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})

@@ -31,8 +31,6 @@ class Holdings:
 
 def hold_model(config: Config, tokenizer: "PreTrainedTokenizerBase", scores: bool = False) -> Holdings:
     """The model that is trained, alone: a policy with a loss over its own tokens, or a model with one score."""
-    from peft import get_peft_model
-
     settings = config.model
     trained = meta_model(settings, scores, len(tokenizer))
     base = trained
@@ -44,6 +42,7 @@ def hold_model(config: Config, tokenizer: "PreTrainedTokenizerBase", scores: boo
         fuse_head(base)
     if adapter is not None:
         import torch
+        from peft import get_peft_model
 
         with torch.device("meta"):
             trained = get_peft_model(base, adapter)

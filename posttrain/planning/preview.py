@@ -167,6 +167,16 @@ def _end_check(data: StageData, encoded: Encoded) -> str:
     return f"{data.encoder.end_of_turn} ends the response and carries loss in {whole} of {rows} rows"
 
 
+def _doubled(encoded: Encoded, token: int | None) -> int:
+    """How many rows begin with that token twice; of each no more than its first two tokens are read."""
+    from pyarrow import compute
+
+    names = ("input_ids", "prompt_ids", "chosen_ids")
+    name = next(name for name in names if name in encoded.dataset.column_names)
+    batches = encoded.dataset.select_columns(name).with_format("arrow").iter(10_000)
+    return sum(ids == [token] * 2 for batch in batches for ids in compute.list_slice(batch[name], 0, 2).to_pylist())
+
+
 def show_dry_run(config: Config, data: StageData, processes: int) -> None:
     """Data, one row, the tokens at its ends, and the plan."""
     train, tokenizer = data.train, data.encoder.tokenizer
@@ -177,9 +187,7 @@ def show_dry_run(config: Config, data: StageData, processes: int) -> None:
     show_example(config, data)
     if train.loss_tokens:
         say(f"EOS: {_end_check(data, train)}")
-    names = ("input_ids", "prompt_ids", "chosen_ids")
-    beginnings = train.dataset[next(name for name in names if name in train.dataset.column_names)]
-    doubled = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in beginnings)
+    doubled = _doubled(train, tokenizer.bos_token_id)
     brought = f"{doubled} rows begin with two: the template and the data both bring one"
     say(f"BOS: {brought if doubled else 'no row begins with two'}")
     if config.trainer.get("packing"):

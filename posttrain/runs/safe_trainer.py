@@ -167,7 +167,7 @@ class SafeTrainer(_TrainerBase):
         All processes have equally many batches of equal sizes, as TRL's losses need, and no row stands in for another;
         fewer rows than there are processes are left over, and read by all.
         """
-        lengths = list(rows["length"])
+        lengths = rows["length"][:]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         largest, processes = self.args.eval_batch_size, self.accelerator.num_processes
         mine: list[list[int]] = []

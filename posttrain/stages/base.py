@@ -196,7 +196,8 @@ def prepare_rows(
             f"no rows left to train on with stage.max_length={room}: {counts.prompt_too_long} prompts fill it "
             f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, {counts.bad} rows do not fit"
         )
-    sources.hashes.save()
+    if sources.scratch is None:
+        sources.hashes.save()
     if made.train.loss_tokens and made.train.without_end == len(made.train.dataset):
         raise DataError(
             "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "

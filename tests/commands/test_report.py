@@ -202,11 +202,13 @@ def test_the_logs_of_a_long_run_are_not_held_in_memory(tmp_path: Path) -> None:
     assert len(page) < 150_000
 
 
-def test_a_thinned_line_keeps_its_ends_and_its_extremes() -> None:
+def test_a_thinned_line_keeps_its_ends_and_its_extremes(tmp_path: Path) -> None:
     entries = [
         {"step": step, "loss": 1000.0 if step == 777 else -5.0 if step == 54_321 else 1.0} for step in range(10**5)
     ]
-    [chart] = charts.curves((("loss", "eval_loss"),), iter(entries))
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join(map(json.dumps, entries)) + '\n{"step": 3, "lo')  # a kill
+    [chart] = charts.curves((("loss", "eval_loss"),), file)
     points = chart.series[0].points
     assert len(points) <= charts.POINTS
     assert {(0, 1.0), (777, 1000.0), (54_321, -5.0), (99_999, 1.0)} <= set(points)
