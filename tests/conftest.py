@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import time
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -296,6 +297,20 @@ def data_config(name: Any, stage: str, columns: dict[str, Any] | None = None, **
     data = _composed(stage).data
     mapped = dataclasses.replace(data.columns, **(columns or {}))
     return dataclasses.replace(data, **({"dataset_name": name, "columns": mapped, "test_size": 0.0} | changes))
+
+
+def splits_of(format: Any, data: Any) -> Any:
+    """The rows that `data` names, as the reader of a format reads them: to train on and held out, counts and notes."""
+    from posttrain.data.reading import Work, read, rows_at
+    from posttrain.data.sources import find_sources
+
+    work = Work(data, format, find_sources(data))
+    found = read(work, 1)
+    rows = {
+        part: rows_at(work, [(int(found.facts["source"][n]), int(found.facts["number"][n])) for n in numbers])
+        for part, numbers in found.parts.items()
+    }
+    return types.SimpleNamespace(**rows, counts=found.counts, notes=found.notes)
 
 
 def prepared(format: Any, encoding: Any, tokenizer: Any, data: Any, cache: Path) -> Any:

@@ -19,11 +19,8 @@ from posttrain.data.encode import BAD, KEPT, ColumnType, EncodedRow, Encoding, L
 from posttrain.data.sources import (
     HELD_OUT_NAMES,
     NAMED,
-    NOTHING_GIVEN,
-    Given,
     Problems,
     Source,
-    find_sources,
     read_again,
     read_source,
 )
@@ -48,7 +45,6 @@ class Outcome(NamedTuple):
     tally: Tally
     splits: list[str]  # names of the splits that `facts` numbers
     facts: Facts  # of each readable row
-    rows: list[Any]  # the readable rows, where they are not encoded
     table: "pyarrow.RecordBatch | None"  # the rows that are kept
 
 
@@ -83,11 +79,11 @@ class Work(Generic[Row]):
         if places:
             facts["source"], facts["number"] = np.array(places).T
         if self.encoder is None or self.encoding is None:
-            return Outcome(tally, names, facts, rows, None)
+            return Outcome(tally, names, facts, None)
         before = self.encoder.unlike_generation
         table = self._encode(rows, splits, facts, tally)
         tally.unlike_generation = self.encoder.unlike_generation - before
-        return Outcome(tally, names, facts, [], table)
+        return Outcome(tally, names, facts, table)
 
     def _encode(self, rows: list[Row], splits: list[str], facts: Facts, tally: Tally) -> "pyarrow.RecordBatch | None":
         """The table of the rows that are kept; what became of each goes into `facts` and `tally`."""
@@ -216,7 +212,6 @@ class Found:
     notes: list[str]
     facts: Facts
     parts: dict[str, Numbers]  # train, test and the sets of data.eval
-    rows: list[Any]
     tally: Tally
 
 
@@ -228,14 +223,13 @@ def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.Record
         ConfigError: a source or split does not exist, a column would decide and is not read, or two readings differ.
     """
     data, cut_short, codes = work.data, list[str](), dict[str, int]()
-    reader, facts, rows = work.format(data), [np.zeros(0, dtype=FACTS)], []
+    reader, facts = work.format(data), [np.zeros(0, dtype=FACTS)]
     tally = reader.tally
     for outcome in _outcomes(work, _chunks(work.sources, tally.problems, cut_short), processes):
         tally.merge(outcome.tally)
         numbers = np.array([codes.setdefault(name, len(codes)) for name in outcome.splits], dtype="i2")
         outcome.facts["split"] = numbers[outcome.facts["split"]]
         facts.append(outcome.facts)
-        rows += outcome.rows
         if outcome.table is not None and keep is not None:
             keep(outcome.table)
     every = np.concatenate(facts)
@@ -252,7 +246,7 @@ def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.Record
         lost = tally.left_out[division.splits[part]] if part in division.splits else Counts()
         counts[part] = count(every[numbers], lost, *left_out)
         _check_optional(every[numbers], work.sources)
-    return Found(counts, notes + dropped + division.notes, every, division.parts, rows, tally)
+    return Found(counts, notes + dropped + division.notes, every, division.parts, tally)
 
 
 def _check_optional(facts: Facts, sources: Sequence[Source]) -> None:
@@ -262,23 +256,6 @@ def _check_optional(facts: Facts, sources: Sequence[Source]) -> None:
         without = kept[~kept["is_optional"]][0]
         where = sources[without["source"]].place(int(without["number"]))
         raise DataError(f"{where}: no {OPTIONAL!r}, but {having} of {len(kept)} rows have one")
-
-
-@dataclass
-class Splits(Generic[Row]):
-    """The rows to train on and those held out, as they were read; no row is in both."""
-
-    train: list[Row]
-    test: list[Row]
-    counts: dict[str, Counts]
-    notes: list[str]
-
-
-def read_rows(format: Format[Row], data: DataConfig, given: Given = NOTHING_GIVEN) -> Splits[Row]:
-    """The rows themselves, all in memory; raises as `read`."""
-    found = read(Work(data, format, find_sources(data, given)), 1)
-    train, test = ([found.rows[number] for number in found.parts[part]] for part in ("train", "test"))
-    return Splits(train, test, found.counts, found.notes)
 
 
 def rows_at(work: Work[Row], places: Sequence[tuple[int, int]]) -> list[Row]:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, data_config, write_rows
+from conftest import ROOT, data_config, splits_of, write_rows
 
 from posttrain.config.schema import DataConfig
 from posttrain.data.formats import format_instruction, instructions
-from posttrain.data.reading import read_rows
 from posttrain.errors import ConfigError, DataError
 
 GOOD = {"instruction": "Say yes.", "response": "Yes."}
@@ -20,7 +19,7 @@ def data(name: Any, **changes: Any) -> DataConfig:
 
 
 def read(path: Path, **changes: Any) -> Any:
-    return read_rows(instructions, data(str(path), **changes))
+    return splits_of(instructions, data(str(path), **changes))
 
 
 def some(count: int) -> list[dict[str, str]]:
@@ -128,14 +127,14 @@ def test_a_source_that_cannot_be_is_refused(tmp_path: Path, name: str, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ConfigError, match=r"data\.dataset_name="):
-        read_rows(instructions, data(name))
+        splits_of(instructions, data(name))
 
 
 def test_several_files_and_patterns_are_read_in_order(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", some(2))
     write_rows(tmp_path / "b.jsonl", some(4)[2:])
-    both = read_rows(instructions, data([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
-    pattern = read_rows(instructions, data(str(tmp_path / "*.jsonl")))
+    both = splits_of(instructions, data([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
+    pattern = splits_of(instructions, data(str(tmp_path / "*.jsonl")))
     assert [row.content for row in both.train] == [row.content for row in pattern.train]
     assert len(both.train) == 4
 

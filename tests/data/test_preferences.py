@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import tokenizers_for_tests as made
-from conftest import data_config, prepared, write_rows
+from conftest import data_config, prepared, splits_of, write_rows
 
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import format_preference, preferences
 from posttrain.data.messages import parse_transcript
-from posttrain.data.reading import read_rows
 from posttrain.data.template import plain_template
 from posttrain.errors import DataError
 
@@ -25,7 +24,7 @@ USER = [
 
 
 def read(path: Path, **changes: Any) -> Any:
-    return read_rows(preferences, data_config(str(path), "dpo", changes.pop("columns", {}), **changes))
+    return splits_of(preferences, data_config(str(path), "dpo", changes.pop("columns", {}), **changes))
 
 
 def says(text: str) -> list[dict[str, str]]:

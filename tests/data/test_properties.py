@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import tokenizers_for_tests as made
-from conftest import data_config
+from conftest import data_config, splits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import configure
 from posttrain.data.chat import IGNORED, ChatEncoder, Segment
 from posttrain.data.formats import instructions
-from posttrain.data.reading import read_rows
 from posttrain.data.template import plain_template
 from posttrain.errors import ConfigError, DataError
 
@@ -166,7 +165,7 @@ def test_rows_are_read_as_they_were_written(rows: list[tuple[str, str]]) -> None
         file = Path(folder) / "rows.jsonl"
         written = [{"instruction": question, "response": answer} for question, answer in rows]
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
-        read = read_rows(instructions, data_config(str(file), "sft"))
+        read = splits_of(instructions, data_config(str(file), "sft"))
     assert [tuple(message["content"] for message in row.messages) for row in read.train] == rows
     assert read.counts["train"].read == len(rows)
 
@@ -190,7 +189,7 @@ def test_a_broken_row_is_named_wherever_it_stands(before: int, after: int, broke
         file = Path(folder) / "rows.jsonl"
         file.write_text("\n".join([good] * before + [broken] + [good] * after) + "\n", encoding="utf-8")
         with pytest.raises(DataError, match=f"line {before + 1}\\b"):
-            read_rows(instructions, data_config(str(file), "sft"))
+            splits_of(instructions, data_config(str(file), "sft"))
 
 
 NUMBERS = st.floats(-5, 5, width=32)

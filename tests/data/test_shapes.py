@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import data_config, write_rows
+from conftest import data_config, splits_of, write_rows
 
 from posttrain.cli.command import compose_config
 from posttrain.config.check import check
 from posttrain.config.schema import MessagesConfig, PreferenceConfig
 from posttrain.data.formats import instructions, preferences, prompts
-from posttrain.data.reading import read_rows
 from posttrain.errors import ConfigError, DataError
 
 ASKED = {"role": "user", "content": "Two plus two?"}
@@ -30,7 +29,7 @@ MESSAGES = MessagesConfig(role=None, content=None, roles={}, train=None)
 
 def read(tmp_path: Path, stage: str, rows: Any, columns: dict[str, Any] | None = None, **changes: Any) -> Any:
     given = rows if isinstance(rows, list) else [rows]
-    return read_rows(
+    return splits_of(
         READERS[stage], data_config(str(write_rows(tmp_path / "rows.jsonl", given)), stage, columns, **changes)
     )
 
@@ -320,13 +319,13 @@ def test_files_of_each_ending_and_lines_in_json(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write(f"{line}\n")
     names = [str(tmp_path / name) for name in ("a.JSONL", "b.json", "c.jsonl.gz")]
-    assert len(read_rows(instructions, data_config(names, "sft")).train) == 4
+    assert len(splits_of(instructions, data_config(names, "sft")).train) == 4
     (tmp_path / "c.jsonl.gz").write_bytes((tmp_path / "c.jsonl.gz").read_bytes()[:-9])
     with pytest.raises(DataError, match=r"c\.jsonl\.gz"):
-        read_rows(instructions, data_config(names, "sft"))
+        splits_of(instructions, data_config(names, "sft"))
     (tmp_path / "d.json").write_text('{"rows": [\n1]}')
     with pytest.raises(DataError, match="list of objects"):
-        read_rows(instructions, data_config(str(tmp_path / "d.json"), "sft"))
+        splits_of(instructions, data_config(str(tmp_path / "d.json"), "sft"))
 
 
 TALK = [ASKED, SAID]
@@ -389,7 +388,7 @@ def test_a_public_set_is_read_with_the_keys_of_the_page(tmp_path: Path, name: st
     assert composed.dataset_name == "rows"
     path = write_rows(tmp_path / "rows.jsonl", [COLUMNS_OF[name]] * 2)
     local = {"dataset_name": str(path), "dataset_train_split": "train", "dataset_test_split": None, "test_size": 0.0}
-    splits = read_rows(READERS[stage], dataclasses.replace(composed, **local))
+    splits = splits_of(READERS[stage], dataclasses.replace(composed, **local))
     row = splits.train[0]
     assert row.prompt[-1] == ASKED
     if stage in ("dpo", "reward"):
@@ -485,7 +484,7 @@ def test_keys_that_no_row_has_are_refused(tmp_path: Path) -> None:
 def test_a_csv_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.csv").write_text("instruction,response,response\nq,good,bad\n")
     with pytest.raises(DataError, match="'response'"):
-        read_rows(instructions, data_config(str(tmp_path / "twice.csv"), "sft"))
+        splits_of(instructions, data_config(str(tmp_path / "twice.csv"), "sft"))
 
 
 def test_columns_of_any_type_reach_reward_functions(tmp_path: Path) -> None:
@@ -498,7 +497,7 @@ def test_columns_of_any_type_reach_reward_functions(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": ["q"], "when": [when], "raw": [b"\x00"]}), tmp_path / "rows.parquet"
     )
-    [row] = read_rows(prompts, data_config(str(tmp_path / "rows.parquet"), "ppo")).train
+    [row] = splits_of(prompts, data_config(str(tmp_path / "rows.parquet"), "ppo")).train
     assert row.columns == {"when": when, "raw": b"\x00"}
     assert row.content
 

@@ -20,6 +20,7 @@ from conftest import (
     once,
     read_rows,
     same_weights,
+    splits_of,
     start,
     wait_for,
     write_rows,
@@ -278,10 +279,9 @@ def test_compute_dpo_loss_is_what_the_trainer_computes(posttrain: Posttrain, pai
     )
     import posttrain.cli.command as compose
     from posttrain.data.formats import preferences
-    from posttrain.data.reading import read_rows
 
     config = compose.read_command(["stage=dpo", pairs, *FEW]).config
-    test = read_rows(preferences, config.data).test
+    test = splits_of(preferences, config.data).test
     logps = []
     for model in (policy, reference):
         for answers in ([row.chosen for row in test], [row.rejected for row in test]):
