@@ -1,9 +1,9 @@
 """What it costs to prepare the data, beside a bare TRL script on the same rows, and what evaluation takes of a run.
 
-    python benchmarks/data.py [--rows 1000 10000 100000] [--stages sft dpo] [--tokenizers byte spaced] [--prepare]
+    python benchmarks/data.py [--rows 1000 10000 100000] [--stages sft dpo] [--tokenizers byte spaced]
 
-CPU seconds and the largest resident memory are the operating system's account of the child processes. --prepare starts
-posttrain with `posttrain data prepare`, which keeps what it has made; otherwise with dry_run=true, which does not.
+What is measured of posttrain is `posttrain data prepare`, and of TRL a trainer until it could take its first step. CPU
+seconds and the largest resident memory are the operating system's account of the child processes.
 """
 
 import argparse
@@ -120,18 +120,12 @@ def write_rows(stage: str, count: int, folder: Path) -> Path:
     return file
 
 
-def posttrain_start(stage: str, rows: Path, model: Path, prepares: bool) -> list[str]:
-    """What prepares the data and ends."""
-    begin = ["-m", "posttrain", "data", "prepare"] if prepares else ["-m", "posttrain.run", "dry_run=true"]
-    return [*begin, *_overrides(stage, rows, model)]
-
-
 def _overrides(stage: str, rows: Path, model: Path) -> list[str]:
     start = [f"model.model_name_or_path={model}", "model.from_scratch=true", "stage.max_length=1024"]
     return [f"stage={stage}", f"data.dataset_name={rows}", f"data.test_size={HELD_OUT}", *start]
 
 
-def compare(stage: str, kind: str, counts: Sequence[int], prepares: bool) -> None:
+def compare(stage: str, kind: str, counts: Sequence[int]) -> None:
     """First and second start, one process and two, at each number of rows."""
     peaks: dict[int, float] = {}
     for count in counts:
@@ -147,7 +141,7 @@ def compare(stage: str, kind: str, counts: Sequence[int], prepares: bool) -> Non
                 str(model),
                 str(folder / "o"),
             ]
-            ours = posttrain_start(stage, rows, model, prepares)
+            ours = ["-m", "posttrain", "data", "prepare", *_overrides(stage, rows, model)]
             title = f"{stage}, {kind}, {count:,} rows"
             # two processes last, from a cache of their own where there is one
             for what, launch, aim in (
@@ -196,13 +190,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="1000000 takes an hour")
     parser.add_argument("--stages", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
     parser.add_argument("--tokenizers", nargs="+", choices=("byte", "spaced"), default=["byte", "spaced"])
-    parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--evaluation-rows", type=int, default=400, help="0: leave the evaluation out")
     asked = parser.parse_args()
     print(f"{'':<41} {'posttrain':>10} {'bare TRL':>10}  ratio of CPU time   largest process")
     for stage in asked.stages:
         for kind in asked.tokenizers:
-            compare(stage, kind, asked.rows, asked.prepare)
+            compare(stage, kind, asked.rows)
     if asked.evaluation_rows:
         evaluation(asked.evaluation_rows)
 

@@ -283,7 +283,7 @@ def test_other_hyperparameters_data_or_weights_are_refused_by_name(
     write_rows(rows, [{"instruction": "other", "response": f"row {number}"} for number in range(40)])
     done = posttrain(*arguments(rows))
     assert done.code == 2, done
-    assert "the train rows are not the same" in done.err
+    assert "the rows are not the same" in done.err
     assert sorted(path.name for path in interrupted.iterdir()) == before
 
 
