@@ -350,11 +350,12 @@ def computed(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """What a folder holds, byte by byte, but for what Python compiles."""
+    """What a folder holds, byte by byte, but for what Python compiles and prepared rows, which stay for a next run."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
-        if "__pycache__" not in path.parts
+        if not {"__pycache__", ".cache"} & set(path.parts)
+        and not (path.is_dir() and [entry.name for entry in path.iterdir()] == [".cache"])
     }
 
 
