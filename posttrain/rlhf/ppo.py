@@ -157,6 +157,7 @@ class PPOTrainer(OnlineTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
+            self._evaluated = (-1, {})  # those were other weights
             self.policy_and_value().load_trained(self.best_checkpoint() / WEIGHTS)
 
 
