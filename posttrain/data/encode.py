@@ -20,7 +20,7 @@ from posttrain.data.splits import Example
 from posttrain.values import Fields
 
 TokenIds = tuple[list[int], list[int]]  # the ids of a conversation and its labels
-ColumnType = Literal["ids", "integer", "number", "text"]
+ColumnType = Literal["ids", "flag", "integer", "number", "text"]
 RowT_contra = TypeVar("RowT_contra", bound=Example, contravariant=True)
 
 # why a row is left out, besides that it is bad; KEPT: it is not

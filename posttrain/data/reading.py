@@ -133,6 +133,7 @@ def table_schema(types: dict[str, ColumnType]) -> "pyarrow.Schema":
 
     kinds = {
         "ids": pyarrow.list_(pyarrow.int32()),
+        "flag": pyarrow.bool_(),
         "integer": pyarrow.int32(),
         "number": pyarrow.float64(),
         "text": pyarrow.large_string(),

@@ -45,7 +45,7 @@ class RatedEncoding:
 
     max_length: int
     overlength: str
-    types: ClassVar[dict[str, ColumnType]] = {"prompt_ids": "ids", "completion_ids": "ids", "label": "integer"}
+    types: ClassVar[dict[str, ColumnType]] = {"prompt_ids": "ids", "completion_ids": "ids", "label": "flag"}
 
     def segments(self, encoder: ChatEncoder, row: Prompt) -> list[list[Segment]]:
         return [encoder.answer(row.prompt, row.columns["completion"])]
