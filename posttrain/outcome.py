@@ -61,6 +61,7 @@ def show_result(
             rows.append((label(name, sets), *values))
     if rows and metrics["eval_rows"]:
         rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2))
+    rows += [(f"{name}: held-out rows", *[f"{metrics[f'eval_{name}_rows']:,}"] * 2) for name in sets]
     show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
     completed = list(zip(shown, before.completions, after.completions, strict=False))
     shown_rows = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]

@@ -35,10 +35,16 @@ def _main(arguments: Sequence[str]) -> None:
     from posttrain.train import prepare_stage
 
     word, *rest = arguments or [""]
-    parse(arguments if word.startswith("-") else rest)  # an unknown flag is named first
+    if word.startswith("-"):
+        parse(arguments)  # names the flag
+    keys = [override.key_or_group for override in parse(rest).overrides]
     if word == "prepare":
+        if without := sorted({"dry_run", "overwrite", "move_aside"} & set(keys)):
+            raise ConfigError(f"{without[0]} is for a run; posttrain data prepare trains nothing")
         prepare_stage(read_command(rest, list(STAGES)).config)
     elif word == "prune":
+        if unread := [key for key in keys if key not in ("output_dir", "data.cache_dir")]:
+            raise ConfigError(f"{unread[0]}: posttrain data prune takes output_dir and data.cache_dir alone")
         from posttrain.data.prepared import prune
 
         folder = cache_of(read_command(rest, None).config)

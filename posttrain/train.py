@@ -44,6 +44,7 @@ from posttrain.outcome import samples, show_result, tables
 from posttrain.paths import EMBEDDED
 from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
+from posttrain.rlhf.rewards import load_function
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
@@ -226,11 +227,21 @@ def _identity(
         "data": {"sources": list(sources.digests.values())},
         **{name: input_hashes(folder) for name, folder in resolved.folders.items()},
         "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-        "code": code_hashes(all_reward_functions(config)),
+        "code": _code(config),
         "begun": begun.isoformat(),
         "processes": world_size(),
         "versions": versions(),
     }
+
+
+def _code(config: Config) -> dict[str, str]:
+    functions = all_reward_functions(config)
+    try:
+        return code_hashes(functions)
+    except (OSError, ImportError):
+        for spec in functions:
+            load_function("stage.reward_functions or stage.eval_reward_functions", spec)  # says what is wrong with it
+        raise
 
 
 def _run(
@@ -295,6 +306,10 @@ def _run(
         "trained_tokens": trainer.trained_tokens or round(data.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
         "eval_rows": 0 if data.test is None else len(shown) if spec.is_online else len(data.test.rows),
+        **{
+            f"eval_{name}_rows": len(panels[name]) if spec.is_online else len(part.rows)
+            for name, part in data.named.items()
+        },
     }
     save_model(config, folder, trainer, tokenizer, base, stage.load)
     if is_main_process():
@@ -316,7 +331,8 @@ def _evaluate(stage: Stage, context: StageContext, trainer: "SafeTrainer") -> Ev
     result = stage.evaluate_model(context, trainer)
     if context.data.named:
         named = tuple(f"eval_{name}_" for name in context.data.named)
-        result.metrics |= {name: value for name, value in trainer.evaluate().items() if name.startswith(named)}
+        found = {name: value for name, value in trainer.evaluate().items() if name.startswith(named)}
+        result.metrics = found | result.metrics
     return result
 
 

@@ -152,7 +152,8 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
             for row in text
         ]
     write_rows(tmp_path / "local.jsonl", text)
-    write_rows(tmp_path / "mine.jsonl", text)
+    for name in ("mine", "chat", "maths", "helpful"):
+        write_rows(tmp_path / f"{name}.jsonl", [{**row, "system": name} for row in text])
     remote = ("model=gpt2", "model=qwen3_8b", "data.dataset_name=yahma")
     remote += tuple(f"recipes={name}" for name in RECIPES if not name.startswith("quickstart/"))
     more = LOCAL if any(argument.startswith(remote) for argument in arguments) else []

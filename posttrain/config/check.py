@@ -202,8 +202,10 @@ def _check_sources(data: DataConfig) -> typing.Iterator[str]:
     for path, part in named.items():
         if not part.name:
             yield f"{path}.name is required: a path or a Hub id"
-        if part.weight is not None and (not part.weight > 0 or path.startswith("data.eval")):
-            yield f"{path}.weight={part.weight} must be above 0, and stands in data.mixture alone"
+        if part.weight is not None and path.startswith("data.eval"):
+            yield f"{path}.weight={part.weight} has no meaning: weights are shares of the rows to train on"
+        elif part.weight is not None and not part.weight > 0:
+            yield f"{path}.weight={part.weight} must be above 0"
         if part.max_rows is not None and part.max_rows < 1:
             yield f"{path}.max_rows={part.max_rows} must be at least 1"
         for column in part.columns.keys() - vars(data.columns).keys():
@@ -231,7 +233,7 @@ def _source(path: str, value: object) -> SourceConfig:
             SourceConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), given))
         )
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}.{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def check(composed: DictConfig) -> Config:
@@ -271,10 +273,18 @@ def check(composed: DictConfig) -> Config:
     schema.trainer = trainer
     config = typing.cast(Config, OmegaConf.to_object(schema))
     data = config.data
-    data.mixture = [
-        _source(f"data.mixture[{at}]", part) for at, part in enumerate(typing.cast("list[object]", data.mixture))
-    ]
-    data.eval = {name: _source(f"data.eval.{name}", part) for name, part in data.eval.items()}
+    given = {f"data.mixture[{at}]": part for at, part in enumerate(data.mixture)}
+    given |= {f"data.eval.{name}": part for name, part in data.eval.items()}
+    sources: dict[str, SourceConfig] = {}
+    for path, part in given.items():
+        try:
+            sources[path] = _source(path, part)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    data.mixture = [sources[f"data.mixture[{at}]"] for at in range(len(data.mixture))]
+    data.eval = {name: sources[f"data.eval.{name}"] for name in data.eval}
     problems = [*_check_trainer(config.stage, config.trainer), *_check_together(config)]
     if problems:
         raise ConfigError(*problems)
@@ -305,7 +315,8 @@ def _leaf_problem(
         OmegaConf.update(schema, path, value)
     except (OmegaConfBaseException, ValueError):
         wanted = str(keys[path].type).removeprefix("<class '").removesuffix("'>").replace(" | ", " or ")
-        return f"{path}={value!r} must be {wanted.replace('None', 'null')}"
+        wanted = wanted.replace("None", "null").replace("dict[str, typing.Any]", "{name: value, …}")
+        return f"{path}={value!r} must be {wanted.replace('list[typing.Any]', '[{name: …}, …]')}"
     return _limit_problem(path, OmegaConf.select(schema, path), keys[path].metadata)
 
 

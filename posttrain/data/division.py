@@ -59,12 +59,6 @@ def divide(data: DataConfig, facts: Facts, splits: Sequence[str], entries: Numbe
         raise DataError(f"data.dataset_name={data.dataset_name}: {wanted}", *dropped)
     if missing := [name for name, numbers in named.items() if numbers is None]:
         raise DataError(f"data.eval.{missing[0]} has no rows", *dropped)
-    before, notes = len(train), list[str]()
-    if weights := [part.weight for part in data.mixture if part.weight is not None]:
-        train, shares = _mix(facts, train, entries, weights)
-        parts = [f"{share:,} rows of {part.name}" for share, part in zip(shares, data.mixture, strict=True)]
-        notes.append(f"mixture: {', '.join(parts)}")
-    unmixed = before - len(train)
     test_split = data.dataset_test_split or next((name for name in HELD_OUT_NAMES if name in found), None)
     if test_split is None:
         train, test = _held_out(facts["content"], train, data.test_size)
@@ -81,30 +75,44 @@ def divide(data: DataConfig, facts: Facts, splits: Sequence[str], entries: Numbe
     train = train[~repeated]
     if not len(train):
         raise DataError("no rows left to train on: every one of them is also among the held-out rows")
-    notes += [f"{len(numbers)} rows of split {name!r} are not used" for name, numbers in found.items()]
+    notes, before = (
+        [f"{len(numbers)} rows of split {name!r} are not used" for name, numbers in found.items()],
+        len(train),
+    )
+    if data.mixture and data.mixture[0].weight is not None:
+        train, shares = _mix(data, facts, train, entries)
+        parts = [f"{share:,} rows of {part.name}" for share, part in zip(shares, data.mixture, strict=True)]
+        notes.append(f"mixture: {', '.join(parts)} to train on")
     known = {"train": data.dataset_train_split, **({"test": test_split} if test_split is not None else {})}
     return Division(
         {"train": train, "test": test, **held_out},
         known | {name: f"{NAMED}{name}" for name in held_out},
         int(repeated.sum()),
-        unmixed,
+        before - len(train),
         notes,
     )
 
 
-def _mix(facts: Facts, train: Numbers, entries: Numbers, weights: Sequence[float]) -> tuple[Numbers, list[int]]:
+def _mix(data: DataConfig, facts: Facts, train: Numbers, entries: Numbers) -> tuple[Numbers, list[int]]:
     """As many rows as there can be with each source's share of them exact to a row, chosen by their content.
 
     Rows that are left out anyway stay, to be counted.
+
+    Raises:
+        DataError: a source has no rows left.
     """
     kept = facts["why"][train] == KEPT
     of_entry = entries[facts["source"][train]]
+    weights = [float(part.weight) for part in data.mixture]
     mine = [train[kept & (of_entry == entry)] for entry in range(len(weights))]
     parts = [weight / sum(weights) for weight in weights]
     total = min(int(len(numbers) / part) + 1 for numbers, part in zip(mine, parts, strict=True))
     while any(share > len(numbers) for share, numbers in zip(_shares(total, parts), mine, strict=True)):
         total -= 1
     shares = _shares(total, parts)
+    for part, numbers in zip(data.mixture, mine, strict=True):
+        if not len(numbers):
+            raise DataError(f"data.mixture: no rows of {part.name} are left to train on")
     chosen = [
         numbers[np.argsort(facts["content"][numbers], kind="stable")[:share]]
         for numbers, share in zip(mine, shares, strict=True)

@@ -158,7 +158,7 @@ def _chunks(sources: Sequence[Source], problems: Problems, cut_short: list[str])
             )
             yield from islice(found, limit)
             if limit is not None and next(found, None) is not None:
-                cut_short.append(f"{limit} rows of {whole[0][1].name}")
+                cut_short.append(f"{limit:,} of {whole[0][1].name}")
 
     found = rows()
     while chunk := list(islice(found, CHUNK)):
@@ -235,7 +235,7 @@ def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.Record
             keep(outcome.table)
     every = np.concatenate(facts)
     notes = reader.notes()
-    notes += [f"data.max_rows: the rows after the first {which} were not read" for which in cut_short]
+    notes += [f"max_rows: the rows after the first {which} were not read" for which in cut_short]
     dropped = [f"left out (data.bad_rows=drop): {line}" for line in tally.dropped.summary()]
     entries = np.array([source.entry for source in work.sources])
     division = divide(data, every, list(codes), entries, dropped)

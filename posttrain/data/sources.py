@@ -239,17 +239,19 @@ def check_source(data: DataConfig) -> None:
     Raises:
         ConfigError: no such file, or files of a type that is not read.
     """
-    names = _sources(data)
-    for name in names:
+    names = {f"data.eval.{name}": part.name for name, part in data.eval.items()}
+    if data.mixture:
+        names |= {f"data.mixture[{at}].name": part.name for at, part in enumerate(data.mixture)}
+    for key, name in [*names.items(), *(("data.dataset_name", name) for name in _names(data) if not data.mixture)]:
         found = _files(name)
         looks_local = name.startswith((".", "/", "~")) or _type(name) in FILE_TYPES or name.count("/") > 1
         if not found and not Path(name).is_dir() and (looks_local or "*" in name):
             beside = map(str, Path(name).parent.glob("*.*"))
-            raise ConfigError(f"data.dataset_name={name}: no such file{nearest(name, beside)}")
+            raise ConfigError(f"{key}={name}: no such file{nearest(name, beside)}")
         for path in found:
             if _type(path) not in _READERS:
                 known = ", ".join(FILE_TYPES)
-                raise ConfigError(f"data.dataset_name={path}: the type {_type(path)!r} is not one of {known}")
+                raise ConfigError(f"{key}={path}: the type {_type(path)!r} is not one of {known}")
 
 
 def _unit(path: Path) -> str:
@@ -336,7 +338,6 @@ def _part(data: DataConfig, part: SourceConfig, split: str) -> list[Source]:
         max_rows=part.max_rows if part.max_rows is not None else data.max_rows,
         columns=replace(data.columns, **part.columns),
     )
-    check_source(own)
     found = _files_as(own, part.name, split) or [
         source._replace(split=split)
         for source in _folder_or_hub(own, part.name)
@@ -357,11 +358,11 @@ def find_sources(data: DataConfig, given: Given = NOTHING_GIVEN) -> list[Source]
         return [
             Source(split, split, "row", rows, data, keeps_split=True, is_given=True) for split, rows in given.items()
         ]
+    check_source(data)
     found: list[Source] = []
     for entry, part in enumerate(data.mixture):
         found += [source._replace(entry=entry) for source in _part(data, part, data.dataset_train_split)]
     if not data.mixture:
-        check_source(data)
         for name in _names(data):
             found += _files_as(data, name, data.dataset_train_split) or _folder_or_hub(data, name)
     if data.dataset_test_split:

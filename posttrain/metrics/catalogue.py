@@ -76,7 +76,9 @@ def formatted(key: str, value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     is_share = key in METRICS and METRICS[key].is_share
-    return f"{value:.1%}" if is_share or key.endswith("_accuracy") else f"{value:.4f}"  # of a named set
+    return (
+        f"{value:.1%}" if is_share or key.endswith(("_accuracy", "_rewards/accuracies")) else f"{value:.4f}"
+    )  # of a named set
 
 
 def with_gold_apart(shown: Iterable[str], metrics: Iterable[str]) -> list[str]:

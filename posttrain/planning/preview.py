@@ -39,10 +39,11 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
     return [cell if isinstance(cell, str) else f"{cell:,}" for cell in [*cells, tokens]] + [share]
 
 
-def _sources(data: StageData) -> list[tuple[str, str, str]]:
-    """Each source with its rows."""
-    found = data.prepared.rows_of.items()
-    return [(f"rows of {name}", f"{rows['train']:,}", f"{rows['test']:,}") for name, rows in found]
+def _parts(data: StageData) -> dict[str, Encoded | None]:
+    """What the rows are for -> those of them that are kept; named sets are held out, too."""
+    made = data.prepared
+    whole = {"train": made.train} | ({"test": made.test} if made.test is not None or not made.named else {})
+    return whole | made.named
 
 
 def _response_tokens(config: Config) -> str:
@@ -55,9 +56,11 @@ def show_data(config: Config, data: StageData) -> None:
     """Print what was read and from where, kept, cut and left out, and warn of what may be a mistake."""
     names = ("rows read", "rows kept", "of these cut", "rows left out", "repeated", "tokens", _response_tokens(config))
     train, counts, max_length = data.train, data.prepared.counts["train"], config.stage.max_length
-    cells = zip(names, _summary(train, counts), _summary(data.test, data.prepared.counts["test"]), strict=True)
-    table = [*_sources(data), *list(cells)[: len(names) if train.loss_tokens else -1]]
-    show_table("data", ("", "train", "held out"), table)
+    parts, rows_of = _parts(data), data.prepared.rows_of
+    cells = zip(names, *(_summary(part, data.prepared.counts[name]) for name, part in parts.items()), strict=True)
+    sources = [(f"rows of {name}", *(f"{rows[part]:,}" for part in parts)) for name, rows in rows_of.items()]
+    table = [*sources, *list(cells)[: len(names) if train.loss_tokens else -1]]
+    show_table("data", ("", *("held out" if name == "test" else name for name in parts)), table)
     for note in data.prepared.notes:
         say(f"data: {note}")
     if counts.truncated:
@@ -99,7 +102,9 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
     )
     if data.test is not None:
         bound = f" (data.max_eval_rows={config.data.max_eval_rows})" if config.data.max_eval_rows is not None else ""
-        say(f"held-out rows at each evaluation: {len(data.test.dataset):,}{bound}")
+        sizes = [f"{len(data.test.dataset):,}"] if data.prepared.test is not None else []
+        sizes += [f"{len(part.dataset):,} of {name}" for name, part in data.named.items()]
+        say(f"held-out rows at each evaluation: {', '.join(sizes)}{bound}")
     if config.trainer.get("max_steps", -1) > 0:
         say(f"steps: {plan.steps:,} (trainer.max_steps={config.trainer['max_steps']})")
     else:

@@ -387,7 +387,9 @@ def _comparable(identity: JsonObject) -> JsonObject:
 
 def _changed(key: str, old: object, new: object) -> str:
     if key.startswith("data."):
-        return "the rows are not the same: the content of data.dataset_name has changed"
+        return "the rows are not the same: the content of a file that data names has changed"
+    if key == "config.data.mixture":
+        return "data.mixture is not the same"
     if key.startswith("reward_model."):
         return "the reward model's weights are not the same"
     if key.startswith("model."):

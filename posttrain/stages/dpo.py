@@ -16,6 +16,7 @@ from posttrain.data.formats import preferences
 from posttrain.data.splits import Example
 from posttrain.devices import on_all_processes
 from posttrain.errors import PosttrainError
+from posttrain.metrics.catalogue import of_sets
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
 from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
@@ -254,7 +255,8 @@ def evaluate_model(context: StageContext, trainer: "DPOTrainer") -> EvalResult:
     found = trainer.evaluate()
     metrics |= {name: found[key] for name, key in EVALUATED.items() if key in found}
     if trainer.state.global_step == 0:
-        metrics["accuracy"] = math.nan  # at the start all pairs are ties
+        # at the start all pairs are ties
+        metrics |= dict.fromkeys(("accuracy", *of_sets(["rewards/accuracies"], context.data.named)), math.nan)
     return EvalResult(metrics, completions)
 
 

@@ -77,6 +77,10 @@ def test_prepared_ahead_by_the_words_of_the_run(posttrain: Posttrain, entry: Pos
     assert posttrain(*command).code == 0
     assert sets(Path("kept")) == [ahead]
     assert entry(prepare.main, "prun").code == 2
+    assert entry(prepare.main, "prune", "dry_run=true").code == 2
+    assert entry(prepare.main, "prune", "data.dataset_name=nope.jsonl").code == 2
+    assert entry(prepare.main, "prepare", *command, "dry_run=true").code == 2
+    assert sets(Path("kept")) == [ahead]
     assert entry(prepare.main, "prepare", "data.dataset_name=nope.jsonl").code == 2
 
 
