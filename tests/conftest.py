@@ -20,6 +20,7 @@ os.environ["COLUMNS"] = "200"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from forked import Forked
@@ -301,15 +302,17 @@ def data_config(name: Any, stage: str, columns: dict[str, Any] | None = None, **
 
 def splits_of(format: Any, data: Any) -> Any:
     """The rows that `data` names, as the reader of a format reads them: to train on and held out, counts and notes."""
-    from posttrain.data.reading import Work, read, rows_at
+    from posttrain.data.reading import Work, order_of, read, rows_at
     from posttrain.data.sources import find_sources
 
     work = Work(data, format, find_sources(data))
     found = read(work, 1)
-    rows = {
-        part: rows_at(work, [(int(found.facts["source"][n]), int(found.facts["number"][n])) for n in numbers])
-        for part, numbers in found.parts.items()
-    }
+    rows = {}
+    for part, numbers in found.parts.items():
+        facts = found.facts[numbers]
+        places = list(zip(facts["source"].tolist(), facts["number"].tolist(), strict=True))
+        contents = np.ascontiguousarray(facts["content"]).view("V16").tolist()
+        rows[part] = rows_at(work, places, [order_of(content) for content in contents])
     return types.SimpleNamespace(**rows, counts=found.counts, notes=found.notes)
 
 
@@ -323,8 +326,9 @@ def prepared(format: Any, encoding: Any, tokenizer: Any, data: Any, cache: Path)
 
     sources, hashes = find_sources(data), Hashes(cache)
     work = Work(data, format, sources, ChatEncoder(tokenizer, data.allow_special_tokens), encoding)
-    key = key_of(work, hashes.of_sources(sources))
-    prepare(work, cache, hashes, key)
+    digests = hashes.of_sources(sources)
+    key = key_of(work, digests)
+    prepare(work, cache, hashes, key, digests)
     return load(work, cache, key)
 
 

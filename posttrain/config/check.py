@@ -214,8 +214,8 @@ def _check_sources(data: DataConfig) -> typing.Iterator[str]:
     if any(weighted) and not all(weighted):
         yield "data.mixture: give each source a weight, or none of them"
     for name in data.eval:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            yield f"data.eval.{name}: a name may hold letters, digits, '_' and '-' only"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in ("train", "test"):
+            yield f"data.eval.{name}: a name may hold letters, digits, '_' and '-', and be neither train nor test"
     names = [part.name for part in data.mixture]
     if names and data.dataset_name not in (None, names):
         yield "data.mixture stands in place of data.dataset_name; leave one out"

@@ -11,7 +11,7 @@ from posttrain.config.schema import Config
 from posttrain.data.sources import Source
 from posttrain.errors import DataError
 
-CACHE, HASHES = ".cache", "hashes.json"
+CACHE, HASHES = ".cache", "posttrain-hashes.json"
 YOUNG = 5.0  # seconds in which a file may change again without a later time
 
 
@@ -26,9 +26,12 @@ class Hashes:
     def __init__(self, folder: Path) -> None:
         self.file = folder / HASHES
         try:
-            self.known: dict[str, list[object]] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there yet, or broken: every digest is taken anew
-            self.known = {}
+            found = dict(json.loads(self.file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # not there yet, or broken: every digest is taken anew
+            found = {}
+        self.known: dict[str, list[object]] = {
+            name: state for name, state in found.items() if isinstance(state, list) and len(state) == 5
+        }
         self.is_new = False
 
     def of(self, file: Path) -> str:

@@ -1,9 +1,9 @@
 """Prepared data: the encoded rows of a stage as an Arrow data set on disk, made once and memory-mapped from then on.
 
 <output_dir>/.cache/ (or data.cache_dir)
-  hashes.json            sha256 of the sources, remembered
+  posttrain-hashes.json  sha256 of the sources, remembered
   <key>/rows.arrow       the rows that are kept, as `data/encode.py` makes them, and where each stands
-  <key>/train.arrow      the numbers of those to train on; test.arrow and others: of those held out
+  <key>/of-train.arrow   the numbers of those to train on; of-test.arrow and others: of those held out
   <key>/prepared.json    what else is known of them; without it, or with a file changed, the folder is made again
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from posttrain.console import say
 from posttrain.data.division import Numbers
@@ -68,7 +69,8 @@ class Encoded:
     def examples(self, numbers: Sequence[int]) -> list[Any]:
         """Some of the rows, read again from their sources."""
         some = self.dataset.select(numbers)
-        return rows_at(self.work, list(zip(some["source"][:], some["number"][:], strict=True)))
+        places = list(zip(some["source"][:], some["number"][:], strict=True))
+        return rows_at(self.work, places, some["order"][:])
 
     def bounded(self, rows: int | None) -> "Encoded":
         """No more than so many of its rows, chosen by their content; what it holds is told of all of them."""
@@ -139,13 +141,15 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def prepare(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> None:
+def prepare(work: Work[Any], folder: Path, hashes: Hashes, key: str, sources: dict[str, str]) -> None:
     """Make the prepared rows unless they are there; of several commands that want the same, one makes them.
 
     Raises:
-        DataError, ConfigError: as `reading.read`; or the folder cannot be written.
+        DataError, ConfigError: as `reading.read`; a source has changed meanwhile; or the folder cannot be written.
     """
     target, making, lock = folder / key, folder / f"{MAKING}{key}", folder / f".{key}.lock"
+    if is_whole(target, hashes):
+        return
     was_there = folder.is_dir()
     try:
         with _writable(folder), FileLock(lock):
@@ -155,16 +159,19 @@ def prepare(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> None:
                     shutil.rmtree(broken, ignore_errors=True)
                 making.mkdir()
                 made = _make(work, making, hashes, key)
+                for name, digest in hashes.of_sources(work.sources).items():
+                    if digest != sources[name]:
+                        raise DataError(f"{name} has changed while it was read; start the same command again")
                 making.rename(target)
                 if (seconds := time.monotonic() - started) > SLOW:
                     say(f"data: {made:,} rows prepared in {seconds:,.0f} s and kept in {target}")
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         if not was_there:  # leave the disk as it was
-            lock.unlink(missing_ok=True)
-            for path in (folder, folder.parent):
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
+                folder.rmdir()
+                folder.parent.rmdir()
         raise
 
 
@@ -183,7 +190,7 @@ def _make(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> int:
         mine = numbers[kept[numbers]]
         index = pyarrow.table({"indices": pyarrow.array(row_numbers[mine], type=pyarrow.uint64())})
         with (
-            pyarrow.OSFile(str(folder / f"{part}.arrow"), "wb") as file,
+            pyarrow.OSFile(str(folder / f"of-{part}.arrow"), "wb") as file,
             pyarrow.ipc.new_stream(file, index.schema) as indices,
         ):
             indices.write_table(index)
@@ -198,8 +205,8 @@ def _make(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> int:
             "counts": asdict(found.counts[part]),
         }
         for number, source in enumerate(work.sources):
-            rows_of = content["rows_of"].setdefault(source.name, {})
-            rows_of[part] = int((found.facts["source"][numbers] == number).sum())
+            rows_of = content["rows_of"].setdefault(source.name, dict.fromkeys(found.parts, 0))
+            rows_of[part] += int((found.facts["source"][numbers] == number).sum())
     content |= {
         "notes": found.notes,
         "columns": sorted(found.tally.columns),
@@ -212,11 +219,13 @@ def _make(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> int:
 
 
 def _content(folder: Path) -> JsonObject | None:
+    """What prepared.json says, if it is that of the folder."""
     try:
         found = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it was never finished, or it is broken: it is made again
         return None
-    return found if isinstance(found, dict) else None
+    known = {"key", "parts", "rows_of", "notes", "columns", "options", "unlike_generation", "files"}
+    return found if isinstance(found, dict) and found.keys() == known and found["key"] == folder.name else None
 
 
 def is_whole(folder: Path, hashes: Hashes) -> bool:
@@ -224,23 +233,32 @@ def is_whole(folder: Path, hashes: Hashes) -> bool:
     content = _content(folder)
     try:
         return content is not None and all(hashes.of(folder / name) == sha for name, sha in content["files"].items())
-    except (DataError, KeyError, AttributeError):  # a file of it is missing, or prepared.json is another thing
+    except DataError:  # a file of it is missing
         return False
 
 
 def prune(folder: Path) -> tuple[int, int]:
-    """Delete prepared rows, finished or not, and nothing else; returns how many sets there were, and their bytes."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    sets = [path for path in entries if path.name.startswith(MAKING) or (path / PREPARED).is_file()]
-    size = sum(file.stat().st_size for path in sets for file in path.rglob("*") if file.is_file())
-    for path in sets:
-        with FileLock(folder / f".{path.name.removeprefix(MAKING)}.lock"):  # not while it is being made
+    """Delete prepared rows, finished or not, and nothing else; returns how many sets there were, and their bytes.
+
+    Those that are being made stay.
+    """
+    count, size = 0, 0
+    if not folder.is_dir():
+        return 0, 0
+    for path in sorted(folder.iterdir()):
+        key = path.name.removeprefix(MAKING)
+        ours = not path.is_symlink() and path.is_dir() and re.fullmatch(r"[0-9a-f]{32}", key)
+        if not ours or (key == path.name and _content(path) is None):
+            continue
+        with contextlib.suppress(Timeout), FileLock(lock := folder / f".{key}.lock", timeout=0):
+            size += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            count += 1
             shutil.rmtree(path)
-    for file in (*folder.glob(".*.lock"), folder / HASHES):
-        file.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+    (folder / HASHES).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is in it
         folder.rmdir()
-    return len(sets), size
+    return count, size
 
 
 def load(work: Work[Any], folder: Path, key: str) -> Prepared:
@@ -260,7 +278,7 @@ def load(work: Work[Any], folder: Path, key: str) -> Prepared:
     encoded = {}
     for part, known in content["parts"].items():
         if known["rows"]:
-            dataset = Dataset.from_file(rows, indices_filename=str(folder / key / f"{part}.arrow"))
+            dataset = Dataset.from_file(rows, indices_filename=str(folder / key / f"of-{part}.arrow"))
             if OPTIONAL in dataset.column_names and not known["optional"]:
                 dataset = dataset.remove_columns(OPTIONAL)
             encoded[part] = Encoded(dataset, work, known["tokens"], known["loss_tokens"], known["without_end"])

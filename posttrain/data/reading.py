@@ -73,7 +73,7 @@ class Work(Generic[Row]):
             tally.merge(reader.tally)
         names = list(dict.fromkeys(splits))
         facts = np.zeros(len(rows), dtype=FACTS)
-        facts["content"] = [hashlib.sha256(row.content.encode()).digest()[:16] for row in rows]
+        facts["content"] = [content_of(row) for row in rows]
         facts["split"] = [names.index(split) for split in splits]
         facts["repeats_prompt"] = [_repeats_prompt(row) for row in rows]
         if places:
@@ -111,9 +111,9 @@ class Work(Generic[Row]):
         if not kept:
             return None
         places = facts[facts["why"] == KEPT]
+        contents = np.ascontiguousarray(places["content"]).view("V16").tolist()
         columns: dict[str, Any] = {name: [row.columns.get(name) for row in kept] for name in self.encoding.types}
-        order = np.ascontiguousarray(places["content"]).view("i8")[::2]
-        columns |= {"length": [row.length for row in kept], "order": order}
+        columns |= {"length": [row.length for row in kept], "order": [order_of(each) for each in contents]}
         columns |= {name: places[name] for name in ("source", "number")}
         fields = table_schema(self.encoding.types)
         return pyarrow.record_batch(
@@ -140,6 +140,16 @@ def table_schema(types: dict[str, ColumnType]) -> "pyarrow.Schema":
     }
     more = {"length": pyarrow.int32(), "order": pyarrow.int64(), "source": pyarrow.int16(), "number": pyarrow.int64()}
     return pyarrow.schema({name: kinds[kind] for name, kind in types.items()} | more)
+
+
+def content_of(row: Example) -> bytes:
+    """The beginning of the sha256 of what makes two rows the same row."""
+    return hashlib.sha256(row.content.encode()).digest()[:16]
+
+
+def order_of(content: bytes) -> int:
+    """A number by which some of many rows are chosen."""
+    return int.from_bytes(content[:8], "big", signed=True)
 
 
 def _repeats_prompt(row: Example) -> bool:
@@ -259,8 +269,8 @@ def _check_optional(facts: Facts, sources: Sequence[Source]) -> None:
         raise DataError(f"{where}: no {OPTIONAL!r}, but {having} of {len(kept)} rows have one")
 
 
-def rows_at(work: Work[Row], places: Sequence[tuple[int, int]]) -> list[Row]:
-    """Rows read again from where they stand: (number of the source, number of the row).
+def rows_at(work: Work[Row], places: Sequence[tuple[int, int]], orders: Sequence[int]) -> list[Row]:
+    """Rows read again from where they stand, (number of the source, number of the row), and the `order` of each.
 
     Raises:
         DataError: the source has changed since it was read.
@@ -273,7 +283,8 @@ def rows_at(work: Work[Row], places: Sequence[tuple[int, int]]) -> list[Row]:
             _, row = reader.row(source, number, content)
             if row is not None:
                 found[place, number] = row
-    for at, number in places:
-        if (at, number) not in found:
+    for (at, number), order in zip(places, orders, strict=True):
+        row = found.get((at, number))
+        if row is None or order_of(content_of(row)) != order:
             raise DataError(f"{work.sources[at].place(number)} has changed since it was read; start again")
     return [found[place] for place in places]

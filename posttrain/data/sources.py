@@ -90,14 +90,14 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 def parse_line(number: int, line: bytes) -> object:
-    """What a line of a .jsonl file says; None where it is blank.
+    """What a line of a .jsonl file says.
 
     Raises:
         ValueError: it is not JSON, not UTF-8, or has a key twice.
     """
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        return json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys) if text.strip() else None
+        return json.loads(text.rstrip("\r\n"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from error
     except ValueError as error:  # not UTF-8, or a duplicate key
@@ -107,7 +107,7 @@ def parse_line(number: int, line: bytes) -> object:
 def _read_jsonl(path: Path, problems: Problems) -> Iterator[Numbered]:
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield number, line
 
 
@@ -338,6 +338,8 @@ def _part(data: DataConfig, part: SourceConfig, split: str) -> list[Source]:
         max_rows=part.max_rows if part.max_rows is not None else data.max_rows,
         columns=replace(data.columns, **part.columns),
     )
+    if part.split is not None and _files(part.name):
+        raise ConfigError(f"{part.name} is a file and has no split {part.split!r}; leave `split` out of its entry")
     found = _files_as(own, part.name, split) or [
         source._replace(split=split)
         for source in _folder_or_hub(own, part.name)

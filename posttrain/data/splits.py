@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from posttrain.config.schema import DataConfig, PreferenceConfig
 from posttrain.config.suggest import nearest
 from posttrain.data.messages import Message, MessageKeys, kind, message_keys
-from posttrain.data.sources import Problems, Source, parse_line
+from posttrain.data.sources import NAMED, Problems, Source, parse_line
 from posttrain.errors import ConfigError
 from posttrain.values import Fields
 
@@ -253,11 +253,9 @@ class Reader(Generic[Row]):
         where, split, row = source.place(number), source.split, None
         try:
             record = parse_line(number, content) if isinstance(content, bytes) else content
-            if record is None and isinstance(content, bytes):
-                return split, None
             if isinstance(record, dict) and not source.keeps_split:
                 named = record.get("split")
-                split = named if isinstance(named, str) and named else split
+                split = named if isinstance(named, str) and named and not named.startswith(NAMED) else split
             row = self._row(where, record)
             self.tally.left_out[split].ties += row is None
         except ConfigError:

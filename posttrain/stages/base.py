@@ -188,7 +188,7 @@ def prepare_rows(
     folder = sources.cache
     if sources.scratch is not None and not is_whole(folder / key, sources.hashes):
         folder = sources.scratch
-    on_each_machine(lambda: prepare(work, folder, sources.hashes, key))
+    on_each_machine(lambda: prepare(work, folder, sources.hashes, key, sources.digests))
     made = load(work, folder, key)
     counts = made.counts["train"]
     if made.train is None:

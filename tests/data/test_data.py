@@ -40,6 +40,7 @@ def some(count: int) -> list[dict[str, str]]:
             "line 2: invalid JSON (duplicate key",
         ),
         ('["a", "b"]', "line 2: must be an object, got list"),
+        ("null", "line 2: must be an object, got null"),
         ('{"instruction": "a", "response": "\\ud800"}', "line 2: 'response' contains an unpaired surrogate"),
         ('{"question": "a", "answer": "b"}', "try data.columns.instruction=question data.columns.response=answer"),
         ('{"instruction": [{"role": "usr", "content": "a"}], "response": "b"}', "has the role 'usr'"),

@@ -69,6 +69,21 @@ def test_no_row_is_trained_and_held_out(tmp_path: Path) -> None:
     empty = str(write_rows(tmp_path / "empty.jsonl", []))
     with pytest.raises(DataError, match=r"data\.eval\.helpful has no rows"):
         mixed(tmp_path, [SourceConfig(name=a)], eval={"helpful": SourceConfig(name=empty)})
+    with pytest.raises(DataError, match=r"no rows of .*empty\.jsonl are left to train on"):
+        mixed(tmp_path, [SourceConfig(name=a, weight=1.0), SourceConfig(name=empty, weight=1.0)])
+    with pytest.raises(ConfigError, match=r"a\.jsonl is a file and has no split 'test'"):
+        mixed(tmp_path, [SourceConfig(name=a, split="test")])
+    twice = mixed(tmp_path, [SourceConfig(name=a), SourceConfig(name=a)], "twice", test_size=5)
+    assert sum(twice.rows_of[a].values()) == 60
+
+
+def test_a_row_cannot_put_itself_into_a_named_set(tmp_path: Path) -> None:
+    rows = some("a", 20)
+    rows[3]["split"] = "eval.helpful"
+    a, held = (str(write_rows(tmp_path / f"{name}.jsonl", each)) for name, each in (("a", rows), ("h", some("h", 4))))
+    found = mixed(tmp_path, [SourceConfig(name=a)], eval={"helpful": SourceConfig(name=held)})
+    assert len(found.named["helpful"].dataset) == 4
+    assert len(found.train.dataset) == 20
 
 
 @pytest.mark.parametrize(
@@ -81,6 +96,8 @@ def test_no_row_is_trained_and_held_out(tmp_path: Path) -> None:
         (["data.mixture=[{weight: 1}]"], r"data\.mixture\[0\]\.name is required"),
         (["data.mixture=[{name: a.jsonl}]", "data.dataset_name=b.jsonl"], "leave one out"),
         (["data.eval={a/b: c.jsonl}", "data.dataset_name=a.jsonl"], r"data\.eval\.a/b: a name"),
+        (["data.eval.train=a.jsonl", "data.dataset_name=a.jsonl"], r"data\.eval\.train: a name"),
+        (["data.eval.test=a.jsonl", "data.dataset_name=a.jsonl"], r"data\.eval\.test: a name"),
         (
             ["data.eval.helpful=nope.jsonl", "data.dataset_name=a.jsonl"],
             r"data\.eval\.helpful=nope\.jsonl: no such file",

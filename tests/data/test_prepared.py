@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from conftest import ROWS, Posttrain, data_config, manifest, prepared, read_rows
 
 from posttrain import prepare
 from posttrain.data import hashes
+from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import ConversationEncoding, from_text, to_text
 from posttrain.data.formats import instructions
 from posttrain.data.hashes import Hashes
+from posttrain.data.prepared import key_of
+from posttrain.data.prepared import prepare as prepare_rows
+from posttrain.data.reading import Work
+from posttrain.data.sources import find_sources
 from posttrain.errors import ConfigError, DataError
 
 CACHE = Path("outputs/.cache")
@@ -84,7 +90,7 @@ def test_prepared_ahead_by_the_words_of_the_run(posttrain: Posttrain, entry: Pos
     assert entry(prepare.main, "prepare", "data.dataset_name=nope.jsonl").code == 2
 
 
-@pytest.mark.parametrize("broken", ["prepared.json", "rows.arrow", "train.arrow"])
+@pytest.mark.parametrize("broken", ["prepared.json", "rows.arrow", "of-train.arrow"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
 def test_what_is_broken_is_made_again(tmp_path: Path, broken: str, how: str) -> None:
     path, cache = write_rows(tmp_path / "rows.jsonl", some(40)), tmp_path / "cache"
@@ -147,8 +153,9 @@ def test_a_digest_is_taken_anew_where_a_file_may_have_changed(tmp_path: Path, mo
     file.write_text("two")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # size and mtime are the same again; ctime is not
     assert remembered.of(file) != first
-    (tmp_path / hashes.HASHES).write_text("{broken")
-    assert Hashes(tmp_path).known == {}
+    for broken in ("{broken", "[]", '{"a": 3}', '{"a": [1]}', "3"):
+        (tmp_path / hashes.HASHES).write_text(broken)
+        assert Hashes(tmp_path).known == {}
 
 
 def test_memory_is_flat_in_the_number_of_rows(tmp_path: Path) -> None:
@@ -181,13 +188,50 @@ def test_held_out_rows_are_bounded_by_their_content(tmp_path: Path) -> None:
     )
 
 
+def test_only_what_was_prepared_is_pruned(tmp_path: Path, entry: Posttrain) -> None:
+    path, cache = write_rows(tmp_path / "rows.jsonl", some(20)), tmp_path / "cache"
+    made_of(path, cache)
+    [ours] = sets(cache)
+    (cache / "elsewhere").mkdir()
+    shutil.copytree(ours, cache / "mine")  # not called by its key
+    shutil.copytree(ours, cache / ("0" * 32))
+    for name in ("hashes.json", ".poetry.lock", ".making-plan.txt", "elsewhere/prepared.json"):
+        (cache / name).write_text("mine")
+    (cache / ("1" * 32)).symlink_to(ours)
+    (cache / f".making-{'2' * 32}").mkdir()
+    before = {entry.name for entry in cache.iterdir()}
+    assert entry(prepare.main, "prune", f"data.cache_dir={cache}").code == 0
+    assert before - {entry.name for entry in cache.iterdir()} == {
+        ours.name,
+        f".{ours.name}.lock",
+        f".making-{'2' * 32}",
+    }
+    assert entry(prepare.main, "prune", f"data.cache_dir={path}").code == 0
+    assert path.is_file()
+    refused = entry(prepare.main, "prepare", f"data.dataset_name={path}", f"data.cache_dir={path}")
+    assert refused.code == 2
+    assert "data.cache_dir" in refused.err
+
+
+def test_a_source_that_changes_while_it_is_prepared_is_refused(tmp_path: Path) -> None:
+    data = data_config(str(write_rows(tmp_path / "rows.jsonl", some(20))), "sft")
+    sources, known = find_sources(data), Hashes(tmp_path / "cache")
+    work = Work(data, instructions, sources, ChatEncoder(made.chatml()), ENCODING)
+    digests = known.of_sources(sources)
+    write_rows(tmp_path / "rows.jsonl", some(21))
+    with pytest.raises(DataError, match="has changed while it was read"):
+        prepare_rows(work, tmp_path / "cache", known, key_of(work, digests), digests)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", some(10))
     found = made_of(path, tmp_path / "cache")
     assert [row.where for row in found.train.examples([2, 0])] == [f"{path} line 3", f"{path} line 1"]
-    write_rows(path, some(2))
-    with pytest.raises(DataError, match="line 3 has changed"):
-        found.train.examples([2])
+    for other in (some(2), [*some(2), {"instruction": "Other", "response": "row."}]):
+        write_rows(path, other)
+        with pytest.raises(DataError, match="line 3 has changed"):
+            found.train.examples([2])
 
 
 def test_what_reward_functions_are_handed_is_what_the_source_holds(posttrain: Posttrain, tmp_path: Path) -> None:
