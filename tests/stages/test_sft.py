@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from architectures import save_architecture
-from conftest import SHORT, Posttrain, logged, manifest, write_rows
+from conftest import SHORT, Posttrain, contents, logged, manifest, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SFT = Path("outputs/demo/sft")
@@ -208,7 +208,7 @@ def test_what_cannot_work_is_refused_with_exit_code_2(
     done = posttrain(*arguments)
     assert done.code == 2, done
     assert told in done.err
-    assert list(tmp_path.iterdir()) == []
+    assert contents(tmp_path) == {}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(posttrain: Posttrain) -> None:
