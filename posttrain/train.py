@@ -238,7 +238,7 @@ def _code(config: Config) -> dict[str, str]:
     functions = all_reward_functions(config)
     try:
         return code_hashes(functions)
-    except (OSError, ImportError):
+    except (OSError, ImportError, ValueError):
         for spec in functions:
             load_function("stage.reward_functions or stage.eval_reward_functions", spec)  # says what is wrong with it
         raise

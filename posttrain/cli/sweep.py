@@ -41,7 +41,7 @@ def is_complete(folder: Path, composed: DictConfig) -> bool:
     now = {**recorded, "config": to_dict(config), **{name: weight_hashes(folder) for name, folder in folders}}
     try:
         now["code"] = code_hashes(all_reward_functions(config))
-    except (OSError, ImportError):  # a module that this process does not find
+    except (OSError, ImportError, ValueError):  # a module that this process does not find
         return False
     hashes = Hashes(cache_of(config))
     digests = sorted(hashes.of(Path(file)) for file in data_files(config.data))

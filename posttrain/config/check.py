@@ -315,7 +315,7 @@ def _leaf_problem(
         OmegaConf.update(schema, path, value)
     except (OmegaConfBaseException, ValueError):
         wanted = str(keys[path].type).removeprefix("<class '").removesuffix("'>").replace(" | ", " or ")
-        wanted = wanted.replace("None", "null").replace("dict[str, typing.Any]", "{name: value, …}")
+        wanted = wanted.replace("None", "null").replace("dict[str, typing.Any]", "dict {name: value, …}")
         return f"{path}={value!r} must be {wanted.replace('list[typing.Any]', '[{name: …}, …]')}"
     return _limit_problem(path, OmegaConf.select(schema, path), keys[path].metadata)
 

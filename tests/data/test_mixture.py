@@ -105,7 +105,7 @@ def test_a_row_cannot_put_itself_into_a_named_set(tmp_path: Path) -> None:
         (["data.mixture=[{name: nope.jsonl}]"], r"data\.mixture\[0\]\.name=nope\.jsonl: no such file"),
         (["data.mixture=[{name: a.jsonl, weight: x}]"], r"data\.mixture\[0\]\.weight: "),
         (["data.mixture=[{nme: a.jsonl}, {nam: a.jsonl}]"], r"(?s)\[0\]\.nme.*\[1\]\.nam is unknown"),
-        (["data.eval=a.jsonl", "data.dataset_name=a.jsonl"], r"data\.eval='a\.jsonl' must be \{name: value, …\}"),
+        (["data.eval=a.jsonl", "data.dataset_name=a.jsonl"], r"data\.eval='a\.jsonl' must be dict \{name: value, …\}"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_read(
