@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from posttrain.console import say
+from posttrain.data.prepared import column_of
 from posttrain.errors import PosttrainError
 from posttrain.rlhf.critic import pad_left
 from posttrain.rlhf.ppo import PPOTrainer
@@ -68,7 +69,7 @@ def check_start(trainer: PPOTrainer) -> None:
 
 def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     """Short completions to a few prompts of different lengths, and log π of their tokens as generation had it."""
-    by_length = np.argsort(trainer.train_dataset["length"][:], kind="stable")
+    by_length = np.argsort(column_of(trainer.train_dataset, "length"), kind="stable")
     last = len(by_length) - 1
     rows = [trainer.rows[int(by_length[round(index * last / (ROWS - 1))])]["prompt_ids"] for index in range(ROWS)]
     device, padding = trainer.accelerator.device, trainer.processing_class.pad_token_id

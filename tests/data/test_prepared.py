@@ -182,6 +182,8 @@ def test_held_out_rows_are_bounded_by_their_content(tmp_path: Path) -> None:
     chosen, again = ({row.content for row in each.test.bounded(50).rows} for each in (one, other))
     assert len(chosen) == 50
     assert chosen == again
+    assert one.train.lengths.tolist() == [row["length"] for row in one.train.dataset]
+    assert one.test.bounded(50).lengths.tolist() == [row["length"] for row in one.test.bounded(50).dataset]
     assert one.test.bounded(None) is one.test.bounded(200) is one.test
     assert [row.where for row in one.test.bounded(50).rows] == sorted(
         (row.where for row in one.test.bounded(50).rows), key=lambda where: int(where.rsplit(" ", 1)[1])
