@@ -74,8 +74,10 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
 class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
 
-    # of each held-out set, the scores of chosen and rejected of each pair at the last evaluation
-    scores: dict[str, list[tuple[float, float]]]
+    def __init__(self, **options: Any) -> None:
+        # of each held-out set, the scores of chosen and rejected of each pair at the last evaluation
+        self.scores: dict[str, list[tuple[float, float]]] = {}
+        super().__init__(**options)
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded and cut already

@@ -168,3 +168,20 @@ def test_a_mixture_trains_and_says_what_came_from_where(posttrain: Posttrain, tm
     assert sum(trained) == data["counts"]["train"]["kept"]
     assert data["counts"]["test"]["kept"] == 4
     assert posttrain(*words, "trainer.max_steps=1").code == 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_stage_without_held_out_rows_trains_and_saves(posttrain: Posttrain, tmp_path: Path, stage: str) -> None:
+    rows = [{**row, "prompt": row["instruction"]} for row in some("a", 12)]
+    pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "No."} for row in rows]
+    write_rows(tmp_path / "a.jsonl", pairs if stage in ("reward", "dpo") else rows)
+    words = [f"stage={stage}", "data.dataset_name=a.jsonl", "data.test_size=0", "trainer.max_steps=2"]
+    if stage == "ppo":
+        (tmp_path / "rewards_of_lengths.py").write_text(
+            "def length(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+        )
+        words += ["stage.reward_functions=[rewards_of_lengths.py:length]", "stage.max_new_tokens=4"]
+        words += ["stage.rollout_batch_size=4", "stage.batch_size=4", "stage.num_mini_batches=1"]
+    done = posttrain(*words, "trainer.save_steps=1")
+    assert done.code == 0, done
+    assert manifest(f"outputs/demo/{stage}")["metrics"]["eval_rows"] == 0
