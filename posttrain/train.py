@@ -275,7 +275,7 @@ def _run(
     shown = panel(rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
     panels = {
         name: panel(part.rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
-        for name, part in data.named.items()
+        for name, part in (data.named.items() if spec.is_online else ())
     }
     context = StageContext(config, data, shown, panels, base, folder)
     trainer = stage.build(context, stage.load(config, tokenizer, base))
@@ -305,9 +305,9 @@ def _run(
         "tokens_per_second": tokens_per_second,
         "trained_tokens": trainer.trained_tokens or round(data.train.loss_tokens * trainer.state.epoch),
         "steps": trainer.state.global_step,
-        "eval_rows": 0 if data.test is None else len(shown) if spec.is_online else len(data.test.rows),
+        "eval_rows": 0 if data.test is None else len(shown) if spec.is_online else len(data.test.dataset),
         **{
-            f"eval_{name}_rows": len(panels[name]) if spec.is_online else len(part.rows)
+            f"eval_{name}_rows": len(panels[name]) if spec.is_online else len(part.dataset)
             for name, part in data.named.items()
         },
     }

@@ -197,9 +197,7 @@ def _check_together(config: Config) -> typing.Iterator[str]:
 
 def _check_sources(data: DataConfig) -> typing.Iterator[str]:
     """The sources of a mixture and of named held-out sets."""
-    named = {**{f"data.mixture[{at}]": part for at, part in enumerate(data.mixture)}}
-    named |= {f"data.eval.{name}": part for name, part in data.eval.items()}
-    for path, part in named.items():
+    for path, part in data.parts().items():
         if not part.name:
             yield f"{path}.name is required: a path or a Hub id"
         if part.weight is not None and path.startswith("data.eval"):
@@ -273,10 +271,8 @@ def check(composed: DictConfig) -> Config:
     schema.trainer = trainer
     config = typing.cast(Config, OmegaConf.to_object(schema))
     data = config.data
-    given = {f"data.mixture[{at}]": part for at, part in enumerate(data.mixture)}
-    given |= {f"data.eval.{name}": part for name, part in data.eval.items()}
     sources: dict[str, SourceConfig] = {}
-    for path, part in given.items():
+    for path, part in data.parts().items():
         try:
             sources[path] = _source(path, part)
         except ConfigError as error:

@@ -138,6 +138,11 @@ class DataConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     ignored_columns: list[str] = key()
 
+    def parts(self) -> dict[str, Any]:
+        """Key -> each source of the mixture and each named held-out set."""
+        mixture = {f"data.mixture[{at}]": part for at, part in enumerate(self.mixture)}
+        return mixture | {f"data.eval.{name}": part for name, part in self.eval.items()}
+
 
 @dataclass
 class Config:

@@ -75,10 +75,8 @@ def divide(data: DataConfig, facts: Facts, splits: Sequence[str], entries: Numbe
     train = train[~repeated]
     if not len(train):
         raise DataError("no rows left to train on: every one of them is also among the held-out rows")
-    notes, before = (
-        [f"{len(numbers)} rows of split {name!r} are not used" for name, numbers in found.items()],
-        len(train),
-    )
+    notes = [f"{len(numbers)} rows of split {name!r} are not used" for name, numbers in found.items()]
+    before = len(train)
     if data.mixture and data.mixture[0].weight is not None:
         train, shares = _mix(data, facts, train, entries)
         parts = [f"{share:,} rows of {part.name}" for share, part in zip(shares, data.mixture, strict=True)]

@@ -193,9 +193,10 @@ def _outcomes(work: Callable[[Chunk], Outcome], chunks: Iterable[Chunk], process
     if processes is None:
         yield from map(work, islice(chunks, ALONE))
         processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MOST_PROCESSES)
-        first = next(chunks, None)
-        chunks = chain([first], chunks) if first is not None else iter(())
-        processes = processes if first is not None else 1
+    first = next(chunks, None)
+    if first is None:
+        return
+    chunks = chain([first], chunks)
     if processes == 1:
         yield from map(work, chunks)
         return

@@ -239,10 +239,9 @@ def check_source(data: DataConfig) -> None:
     Raises:
         ConfigError: no such file, or files of a type that is not read.
     """
-    names = {f"data.eval.{name}": part.name for name, part in data.eval.items()}
-    if data.mixture:
-        names |= {f"data.mixture[{at}].name": part.name for at, part in enumerate(data.mixture)}
-    for key, name in [*names.items(), *(("data.dataset_name", name) for name in _names(data) if not data.mixture)]:
+    names = [(f"{key}.name" if "[" in key else key, part.name) for key, part in data.parts().items()]
+    names += [("data.dataset_name", name) for name in _names(data)] if not data.mixture else []
+    for key, name in names:
         found = _files(name)
         looks_local = name.startswith((".", "/", "~")) or _type(name) in FILE_TYPES or name.count("/") > 1
         if not found and not Path(name).is_dir() and (looks_local or "*" in name):

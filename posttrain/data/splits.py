@@ -102,11 +102,9 @@ class Tally:
                 mine[name].merge(problems)
         for split, counts in later.left_out.items():
             mine_of = self.left_out[split]
-            mine_of.read, mine_of.bad, mine_of.ties = (
-                mine_of.read + counts.read,
-                mine_of.bad + counts.bad,
-                mine_of.ties + counts.ties,
-            )
+            mine_of.read += counts.read
+            mine_of.bad += counts.bad
+            mine_of.ties += counts.ties
         for counted, more in (
             (self.formats, later.formats),
             (self.with_more, later.with_more),

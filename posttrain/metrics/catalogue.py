@@ -75,10 +75,9 @@ def formatted(key: str, value: float | None) -> str:
     """A value for a table: shares as percentages, what is missing as nothing."""
     if value is None or math.isnan(value):
         return ""
-    is_share = key in METRICS and METRICS[key].is_share
-    return (
-        f"{value:.1%}" if is_share or key.endswith(("_accuracy", "_rewards/accuracies")) else f"{value:.4f}"
-    )  # of a named set
+    of_named = key.endswith(("_accuracy", "_rewards/accuracies"))
+    is_share = of_named or (key in METRICS and METRICS[key].is_share)
+    return f"{value:.1%}" if is_share else f"{value:.4f}"
 
 
 def with_gold_apart(shown: Iterable[str], metrics: Iterable[str]) -> list[str]:

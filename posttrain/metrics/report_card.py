@@ -154,15 +154,8 @@ def verdict(card: JsonObject) -> tuple[str, list[str]]:
     return ("weak" if reasons else FIT), reasons
 
 
-IN_SHORT = (
-    "pairs",
-    "accuracy",
-    "accuracy_low",
-    "accuracy_high",
-    "ties",
-    "mean_margin",
-    "loss",
-)  # of a set of data.eval
+# what is kept of the card of a set of data.eval
+IN_SHORT = ("pairs", "accuracy", "accuracy_low", "accuracy_high", "ties", "mean_margin", "loss")
 
 
 def card_table(card: JsonObject) -> list[tuple[str, str]]:

@@ -85,7 +85,7 @@ class StageContext:
     config: Config
     data: StageData
     panel: Sequence[Example]  # held-out rows whose prompts are completed before and after
-    panels: Mapping[str, Sequence[Example]]  # the same of each set of data.eval
+    panels: Mapping[str, Sequence[Example]]  # of an online stage the same of each set of data.eval
     base: str  # path of the weights that the stage started from
     folder: RunFolder
 
