@@ -28,7 +28,7 @@ from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
 from posttrain.metrics.catalogue import OF_NAMED, formatted, label, of_sets, with_gold_apart
-from posttrain.metrics.charts import Chart, Series, curves, draw
+from posttrain.metrics.charts import TAIL, Chart, Series, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import MANIFEST, read_json
@@ -38,6 +38,7 @@ FILE = "report.html"
 FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
 SAMPLES = 4
+FIRST, LAST = 2, 4  # rollouts
 ANSWERS = 6  # of the evaluation, side by side
 CURVES = 8  # points of a sweep whose curves are drawn
 
@@ -46,11 +47,19 @@ def _json(file: Path) -> Any:
     return read_json(file, "run what wrote it again, or delete it")
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """The whole lines of a .jsonl file of a run, one at a time: long runs write gigabytes."""
-    if file.is_file():
-        with file.open("rb") as lines:
-            yield from (line for line in lines if line.rstrip().endswith(b"}"))  # a kill may have cut the last one
+def _rollouts(file: Path) -> list[JsonObject]:
+    """The first and the last of them; what is between is not read, as long runs write gigabytes."""
+    if not file.is_file():
+        return []
+    with file.open("rb") as lines:
+        found = [*islice(lines, FIRST)]
+        if (tail := file.stat().st_size - TAIL) > lines.tell():
+            lines.seek(tail)
+            lines.readline()  # it began before
+        found += deque(lines, maxlen=LAST + 1)
+    if found and not found[-1].rstrip().endswith(b"}"):  # cut by a kill
+        found.pop()
+    return [json.loads(line) for line in [*found[:FIRST], *found[FIRST:][-LAST:]]]
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -87,8 +96,6 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
         if " WARNING posttrain: " in line
     ]
     card = _json(folder / "report_card.json")
-    lines = _lines(folder / "rollouts.jsonl")
-    rollouts = [*islice(lines, 2), *deque(lines, maxlen=4)]  # the first and the last
     return {
         "name": name,
         "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
@@ -107,7 +114,7 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
         "has_curves": has_curves,
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
-        "rollouts": [json.loads(line) for line in rollouts],
+        "rollouts": _rollouts(folder / "rollouts.jsonl"),
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
             (key, value)

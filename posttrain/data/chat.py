@@ -55,6 +55,7 @@ class ChatEncoder:
         self._refuses_special = not allow_special_tokens
         self._call_forms: dict[str | None, tuple[str | None, bool]] = {}
         self.unlike_generation = 0  # completions that do not begin with the thought that a generation prompt begins
+        self._proven: set[tuple[object, ...]] = set()  # shapes of conversations; see `_span`
         self.end_of_turn, self.tail = self._probe()
         plain, line, both = self._ids(["a", "\n", "\na"])
         # what is put before a later text, where the tokenizer begins every text with a space of its own
@@ -139,6 +140,8 @@ class ChatEncoder:
         if "Q" not in own or "ANSWER" not in own:
             raise ConfigError(f"{self.name}: the chat template does not write messages whose content is a text")
         self._opens = _OPENING.search(asked) is not None
+        unasked = self.render(question)
+        self._asks = asked.removeprefix(unasked) if asked.startswith(unasked) else ""
         if not own.startswith((asked, _OPENING.sub("", asked))):
             raise ConfigError(
                 f"{self.name}: the chat template does not begin a completion where its generation prompt ends"
@@ -177,7 +180,7 @@ class ChatEncoder:
         self._check_words(messages, inputs)
         if self.training is None:
             text = self.render(messages, inputs=inputs)
-            spans = [self._span(text, messages, index, inputs) for index in trained]
+            spans = [self._span(text, messages, index, index, inputs) for index in trained]
         else:
             text, marks = self._render(messages, inputs, self.training)
             spans = [self._with_end(text, *span) for span in _merged(marks) if text[slice(*span)].strip()]
@@ -205,7 +208,7 @@ class ChatEncoder:
         messages = [*prompt, *answer]
         self._check_words(messages, inputs)
         text = self.render(messages, inputs=inputs)
-        span = (self._start(text, prompt, inputs), self._ends(text, 0)[1])
+        span = self._span(text, messages, len(prompt), len(messages) - 1, inputs)
         self._check_kept(text, [span], messages, range(len(prompt), len(messages)))
         return self._pieces(text, [span])
 
@@ -275,12 +278,48 @@ class ChatEncoder:
             return token.start(), token.end()
         return (end := len(text.rstrip())), end
 
-    def _span(self, text: str, messages: Sequence[Message], index: int, inputs: TemplateInputs) -> tuple[int, int]:
-        """Of a template without marks: from where a completion is generated to the token that ends it."""
-        start = self._start(text, messages[:index], inputs)
-        if index == len(messages) - 1:
+    def _span(
+        self, text: str, messages: Sequence[Message], first: int, last: int, inputs: TemplateInputs
+    ) -> tuple[int, int]:
+        """Without marks: from where the first of these messages is generated to the token that ends the last of them.
+
+        It is found by rendering what comes before each; in further plain conversations of the same roles, which the
+        template writes in the same way, by the generation prompts in their text.
+        """
+        shape = (*(str(message["role"]) for message in messages), first, last)
+        quick = self._span_in_text(text, messages, first, last, inputs)
+        if quick is not None and shape in self._proven:
+            return quick
+        span = self._rendered_span(text, messages, first, last, inputs)
+        if span == quick:
+            self._proven.add(shape)
+        return span
+
+    def _span_in_text(
+        self, text: str, messages: Sequence[Message], first: int, last: int, inputs: TemplateInputs
+    ) -> tuple[int, int] | None:
+        """The same by the generation prompts alone; None where it cannot be told so."""
+        if any(inputs) or not (self._asks and self._refuses_special):
+            return None
+        if any(set(message) - {"role", "content", "train"} for message in messages):
+            return None
+        completions = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        starts = [at + len(self._asks) for at in _finds(self._asks, text, 0)]
+        if first not in completions or len(starts) != len(completions):  # somebody's words hold one
+            return None
+        start = starts[completions.index(first)]
+        if last == len(messages) - 1:
             return start, self._ends(text, start)[1]
-        alone = self.render(messages[: index + 1], inputs=inputs)
+        token = self._special.search(text, start)  # no words hold one
+        return (start, token.end()) if token is not None else None
+
+    def _rendered_span(
+        self, text: str, messages: Sequence[Message], first: int, last: int, inputs: TemplateInputs
+    ) -> tuple[int, int]:
+        start = self._start(text, messages[:first], inputs)
+        if last == len(messages) - 1:
+            return start, self._ends(text, start)[1]
+        alone = self.render(messages[: last + 1], inputs=inputs)
         words, end = self._ends(alone, start)
         if text[:words] != alone[:words]:
             raise ValueError(

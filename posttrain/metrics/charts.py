@@ -1,6 +1,5 @@
 """Every picture: line charts as SVG whose colours serve on light and dark pages."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -23,7 +22,7 @@ TAIL = 2**20  # bytes, more than a line has
 POINTS = 400  # of a line, more than its chart has room for
 _TRAINING, _HELD_OUT = ("#4c8dd6", ""), ("#e08a2e", "o")  # colour and marker
 
-
+FloatArray = np.typing.NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
 
 
@@ -47,15 +46,11 @@ class Chart(NamedTuple):
 def draw(charts: Sequence[Chart]) -> str:
     """The charts side by side as one SVG, without a date, so that the same numbers give the same file."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": charts[0].title}):
-        figure, panels = pyplot.subplots(
-            1, len(charts), figsize=(3.7 * len(charts), 2.3), layout="constrained", squeeze=False
-        )
-        for axes, chart in zip(panels[0], charts, strict=True):
+        figure = Figure(figsize=(3.7 * len(charts), 2.3), layout="constrained")
+        for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
             for series in chart.series:
                 colour, marker = _HELD_OUT if series.is_held_out else _TRAINING
                 if series.points:
@@ -72,25 +67,22 @@ def draw(charts: Sequence[Chart]) -> str:
         written = StringIO()
         unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
-        pyplot.close(figure)
     drawn = written.getvalue()
     return drawn[drawn.index("<svg") :]
 
 
-def thinned(points: Points) -> Points:
+def thinned(steps: FloatArray, values: FloatArray) -> Points:
     """At most POINTS of them, in order: the first, the last, and the lowest and highest of each stretch."""
-    if len(points) <= POINTS:
-        return points
-    size = math.ceil(len(points) / (POINTS // 2 - 1))
-    kept = {0, len(points) - 1}
-    for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        kept |= {least(stretch, key=lambda at: points[at][1]) for least in (min, max)}
-    return [points[at] for at in sorted(kept)]
+    kept = np.arange(len(steps))
+    if len(steps) > POINTS:
+        stretches = np.array_split(kept, POINTS // 2 - 1)
+        extremes = [least(values[at]) + at[0] for at in stretches for least in (np.argmin, np.argmax)]
+        kept = np.unique([0, *extremes, len(steps) - 1])
+    return list(zip(steps[kept].tolist(), values[kept].tolist(), strict=True))
 
 
 def read_points(file: Path, keys: Iterable[str]) -> dict[str, Points]:
-    """(step, value) of each key in the lines of a metrics.jsonl; the last line may be cut short."""
+    """(step, value) of each key in the lines of a metrics.jsonl, thinned; the last line may be cut short."""
     import pyarrow
     import pyarrow.json
 
@@ -104,12 +96,12 @@ def read_points(file: Path, keys: Iterable[str]) -> dict[str, Points]:
         return {}
     options = pyarrow.json.ParseOptions(explicit_schema=pyarrow.schema(wanted), unexpected_field_behavior="ignore")
     table = pyarrow.json.read_json(pyarrow.BufferReader(whole), parse_options=options)
-    steps = table["step"].to_numpy()
     found: dict[str, Points] = {}
     for key in keys:
-        values = table[key].to_numpy()
-        there = ~np.isnan(values)
-        found[key] = list(zip(steps[there].tolist(), values[there].tolist(), strict=True))
+        there = table.select(["step", key]).drop_null().combine_chunks()
+        if there.num_rows:  # by DLPack, as pyarrow's own conversion imports pandas
+            steps, values = (np.from_dlpack(column.chunk(0)).astype(float) for column in there.columns)
+            found[key] = thinned(steps, values)
     return found
 
 
@@ -125,7 +117,7 @@ def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()
         series = [
             Series(
                 "held out" if key.startswith("eval_") else "training",
-                thinned(lines.get(key, [])),
+                lines.get(key, []),
                 key.startswith("eval_"),
             )
             for key in keys

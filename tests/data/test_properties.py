@@ -122,7 +122,10 @@ def template(before: str, after: str, opening: str, gap: str, end: str, tail: st
     st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
 )
 def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: list[tuple[str, str]]) -> None:
-    """What is learned is worked out here from the template's pieces, not from what it renders."""
+    """What is learned is worked out here from the template's pieces, not from what it renders.
+
+    A conversation of the same roles comes before, after which nothing but the whole is rendered.
+    """
     before, after, opening, gap, end, tail, other = pieces
     earlier = end if other is None else other
     tokenizer = made.chatml()
@@ -141,6 +144,7 @@ def test_the_mask_is_right_with_any_template(pieces: tuple[str, ...], turns: lis
             encoder.segments(messages)
         assert encoder.segments(messages, train_on="last")[-1].text.endswith(end or "<|endoftext|>")
         return
+    encoder.segments([{**message, "content": "xyz"} for message in messages])
     [(ids, labels)] = encoder.encode([encoder.segments(messages)])
     expected = [
         (piece, learned)

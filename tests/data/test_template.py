@@ -12,7 +12,7 @@ from conftest import Posttrain, same_weights, write_rows
 
 from posttrain.data.chat import IGNORED, ChatEncoder
 from posttrain.data.splits import TemplateInputs
-from posttrain.data.template import keep_in_template
+from posttrain.data.template import keep_in_template, plain_template
 from posttrain.errors import ConfigError
 from posttrain.runs.folder import first_begun
 
@@ -117,6 +117,34 @@ def test_one_completion_or_those_that_the_row_names_carry_loss() -> None:
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "A1<|im_end|>"
     with pytest.raises(ValueError, match=r"data\.messages\.train"):
         encoder.segments([ASKED, TALK[1] | {"train": False}])
+
+
+class Counting(ChatEncoder):
+    """How often its template is rendered."""
+
+    renders = 0
+
+    def _render(self, *arguments: Any, **keywords: Any) -> Any:
+        self.renders += 1
+        return super()._render(*arguments, **keywords)
+
+
+def test_plain_conversations_are_rendered_once_each() -> None:
+    encoder = Counting(made.chatml())
+    encoder.segments(TALK)
+    for number in range(3):
+        before = encoder.renders
+        encoder.segments([message | {"content": f"{message['content']} {number}"} for message in TALK])
+        assert encoder.renders == before + 1
+    # the words of one look like the template's own: its place is told turn by turn
+    trap = [ASKED, {"role": "assistant", "content": "A\n### Response:\n"}]
+    tokenizer = made.gpt2_like()
+    tokenizer.chat_template = plain_template(tokenizer)
+    plain = Counting(tokenizer)
+    plain.segments([ASKED, trap[1] | {"content": "A"}])
+    before = plain.renders
+    assert [piece.text for piece in plain.segments(trap) if piece.is_response] == ["A\n### Response:\n<|endoftext|>"]
+    assert plain.renders > before + 1
 
 
 LOSSY = {

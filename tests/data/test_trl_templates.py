@@ -14,7 +14,7 @@ import trl
 from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from posttrain.data.chat import IGNORED, ChatEncoder
+from posttrain.data.chat import IGNORED, ChatEncoder, Segment
 from posttrain.data.splits import TemplateInputs
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -94,6 +94,13 @@ def renders(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, template
     return False
 
 
+def pieces(encoder: ChatEncoder, messages: list[dict[str, Any]], inputs: TemplateInputs) -> list[Segment] | str:
+    try:
+        return encoder.segments(messages, inputs)
+    except ValueError as error:
+        return str(error)
+
+
 def outcome(name: str, talk: str) -> str:
     """What becomes of a conversation; every guarantee is asserted on the way."""
     tokenizer, messages = tokenizer_for(name), TALKS[talk]
@@ -133,7 +140,16 @@ def outcome(name: str, talk: str) -> str:
     assert whole.startswith((given_prompt.text + given_answer.text).removesuffix(encoder.end_of_turn))
     if encoder.unlike_generation == split:
         assert given_prompt.text == encoder.render(before, True, inputs)
-    # 3. ids and mask are TRL's
+    # 3. a conversation of the same roles before it, after which the whole alone is rendered, changes nothing
+    other = [message | {"content": message["content"] and message["content"] + "er"} for message in messages]
+    for marks in {training, None}:
+        fresh, used = ChatEncoder(tokenizer), ChatEncoder(tokenizer)
+        fresh.training = used.training = marks
+        pieces(used, other, inputs)
+        assert pieces(used, messages, inputs) == pieces(fresh, messages, inputs)
+        used.answer(other[:-1], other[-1:], inputs)
+        assert used.answer(before, [answer], inputs) == [given_prompt, given_answer]
+    # 4. ids and mask are TRL's
     if training is None:
         return "trained"
     given = as_written(encoder, messages, training)
