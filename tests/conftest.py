@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "200"
@@ -300,13 +300,31 @@ def data_config(name: Any, stage: str, columns: dict[str, Any] | None = None, **
     return dataclasses.replace(data, **({"dataset_name": name, "columns": mapped, "test_size": 0.0} | changes))
 
 
+@dataclasses.dataclass
+class Unencoded:
+    """The rows of every format as they are read, none left out."""
+
+    types: ClassVar[dict[str, Any]] = {}
+
+    def segments(self, encoder: Any, row: Any) -> list[Any]:
+        return []
+
+    def columns(self, row: Any, encoded: Any) -> Any:
+        from posttrain.data.encode import EncodedRow
+
+        return EncodedRow({}, 0, 0)
+
+
 def splits_of(format: Any, data: Any) -> Any:
     """The rows that `data` names, as the reader of a format reads them: to train on and held out, counts and notes."""
+    from tokenizers_for_tests import chatml
+
+    from posttrain.data.chat import ChatEncoder
     from posttrain.data.reading import Work, order_of, read, rows_at
     from posttrain.data.sources import find_sources
 
-    work = Work(data, format, find_sources(data))
-    found = read(work, 1)
+    work = Work(data, format, find_sources(data), ChatEncoder(chatml()), Unencoded())
+    found = read(work, 1, lambda table: None)
     rows = {}
     for part, numbers in found.parts.items():
         facts = found.facts[numbers]

@@ -15,6 +15,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     # the last part alone, too, so that a key put into the wrong section finds its own
     # of a short word one wrong letter is a third
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) > 5 else 0.6)
+    close = close or difflib.get_close_matches(section, words, n=1, cutoff=0.75)  # a key that holds others
     if not close:
         tails = {other.rsplit(".", 1)[-1]: other for other in words}
         close = [tails[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.8)]

@@ -104,7 +104,6 @@ class Prepared:
 
 def key_of(work: Work[Any], sources: dict[str, str]) -> str:
     """A name made of all that prepared rows depend on: sources, configuration, tokenizer, templates and code."""
-    assert work.encoder is not None
     tokenizer = work.encoder.tokenizer
     code = hashlib.sha256()
     own = {inspect.getsourcefile(work.format), inspect.getsourcefile(type(work.encoding))}
@@ -179,7 +178,6 @@ def prepare(work: Work[Any], folder: Path, hashes: Hashes, key: str, sources: di
 def _make(work: Work[Any], folder: Path, hashes: Hashes, key: str) -> int:
     import pyarrow
 
-    assert work.encoding is not None
     with pyarrow.OSFile(str(folder / ROWS), "wb") as file:
         schema = table_schema(work.encoding.types)
         with pyarrow.ipc.new_stream(file, schema) as rows:

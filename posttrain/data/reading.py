@@ -50,13 +50,13 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Work(Generic[Row]):
-    """Reads chunks; with an `encoding`, encodes them, too."""
+    """Reads and encodes chunks."""
 
     data: DataConfig
     format: Format[Row]
     sources: Sequence[Source]
-    encoder: ChatEncoder | None = None
-    encoding: Encoding[Row] | None = None
+    encoder: ChatEncoder
+    encoding: Encoding[Row]
 
     def __call__(self, chunk: Chunk) -> Outcome:
         tally, readers = Tally(), dict[int, Reader[Row]]()
@@ -78,8 +78,6 @@ class Work(Generic[Row]):
         facts["repeats_prompt"] = [_repeats_prompt(row) for row in rows]
         if places:
             facts["source"], facts["number"] = np.array(places).T
-        if self.encoder is None or self.encoding is None:
-            return Outcome(tally, names, facts, None)
         before = self.encoder.unlike_generation
         table = self._encode(rows, splits, facts, tally)
         tally.unlike_generation = self.encoder.unlike_generation - before
@@ -89,8 +87,6 @@ class Work(Generic[Row]):
         """The table of the rows that are kept; what became of each goes into `facts` and `tally`."""
         import pyarrow
 
-        assert self.encoder is not None
-        assert self.encoding is not None
         used = {self.data.dataset_train_split, self.data.dataset_test_split, *HELD_OUT_NAMES}
         wanted = [number for number, split in enumerate(splits) if split in used or split.startswith(NAMED)]
         drops = self.data.bad_rows == "drop"
@@ -227,7 +223,7 @@ class Found:
     tally: Tally
 
 
-def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.RecordBatch], None] | None" = None) -> Found:
+def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.RecordBatch], None]") -> Found:
     """Read all rows, hand on what they are encoded to, and decide which are held out.
 
     Raises:
@@ -242,7 +238,7 @@ def read(work: Work[Row], processes: int | None, keep: "Callable[[pyarrow.Record
         numbers = np.array([codes.setdefault(name, len(codes)) for name in outcome.splits], dtype="i2")
         outcome.facts["split"] = numbers[outcome.facts["split"]]
         facts.append(outcome.facts)
-        if outcome.table is not None and keep is not None:
+        if outcome.table is not None:
             keep(outcome.table)
     every = np.concatenate(facts)
     notes = reader.notes()

@@ -150,8 +150,8 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[Numbered]:
                 if None in row or None in row.values():
                     what = f"has not as many fields as the header ({len(reader.fieldnames or ())})"
                     problems.add(f"{path} line {reader.line_num}", what)
-                else:
-                    yield reader.line_num, row
+                else:  # where it begins
+                    yield reader.line_num - sum(field.count("\n") for field in row.values()), row
         except (csv.Error, UnicodeDecodeError) as error:
             problems.add(f"{path} line {reader.line_num}", f"invalid CSV ({error})")
 

@@ -113,6 +113,7 @@ class SafeTrainer(_TrainerBase):
         self.model.eval()
         found = {name: self._means(name) for name in self.held_out_batches}
         own = found.pop("")
+        found |= {name: dict(own) for name in self.named if name not in found}
         metrics = {"eval_loss": own.pop("loss")}
         self._metrics["eval"] |= {name: [value] for name, value in own.items()}
         self.log(metrics)  # TRL adds what it has counted
@@ -158,8 +159,12 @@ class SafeTrainer(_TrainerBase):
 
     @cached_property
     def held_out_batches(self) -> dict[str, tuple[list[list[int]], list[list[int]]]]:
-        """Of each held-out set ("": the first) the batches of this process alone, and those that all read."""
-        return {name: self._batches(rows) for name, rows in {"": self.eval_dataset, **self.named}.items()}
+        """Of each held-out set ("": the first) the batches of this process alone, and those that all read.
+
+        A set of data.eval that is the first one itself has none of its own.
+        """
+        others = {name: rows for name, rows in self.named.items() if rows is not self.eval_dataset}
+        return {name: self._batches(rows) for name, rows in {"": self.eval_dataset, **others}.items()}
 
     def _batches(self, rows: "Dataset") -> tuple[list[list[int]], list[list[int]]]:
         """Rows of like lengths, the longest first.

@@ -323,9 +323,11 @@ class HeldOut:
     def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
         if not self.context.panel:
             return {}
-        numbers = self._numbers(trainer, self.context.panel)
+        own = self._numbers(trainer, self.context.panel)
+        numbers = dict(own)
         for name, rows in self.context.panels.items():
-            numbers |= {f"{name}_{key}": value for key, value in self._numbers(trainer, rows).items()}
+            found = own if rows == self.context.panel else self._numbers(trainer, rows)
+            numbers |= {f"{name}_{key}": value for key, value in found.items()}
         return numbers
 
     def _numbers(self, trainer: "PPOTrainer", prompts: Sequence[Example]) -> dict[str, float]:

@@ -97,6 +97,7 @@ class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
             rows = [row for batches in both for batch in batches for row in batch]
             by_row = dict(gather_object(list(zip(rows, islice(scored, len(rows)), strict=True))))
             self.scores[name] = [by_row[row] for row in sorted(by_row)]
+        self.scores |= {name: self.scores[""] for name in self.named if name not in self.scores}
         return metrics
 
     def running(self) -> JsonObject:

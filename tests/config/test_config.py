@@ -43,6 +43,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("stage=dpp", "stage=dpp is not one of dpo, ppo, reward, sft; did you mean ppo?"),
         ("model=gtp2", "model=gtp2 is not one of gpt2, qwen3_0.6b, qwen3_8b, tiny; did you mean gpt2?"),
         ("recipes=quickstart/stf", "did you mean quickstart/sft?"),
+        ("data.evl.helpful=a.jsonl", "did you mean data.eval?"),
         ("modle=gpt2", "modle is unknown for stage=sft; did you mean model?"),
         ("data.learning_rate=1", "data.learning_rate is unknown for stage=sft; did you mean stage.learning_rate?"),
         ("stage.batch_size=abc", "stage.batch_size='abc' must be int"),

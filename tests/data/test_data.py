@@ -70,6 +70,14 @@ def test_five_faults_of_bad_rows_are_told_once_each_and_the_rows_counted(tmp_pat
     assert error.value.problems[-1] == "... and 4 more rows"
 
 
+def test_a_csv_row_of_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,response\n"one\ntwo\nthree",b\nc,d\n"e\nf",""\n')
+    with pytest.raises(DataError, match=r"rows\.csv line 6: 'response' is empty"):
+        read(path)
+    assert [row.where for row in read(path, bad_rows="drop").train] == [f"{path} line 2", f"{path} line 5"]
+
+
 def test_values_stay_what_they_are(tmp_path: Path) -> None:
     dates = [{"instruction": f"2024-01-0{day}T00:00:00", "response": f"2024-02-0{day}"} for day in range(1, 6)]
     splits = read(write_rows(tmp_path / "rows.jsonl", dates))
