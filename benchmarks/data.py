@@ -9,18 +9,15 @@ seconds and the largest resident memory are the operating system's account of th
 import argparse
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from cost import ROOT, Cost, cost_of
+
 TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu2.yaml")]
 TWO += ["--main_process_port", "0"]
 HELD_OUT = 0.05
@@ -28,41 +25,8 @@ HELD_OUT = 0.05
 FIRST, SECOND, BYTES_A_ROW, EVALUATION = 0.6, 1.0, 50, 0.05
 
 
-class Cost(NamedTuple):
-    """Of a command with all its processes."""
-
-    seconds: float  # of CPU time
-    peak: float  # bytes of its largest process
-
-
-def cost_of(arguments: Sequence[str], folder: Path) -> Cost:
-    """Run `python <arguments>`, measured by a parent that waits for nothing else."""
-    watcher = (
-        "import resource, subprocess, sys\n"
-        "done = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)\n"
-        "if done.returncode: sys.exit(done.stdout.decode())\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", watcher, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    seconds, kilobytes = done.stdout.split()
-    return Cost(float(seconds), int(kilobytes) * 1024)
+def _cost(arguments: Sequence[str], folder: Path) -> Cost:
+    return cost_of(arguments, folder, HF_DATASETS_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1")
 
 
 def write_model(kind: str, texts: Sequence[str], folder: Path) -> Path:
@@ -152,7 +116,7 @@ def compare(stage: str, kind: str, counts: Sequence[int]) -> None:
                 if launch:
                     for made in ("cache", "outputs"):
                         shutil.rmtree(folder / made, ignore_errors=True)
-                mine, theirs = cost_of([*launch, *ours], folder), cost_of([*launch, *bare], folder)
+                mine, theirs = _cost([*launch, *ours], folder), _cost([*launch, *bare], folder)
                 print(
                     f"{title:<28} {what:<12} {mine.seconds:8.1f} s {theirs.seconds:8.1f} s "
                     f"{mine.seconds / theirs.seconds:6.2f} (aim {aim:.2f})  {mine.peak / 2**20:8,.0f} MiB "
@@ -175,9 +139,9 @@ def evaluation(count: int) -> None:
         run = ["-m", "posttrain.run", *_overrides("sft", rows, model), "stage.num_epochs=1", "overwrite=true"]
         idle = [*run, "+trainer.max_steps=1", "trainer.eval_strategy=no"]
         for processes, launch in ((1, []), (2, TWO)):
-            start = cost_of([*launch, *idle], folder).seconds
-            without = cost_of([*launch, *run, "trainer.eval_strategy=no"], folder).seconds - start
-            whole = cost_of([*launch, *run], folder).seconds - start
+            start = _cost([*launch, *idle], folder).seconds
+            without = _cost([*launch, *run, "trainer.eval_strategy=no"], folder).seconds - start
+            whole = _cost([*launch, *run], folder).seconds - start
             share = max(whole - without, 0) / whole
             print(f"evaluation, {processes} process(es): {share:.1%} of the run's CPU time (aim {EVALUATION:.0%})")
     # a forward pass costs a third of a training step; five evaluations, each process a share of the held-out rows

@@ -8,12 +8,11 @@ resident memory, less that of a process that imports the libraries and trains ne
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from cost import ROOT, cost_of
+
 COMMON = [
     "stage.max_length=128",
     "stage.batch_size=2",
@@ -48,26 +47,8 @@ def command_of(name: str, folder: Path, model: str) -> list[str]:
 
 
 def peak_of(command: list[str], folder: Path) -> float:
-    """Largest resident memory of a command in GiB, measured by a parent that waits for nothing else."""
-    watcher = (
-        "import resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)\n"
-        "sys.stderr.buffer.write(done.stderr if done.returncode else b'')\n"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
-        "sys.exit(done.returncode)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, "-c", watcher, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return int(done.stdout) / 2**20
+    """Largest resident memory of `posttrain run` in GiB, with freed blocks of 64 KiB and more given back at once."""
+    return cost_of(["-m", "posttrain.run", *command], folder, MALLOC_MMAP_THRESHOLD_="65536").peak / 2**30
 
 
 def planned(arguments: list[str]) -> float:
@@ -97,14 +78,13 @@ def main() -> None:
     for name, content in (("rows", rows), ("pairs", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     os.chdir(folder)
-    run = [sys.executable, "-m", "posttrain.run"]
-    idle = peak_of([*run, *command_of("SFT, full", folder, "nothing"), "run_name=idle"], folder)
+    idle = peak_of([*command_of("SFT, full", folder, "nothing"), "run_name=idle"], folder)
     print(f"idle: {idle:.2f} GiB; one copy of the weights: {124.4e6 * 4 / 2**30:.2f} GiB\n")
     print(f"{'GiB above idle':<34} measured planned   error   × SFT, full", flush=True)
     peaks: dict[str, float] = {}
     for name in RUNS:
         command = command_of(name, folder, "gpt2")
-        peaks[name] = peak_of([*run, *command], folder) - idle
+        peaks[name] = peak_of(command, folder) - idle
         plan = planned(command)
         error = plan / peaks[name] - 1
         ratio = peaks[name] / peaks["SFT, full"]
