@@ -1,6 +1,7 @@
 """The points of a sweep, read from their folders: which are complete, and their metrics."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_o
 from posttrain.values import JsonObject
 
 PICTURE = "sweep.svg"
+NAMED = 40  # characters of a point's name in it
 
 
 def _read(file: Path) -> JsonObject:
@@ -68,7 +70,7 @@ def _is_number(text: str) -> bool:
 
 def _values(point: Path) -> dict[str, str]:
     """The swept keys of a point and their values, from its folder's name."""
-    return dict(part.partition("=")[::2] for part in point.name.split(","))
+    return dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.@]+=)", point.name))
 
 
 def show_sweep(command: Command) -> None:
@@ -105,6 +107,7 @@ def _charts(points: list[tuple[dict[str, str], dict[str, float]]], metrics: list
     if over_kl:
         points = sorted(points, key=lambda point: point[1]["kl"])
     names = [", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items()) for values, _ in points]
+    names = [name if len(name) <= NAMED else f"{name[: NAMED - 1]}…" for name in names]
     for key in metrics:
         places = [
             (found["kl"] if over_kl else place, found.get(key, math.nan)) for place, (_, found) in enumerate(points)

@@ -11,6 +11,7 @@ from conftest import Posttrain, manifest, start, wait_for, write_rows
 from hydra.core.plugins import Plugins
 
 from hydra_plugins.posttrain_launcher import share_out, visible_gpus
+from posttrain.cli.sweep import _values
 
 REWARDS = """
 import os, pathlib
@@ -106,6 +107,14 @@ def test_share_out() -> None:
     assert share_out([], 2) == [[], []]
     assert share_out(["0", "1", "2", "3"], 2) == [["0", "1"], ["2", "3"]]
     assert share_out(["0", "1"], 3) == [["0"], ["1"], ["0"]]
+
+
+def test_a_swept_list_is_one_value(tmp_path: Path) -> None:
+    mixture = "[{name:a.jsonl,weight:1},{name:b.jsonl,weight:2}]"
+    assert _values(tmp_path / f"stage.beta=0.1,data.mixture={mixture}") == {
+        "stage.beta": "0.1",
+        "data.mixture": mixture,
+    }
 
 
 def test_each_point_under_accelerate(posttrain: Posttrain, prompts: Path) -> None:
