@@ -25,7 +25,7 @@ PRELOADED = [
     *(f"posttrain.stages.{stage}" for stage in STAGES),
     *(f"trl.trainer.{stage}_trainer" for stage in STAGES[:3]),
     *("transformers.trainer", "transformers.generation.utils", "transformers.models.gpt2.modeling_gpt2"),
-    *("torch._dynamo", "peft", "datasets", "accelerate.commands.launch", "torch.distributed.run", "matplotlib.pyplot"),
+    *("torch._dynamo", "peft", "datasets", "accelerate.commands.launch", "torch.distributed.run", "matplotlib.figure"),
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 
