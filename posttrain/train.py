@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.cli.entry import command_line
+from posttrain.cli.launching import refuse_to_launch
+from posttrain.config.accelerate import accelerate_config
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
@@ -124,6 +126,7 @@ def run_stage(
         Stopped: a signal came; the checkpoint is written.
         PosttrainError: the run failed, and why.
     """
+    refuse_to_launch(config, "start this program with accelerate launch")
     folder = RunFolder(path or run_path(config))
     given = check_given({TRAIN: train_dataset, EVAL: eval_dataset})
     if given:
@@ -164,10 +167,11 @@ def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     tokenizer, _ = _load_tokenizer(resolved)
     sources = replace(data_sources(config, given), scratch=scratch)
     data = stage_named(config.stage.name).prepare(config, tokenizer, sources)
-    show_dry_run(config, data, world_size())
+    processes = accelerate_config(config.accelerate).get("num_processes", world_size())
+    show_dry_run(config, data, processes)
     completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
     longest = config.stage.max_length if config.trainer.get("packing") else int(data.train.lengths.max()) + completion
-    show_memory(config, tokenizer, longest, completion, world_size())
+    show_memory(config, tokenizer, longest, completion, processes)
     say("dry run: nothing was trained or written")
 
 

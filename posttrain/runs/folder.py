@@ -371,7 +371,8 @@ def changes(earlier: JsonObject, identity: JsonObject, finished: bool) -> dict[s
     for key, values in differences(_comparable(earlier), _comparable(identity)).items():
         section = key.split(".")[0]
         unknown_then = section in hashed and section not in earlier  # a run of an older posttrain
-        if section != "versions" and key.removeprefix("config.") not in free and not unknown_then:
+        is_free = key.startswith(("versions.", "config.accelerate.")) or key.removeprefix("config.") in free
+        if not is_free and not unknown_then:
             found[key] = values
     if finished:
         found.pop("processes", None)

@@ -1,0 +1,69 @@
+"""accelerate's part of a configuration: `accelerate=<name or file>`, and keys of that file such as num_processes."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from posttrain import paths
+from posttrain.config.suggest import nearest
+from posttrain.config.trl_fields import accelerate_keys
+from posttrain.devices import visible_gpus
+from posttrain.errors import ConfigError
+from posttrain.values import JsonObject
+
+# sizes above 1 of accelerate's parallelism_config with which the stages would compute something else
+_NOT_TRAINED_WITH = {
+    "cp": "sequences are shared out by transformers' loop, and judged and generated from by loops that do not",
+    "tp": "the model's layers would have to be loaded in parts",
+    "sp": "the rows of an update are counted as if each process had its own",
+}
+
+
+def accelerate_config(given: JsonObject) -> JsonObject:
+    """The file that `accelerate.config_file` names with the other keys put in; empty where none is named.
+
+    A shipped one has as many processes as there are GPUs to be seen, and another at most as many.
+
+    Raises:
+        ConfigError: there is no such file, or a key that accelerate or posttrain does not take.
+    """
+    keys = dict(given)
+    name = keys.pop("config_file", None)
+    shipped = {file.stem: file for file in paths.ACCELERATE_CONFIGS.glob("*.yaml")}
+    if name is None:
+        if keys:
+            raise ConfigError(f"accelerate.{next(iter(keys))} needs accelerate=<{'|'.join(sorted(shipped))}|file>")
+        return {}
+    file = shipped.get(str(name), Path(str(name)))
+    if not file.is_file():
+        known = sorted(shipped)
+        raise ConfigError(
+            f"accelerate={name} is neither a file nor one of {', '.join(known)}{nearest(str(name), known)}"
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(file), keys))
+    except (YAMLError, ValueError, OSError) as error:
+        raise ConfigError(f"accelerate={name}: {' '.join(str(error).split())}") from error
+    assert isinstance(content, dict)
+    found: JsonObject = {str(key): value for key, value in content.items()}
+    for section in (found, *(value for value in found.values() if isinstance(value, dict))):
+        if unknown := [str(key) for key in section if key not in accelerate_keys()]:
+            raise ConfigError(f"accelerate.{unknown[0]} is unknown to accelerate{nearest(unknown[0], accelerate_keys())}")
+    check_parallelism({key: str(value) for key, value in (found.get("parallelism_config") or {}).items()})
+    gpus = 0 if found.get("use_cpu") or found.get("num_machines", 1) > 1 else len(visible_gpus())
+    if gpus and "num_processes" not in keys and found.get("distributed_type") != "NO":
+        found["num_processes"] = gpus if name in shipped else min(gpus, found.get("num_processes", gpus))
+    return found
+
+
+def check_parallelism(sizes: dict[str, str]) -> None:
+    """Refuse what no stage trains right with, in a file's keys or in the environment that they become.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for name, why in _NOT_TRAINED_WITH.items():
+        key = f"parallelism_config_{name}_size"
+        if int(sizes.get(key, sizes.get(key.upper(), "1"))) > 1:
+            raise ConfigError(f"accelerate.parallelism_config.{key} must be 1 for every stage: {why}; use accelerate=fsdp2")
