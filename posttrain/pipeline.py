@@ -250,7 +250,8 @@ def _run(steps: Sequence[Step], arguments: Sequence[str]) -> None:
         refuse_sweep_under_accelerate("posttrain.pipeline", arguments)
         refuse_to_launch(config, "of a pipeline with -m, sweep over the last stage alone: posttrain run -m stage=dpo …")
     elif is_to_launch(config):
-        return launch(config, "posttrain.pipeline", arguments)
+        launch(config, "posttrain.pipeline", arguments)
+        return
     folders = [run_path(step.config) for step in steps] if is_main_process() and not steps[0].config.dry_run else []
     with locked(*folders):
         done = run_pipeline(steps)

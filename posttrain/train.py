@@ -47,6 +47,7 @@ from posttrain.paths import EMBEDDED
 from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
 from posttrain.rlhf.rewards import load_function
+from posttrain.runs.arguments import with_the_same_updates
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
@@ -267,6 +268,10 @@ def _run(
         assert manifest is not None
         say(f"already complete: {folder.path}, and nothing has changed (finished {manifest['finished']})")
         return _result(folder, manifest["metrics"], spec.objective)
+    began_on = on_main_process(folder.began_on) if state == "interrupted" else None
+    if began_on is not None:
+        identity["processes"] = began_on
+        config = with_the_same_updates(config, began_on)
     data = stage.prepare(config, tokenizer, sources)
     checkpoint = on_main_process(lambda: _begin(folder, identity, state))
     open_log(folder.log)

@@ -75,7 +75,7 @@ def report(error: BaseException) -> int:
         for number in (signal.SIGTERM, signal.SIGINT) if launched() else ():
             signal.signal(number, signal.SIG_IGN)
         if is_main_process():
-            fail("Stopped", str(error))
+            fail("Stopped", str(error), everywhere=False)
         return error.exit_code
     if isinstance(error, PosttrainError):
         fail(type(error).__name__, str(error), everywhere=error.exit_code == 1)

@@ -79,7 +79,9 @@ def launch(config: Config, module: str, words: Sequence[str]) -> None:
             number = signal.Signals(error.sigval)
             raise Stopped(f"stopped by {number.name}, and so were its processes; see above", number) from error
         except ChildFailedError as error:
-            place, failure = error.get_first_failure()
+            # SIGTERM is what the launcher ends the others with
+            killed = [(place, each) for place, each in error.failures.items() if each.exitcode in range(-14, 0)]
+            place, failure = (killed or [error.get_first_failure()])[0]
             code = failure.exitcode
             if code > 0:
                 raise AlreadyToldError(str(error), code) from error

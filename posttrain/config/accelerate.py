@@ -1,5 +1,6 @@
 """accelerate's part of a configuration: `accelerate=<name or file>`, and keys of that file such as num_processes."""
 
+import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -32,6 +33,7 @@ def accelerate_config(given: JsonObject) -> JsonObject:
     name = keys.pop("config_file", None)
     shipped = {file.stem: file for file in paths.ACCELERATE_CONFIGS.glob("*.yaml")}
     if name is None:
+        check_parallelism(dict(os.environ))
         if keys:
             raise ConfigError(f"accelerate.{next(iter(keys))} needs accelerate=<{'|'.join(sorted(shipped))}|file>")
         return {}
@@ -49,7 +51,8 @@ def accelerate_config(given: JsonObject) -> JsonObject:
     found: JsonObject = {str(key): value for key, value in content.items()}
     for section in (found, *(value for value in found.values() if isinstance(value, dict))):
         if unknown := [str(key) for key in section if key not in accelerate_keys()]:
-            raise ConfigError(f"accelerate.{unknown[0]} is unknown to accelerate{nearest(unknown[0], accelerate_keys())}")
+            close = nearest(unknown[0], accelerate_keys())
+            raise ConfigError(f"accelerate.{unknown[0]} is unknown to accelerate{close}")
     check_parallelism({key: str(value) for key, value in (found.get("parallelism_config") or {}).items()})
     gpus = 0 if found.get("use_cpu") or found.get("num_machines", 1) > 1 else len(visible_gpus())
     if gpus and "num_processes" not in keys and found.get("distributed_type") != "NO":
@@ -66,4 +69,5 @@ def check_parallelism(sizes: dict[str, str]) -> None:
     for name, why in _NOT_TRAINED_WITH.items():
         key = f"parallelism_config_{name}_size"
         if int(sizes.get(key, sizes.get(key.upper(), "1"))) > 1:
-            raise ConfigError(f"accelerate.parallelism_config.{key} must be 1 for every stage: {why}; use accelerate=fsdp2")
+            path = f"accelerate.parallelism_config.{key}"
+            raise ConfigError(f"{path} must be 1 for every stage: {why}; use accelerate=fsdp2")

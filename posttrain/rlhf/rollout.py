@@ -39,6 +39,20 @@ class RolloutBuffer:
             kept[name] = value[:, value.size(1) - prompt :] if name.startswith("prompt") else value[:, :completion]
         return RolloutBuffer(**kept)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[RolloutBuffer]") -> "RolloutBuffer":
+        """The episodes of several, as wide as the widest."""
+        import torch
+
+        whole = {}
+        for item in fields(cls):
+            values = [vars(part)[item.name] for part in parts]
+            room = [max(each.size(1) for each in values) - value.size(1) for value in values]
+            sides = [(width, 0) if item.name.startswith("prompt") else (0, width) for width in room]
+            padded = (torch.nn.functional.pad(value, side) for value, side in zip(values, sides, strict=True))
+            whole[item.name] = torch.cat(list(padded))
+        return cls(**whole)
+
     @property
     def tokens(self) -> int:
         """How many tokens the completions have."""
