@@ -212,7 +212,7 @@ def test_a_wheel_made_from_the_sdist_runs_from_another_folder(tmp_path: Path) ->
     empty = tmp_path / "empty"
     empty.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "posttrain.run", "recipes=quickstart/sft", *SHORT],
+        [sys.executable, "-m", "posttrain.run", "recipes=quickstart/sft", "accelerate=cpu2", *SHORT],
         cwd=empty,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"},
         capture_output=True,
@@ -220,6 +220,7 @@ def test_a_wheel_made_from_the_sdist_runs_from_another_folder(tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "× 2 devices = 32 rows" in done.stdout
     assert (empty / "outputs/demo/sft/posttrain.json").is_file()
     assert str(tmp_path / "site") in (empty / "outputs/demo/sft/config.yaml").read_text()
 

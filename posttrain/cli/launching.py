@@ -80,7 +80,7 @@ def launch(config: Config, module: str, words: Sequence[str]) -> None:
             raise Stopped(f"stopped by {number.name}, and so were its processes; see above", number) from error
         except ChildFailedError as error:
             # SIGTERM is what the launcher ends the others with
-            killed = [(place, each) for place, each in error.failures.items() if each.exitcode in range(-14, 0)]
+            killed = [found for found in error.failures.items() if 0 > found[1].exitcode != -signal.SIGTERM]
             place, failure = (killed or [error.get_first_failure()])[0]
             code = failure.exitcode
             if code > 0:

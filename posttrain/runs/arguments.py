@@ -36,8 +36,8 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObjec
         raise ConfigError("trainer.activation_offloading=true needs a GPU: activations are moved away from it")
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process: use them all with accelerate=ddp, or show it "
-            "one with CUDA_VISIBLE_DEVICES=0"
+            f"{torch.cuda.device_count()} GPUs are visible to one process: use them all with accelerate=ddp, or show "
+            "it one with CUDA_VISIBLE_DEVICES=0"
         )
     precision = mixed_precision(config.precision)
     return {
@@ -83,7 +83,7 @@ def with_the_same_updates(config: Config, began_on: int) -> Config:
         return config
     say(
         f"the run began on {began_on} processes: trainer.gradient_accumulation_steps={batches // now} instead of "
-        f"{accumulation} keeps the rows of each update"
+        f"{accumulation} keeps the rows of each update (what fills up the last one of an epoch apart)"
     )
     return replace(config, trainer={**config.trainer, "gradient_accumulation_steps": batches // now})
 
