@@ -92,7 +92,10 @@ def test_pairs_go_on_on_one_process(posttrain: Posttrain, sources: Path, stage: 
     done = stopped(sources, stage, number=signal.SIGINT, group=True)
     assert done.code == 128 + signal.SIGINT, done
     assert "stopped by SIGINT at step" in done.err
-    assert posttrain(*command(stage, "cut", *STEPS)).code == 0
+    again = posttrain(*command(stage, "cut", *STEPS))
+    assert again.code == 0, again
+    assert "resuming from checkpoint-" in again.out
+    assert "gradient_accumulation_steps=2 instead of 1" in again.out
     assert posttrain(*command(stage, "whole", *STEPS, "trainer.gradient_accumulation_steps=2")).code == 0
     assert apart(sources, stage) < 1e-6
 
