@@ -13,12 +13,9 @@ from posttrain.devices import visible_gpus
 from posttrain.errors import ConfigError
 from posttrain.values import JsonObject
 
-# sizes above 1 of accelerate's parallelism_config with which the stages would compute something else
-_NOT_TRAINED_WITH = {
-    "cp": "sequences are shared out by transformers' loop, and judged and generated from by loops that do not",
-    "tp": "the model's layers would have to be loaded in parts",
-    "sp": "the rows of an update are counted as if each process had its own",
-}
+# sizes of accelerate's parallelism_config that are 1 with every stage
+_COUNTED = "rows are counted, shared out and judged as if each process had its own"
+_NOT_TRAINED_WITH = {"cp": _COUNTED, "sp": _COUNTED, "tp": "accelerate wants a model that was loaded in parts"}
 
 
 def accelerate_config(given: JsonObject) -> JsonObject:
@@ -61,7 +58,7 @@ def accelerate_config(given: JsonObject) -> JsonObject:
 
 
 def check_parallelism(sizes: dict[str, str]) -> None:
-    """Refuse what no stage trains right with, in a file's keys or in the environment that they become.
+    """Refuse what no stage trains with, in a file's keys or in the environment that they become.
 
     Raises:
         ConfigError: names the key.

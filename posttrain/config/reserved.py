@@ -52,7 +52,7 @@ ALWAYS = {
         _EVALUATION,
     ),
     "accelerator_config": "rows are dealt to processes so that several give the result of one",
-    "parallelism_config": "no stage trains right with it",
+    "parallelism_config": "no stage trains with it",
     "local_rank": "accelerate sets it",
     "deepspeed": "set accelerate=zero2",
     **dict.fromkeys(("fsdp", "fsdp_config"), "set accelerate=fsdp2"),
