@@ -57,8 +57,7 @@ def launch(config: Config, module: str, words: Sequence[str]) -> None:
     """
     content = accelerate_config(config.accelerate)
     console.say(f"accelerate: {config.accelerate['config_file']}, {content.get('num_processes', 1)} processes")
-    given = {STARTED: "1", console.TRACE: str(int(console.traces))}  # guarded has set the latter for itself
-    os.environ.update(given)
+    os.environ.update({STARTED: "1", console.TRACE: str(int(console.traces))})  # guarded has set the latter for itself
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_STOP)
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env

@@ -334,7 +334,7 @@ def to_dict(config: Config) -> JsonObject:
     return dataclasses.asdict(config)
 
 
-def differences(old: JsonObject, new: JsonObject) -> dict[str, tuple[object, object]]:
+def differences(old: typing.Mapping[str, object], new: typing.Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Dotted key -> (old value, new value), for each key whose values differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return {

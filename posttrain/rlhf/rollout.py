@@ -44,14 +44,12 @@ class RolloutBuffer:
         """The episodes of several, as wide as the widest."""
         import torch
 
-        whole = {}
-        for item in fields(cls):
-            values = [vars(part)[item.name] for part in parts]
-            room = [max(each.size(1) for each in values) - value.size(1) for value in values]
-            sides = [(width, 0) if item.name.startswith("prompt") else (0, width) for width in room]
-            padded = (torch.nn.functional.pad(value, side) for value, side in zip(values, sides, strict=True))
-            whole[item.name] = torch.cat(list(padded))
-        return cls(**whole)
+        def padded(name: str, value: "Tensor") -> "Tensor":
+            room = max(vars(part)[name].size(1) for part in parts) - value.size(1)
+            return torch.nn.functional.pad(value, (room, 0) if name.startswith("prompt") else (0, room))
+
+        names = [item.name for item in fields(cls)]
+        return cls(**{name: torch.cat([padded(name, vars(part)[name]) for part in parts]) for name in names})
 
     @property
     def tokens(self) -> int:

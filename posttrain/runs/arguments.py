@@ -63,24 +63,24 @@ def with_the_same_updates(config: Config, began_on: int) -> Config:
     Raises:
         ConfigError: it cannot have them; names numbers of processes that can.
     """
-    now, stage = world_size(), STAGES[config.stage.name]
+    now = world_size()
     if now == began_on:
+        return config
+    if STAGES[config.stage.name].is_online:
+        say(f"the run began on {began_on} processes: its rollout is shared out among {now}, which sample the next ones")
         return config
     accumulation = int(config.trainer.get("gradient_accumulation_steps", 1))
     batches = accumulation * began_on  # of an update
-    fitting = [str(number) for number in range(1, batches + 1) if batches % number == 0]
-    sampling = config.trainer.get("train_sampling_strategy", "random")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or sampling not in ("random", "sequential"):
-        fitting = [str(began_on)]  # each process's part of DeepSpeed's state; rows are put together by the batch size
-    if not stage.is_online and str(now) not in fitting:
+    fitting = [number for number in range(1, batches + 1) if batches % number == 0]
+    by_batch_size = config.trainer.get("train_sampling_strategy", "random") not in ("random", "sequential")
+    if by_batch_size or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose processes keep parts of the state
+        fitting = [began_on]
+    if now not in fitting:
         raise ConfigError(
             f"the run began on {began_on} processes, with {batches} × stage.batch_size={config.stage.batch_size} rows "
-            f"in each update, which {now} cannot have: go on with accelerate.num_processes={' or '.join(fitting)}, or "
-            "start over with move_aside=true or another run_name=…"
+            f"in each update, which {now} cannot have: go on with accelerate.num_processes="
+            f"{' or '.join(map(str, fitting))}, or start over with move_aside=true or another run_name=…"
         )
-    if stage.is_online:
-        say(f"the run began on {began_on} processes: its rollout is shared out among {now}, which sample the next ones")
-        return config
     say(
         f"the run began on {began_on} processes: trainer.gradient_accumulation_steps={batches // now} instead of "
         f"{accumulation} keeps the rows of each update (what fills up the last one of an epoch apart)"

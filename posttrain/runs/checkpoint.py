@@ -89,7 +89,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_hashes(folder: Path) -> dict[str, JsonObject]:
+def file_hashes(folder: Path) -> dict[str, dict[str, int | str]]:
     """Relative path -> size and sha256 of every file below a folder, except the manifest itself."""
     return {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}

@@ -25,7 +25,8 @@ from conftest import (
 from forked import Forked
 
 # 32 rows to train on, which both two processes and one divide into batches of two
-STEPS = ("stage.batch_size=2", "data.test_size=8", "trainer.max_steps=30", "trainer.save_steps=1")
+STEPS = ("stage.batch_size=2", "data.test_size=8", "trainer.max_steps=20")
+EACH = "trainer.save_steps=1"
 
 
 def two(*words: str, cwd: Path) -> Forked:
@@ -35,7 +36,7 @@ def two(*words: str, cwd: Path) -> Forked:
 
 def stopped(folder: Path, stage: str, *more: str, number: int = signal.SIGTERM, group: bool = False) -> Outcome:
     """A run on two processes that a signal to its launcher, or to the launcher's group, has ended."""
-    process = two(*command(stage, "cut", *STEPS, *more), cwd=folder)
+    process = two(*command(stage, "cut", *STEPS, EACH, *more), cwd=folder)
     wait_for(folder / f"outputs/cut/{stage}/checkpoint-2/checkpoint.json", process)
     os.killpg(process.pid, number) if group else os.kill(process.pid, number)
     return ended(process)
@@ -75,7 +76,7 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one(posttrain: Posttrain, sou
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_a_run_killed_on_one_process_goes_on_on_two(posttrain: Posttrain, sources: Path, stage: str) -> None:
     accumulated = "trainer.gradient_accumulation_steps=2"
-    process = start(*command(stage, "cut", *STEPS, accumulated), cwd=sources)
+    process = start(*command(stage, "cut", *STEPS, EACH, accumulated), cwd=sources)
     wait_for(sources / f"outputs/cut/{stage}/checkpoint-2/checkpoint.json", process)
     process.kill()
     process.wait()
@@ -126,7 +127,7 @@ def test_ppo_goes_on_on_one_process(posttrain: Posttrain, sources: Path, more: t
     assert posttrain(*command("ppo", "whole", *STEPS, *more)).code == 0
     whole = read_rows(sources / "outputs/whole/ppo/rollouts.jsonl")
     assert [(line["step"], line["prompt"]) for line in rollouts] == [(line["step"], line["prompt"]) for line in whole]
-    assert manifest(sources / "outputs/cut/ppo")["metrics"]["steps"] == 30
+    assert manifest(sources / "outputs/cut/ppo")["metrics"]["steps"] == 20
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_the_slurm_script_asks_for_its_job_again_and_goes_on(sources: Path) -> N
         **{"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_NODEID": "0"},
         **{"SLURM_JOB_ID": "7"},
     }
-    words = ["bash", str(ROOT / "recipes/launch.slurm"), *command("sft", "cut", *STEPS), "accelerate=cpu2"]
+    words = ["bash", str(ROOT / "recipes/launch.slurm"), *command("sft", "cut", *STEPS, EACH), "accelerate=cpu2"]
     with (sources / "job.txt").open("w") as output:
         job = subprocess.Popen(words, cwd=sources, env=environment, stdout=output, stderr=output)
         end = time.monotonic() + 120
