@@ -19,14 +19,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from posttrain.cli.launching import launch_command  # noqa: E402
 
 BETAS = (0.25, 0.5, 1.0)
 PROMPTS = ("river", "stone", "cloud")
@@ -106,8 +104,8 @@ def write_problem(folder: Path) -> None:
 PAIRS = f"stage.batch_size={len(PROMPTS) * 4 * sum(ODDS['river'])}"
 
 
-def train(folder: Path, *arguments: str, data: str = "pairs.jsonl", launch: Sequence[str] = (sys.executable,)) -> None:
-    command = [*launch, "-m", "posttrain.run", *arguments, *SETTINGS, f"output_dir={folder / 'outputs'}"]
+def train(folder: Path, *arguments: str, data: str = "pairs.jsonl") -> None:
+    command = [sys.executable, "-m", "posttrain.run", *arguments, *SETTINGS, f"output_dir={folder / 'outputs'}"]
     command += [f"model.model_name_or_path={folder / 'reference'}", f"data.dataset_name={folder / data}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -298,7 +296,7 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     full = [*PPO, "stage.learning_rate=1e-3", function, "run_name=full"]
     train(folder, "-m", *full, f"stage.kl_coef={','.join(map(str, BETAS))}", data="prompts.jsonl")
     two = [*full, "stage.batch_size=192", "stage.kl_coef=0.5", "run_name=two"]
-    train(folder, *two, data="prompts.jsonl", launch=launch_command("cpu2"))
+    train(folder, *two, "accelerate=cpu2", data="prompts.jsonl")
     lora = [*PPO, *LORA, "stage.learning_rate=2e-3"]
     train(folder, *lora, "stage.kl_coef=0.5", function, "run_name=lora", data="prompts.jsonl")
     train(folder, *REWARD, PAIRS, *LORA, "run_name=shared")

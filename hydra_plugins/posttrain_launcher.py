@@ -1,15 +1,13 @@
-"""Hydra's launcher of a sweep: each point is a process of its own, `python -m posttrain.run` or `accelerate launch`.
+"""Hydra's launcher of a sweep: each point is a process of its own, `python -m posttrain.run`.
 
 A point that fails or is killed takes nothing else with it, and trackers, devices and process groups start fresh. Hydra
 looks for launchers in packages of this name only; conf/config.yaml makes it the default for `-m`.
 
-hydra.launcher.n_jobs             points at a time; null: one, or with several GPUs one on each
-hydra.launcher.accelerate_config  a name in accelerate_configs/ or a file: each point runs under `accelerate launch`
+hydra.launcher.n_jobs  points at a time; null: one, or with several GPUs and without `accelerate=` one on each
 """
 
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +33,6 @@ class ProcessLauncherConf:
 
     _target_: str = "hydra_plugins.posttrain_launcher.ProcessLauncher"
     n_jobs: int | None = None
-    accelerate_config: str | None = None
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="process", node=ProcessLauncherConf, provider="posttrain")
@@ -53,8 +50,8 @@ class _Point:
 class ProcessLauncher(Launcher):
     """Runs the points of a sweep as processes, `n_jobs` at a time."""
 
-    def __init__(self, n_jobs: int | None = None, accelerate_config: str | None = None) -> None:
-        self.n_jobs, self.accelerate_config = n_jobs, accelerate_config
+    def __init__(self, n_jobs: int | None = None) -> None:
+        self.n_jobs = n_jobs
         self.running: set[subprocess.Popen[Any]] = set()
         self.stopped: int | None = None
 
@@ -63,20 +60,17 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run every point that is not complete yet; a failed one is reported, and the others go on."""
-        from posttrain.cli.launching import launch_command
         from posttrain.console import say
+        from posttrain.devices import visible_gpus
 
-        gpus = visible_gpus()
-        jobs = self.n_jobs or (1 if self.accelerate_config else max(len(gpus), 1))
+        points = [self._point(overrides, initial_job_idx + place) for place, overrides in enumerate(job_overrides)]
+        gpus, accelerates = visible_gpus(), any(point.config.accelerate.config_file for point in points)
+        jobs = self.n_jobs or (1 if accelerates else max(len(gpus), 1))
         shares = share_out(gpus, jobs)
         slots: queue.Queue[list[str]] = queue.Queue()
         for share in shares:
             # without accelerate one process trains on one device
-            slots.put(share if self.accelerate_config else share[:1])
-        accelerate = launch_command(self.accelerate_config, len(shares[0])) if self.accelerate_config else None
-        points = [
-            self._point(overrides, initial_job_idx + place, accelerate) for place, overrides in enumerate(job_overrides)
-        ]
+            slots.put(share if accelerates else share[:1])
         say(f"sweep: {len(points)} points, {jobs} at a time" + (f", {len(shares[0])} GPUs each" if gpus else ""))
         with self._ending_together(), ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda point: self._run(point, slots, prefixed=jobs > 1), points))
@@ -84,7 +78,7 @@ class ProcessLauncher(Launcher):
             sys.exit(128 + self.stopped)
         return [point.result for point in points]
 
-    def _point(self, overrides: Sequence[str], number: int, accelerate: list[str] | None) -> _Point:
+    def _point(self, overrides: Sequence[str], number: int) -> _Point:
         from posttrain.cli import command, entry
 
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -96,7 +90,7 @@ class ProcessLauncher(Launcher):
         overrides: Any = OmegaConf.to_container(config.hydra.overrides.task)
         given = command.parse(entry.typed).config_dir
         quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-        words = [*(accelerate or [sys.executable]), "-m", "posttrain.run", *overrides, f"hydra.run.dir='{quoted}'"]
+        words = [sys.executable, "-m", "posttrain.run", *overrides, f"hydra.run.dir='{quoted}'"]
         return _Point(name, folder, config, [*words, *(["--config-dir", given] if given else [])])
 
     def _run(self, point: _Point, slots: "queue.Queue[list[str]]", prefixed: bool) -> None:
@@ -171,18 +165,6 @@ def _signal(process: "subprocess.Popen[Any]", number: int) -> None:
         os.killpg(process.pid, number)
     except ProcessLookupError:
         return  # it has ended meanwhile
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; torch is not imported."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.split() if found.returncode == 0 else []
 
 
 def share_out(gpus: Sequence[str], jobs: int) -> list[list[str]]:

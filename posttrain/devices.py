@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +34,23 @@ def setup_device() -> "torch.device":
 def world_size() -> int:
     """How many processes were started, known before torch is imported."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    """Whether this process is one of those that `accelerate launch` or torchrun has started."""
+    return world_size() > 1 or "LOCAL_RANK" in os.environ
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes; torch is not imported."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.split() if found.returncode == 0 else []
 
 
 def on_main_process(decide: Callable[[], T]) -> T:

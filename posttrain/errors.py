@@ -26,7 +26,11 @@ class DataError(PosttrainError, ValueError):
 
 
 class AlreadyToldError(PosttrainError):
-    """A point of a sweep has failed and printed its error; the sweep goes on, and ends with exit code 1."""
+    """Another process, a point of a sweep or one of several of a run, has failed and printed its error."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Stopped(PosttrainError):  # noqa: N818, an orderly end is not an error

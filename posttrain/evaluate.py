@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, cast
 
 from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
+from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, OnlineStage
 from posttrain.console import is_main_process, say, show_table, warn
@@ -258,6 +259,7 @@ def _main(arguments: Sequence[str]) -> None:
     policies, out, rest = read_evaluation(arguments)
     start = f"model.model_name_or_path='{policies[0]}'"
     config = with_data(read_command([*rest, start], to_come=None).config)
+    refuse_to_launch(config, "posttrain evaluate is one process")
     all_rows = any(argument.startswith("data.dataset_name=") for argument in arguments)
     file = Path(out) if out is not None else _free_file(config)
     if file.exists() and not config.overwrite:

@@ -26,7 +26,7 @@ from hydra.core.override_parser.types import Override
 from posttrain import run
 from posttrain.cli.command import named_stages, parse, read_command
 from posttrain.cli.entry import entry_point
-from posttrain.cli.launching import refuse_sweep_under_accelerate
+from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate, refuse_to_launch
 from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, FORMATS, INSTRUCTIONS, STAGES, followers
 from posttrain.console import is_main_process, say, show_table
@@ -245,8 +245,13 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _run(steps: Sequence[Step], arguments: Sequence[str]) -> None:
+    config = steps[0].config
     if any(step.sweeps for step in steps):
         refuse_sweep_under_accelerate("posttrain.pipeline", arguments)
+        refuse_to_launch(config, "of a pipeline with -m, sweep over the last stage alone: posttrain run -m stage=dpo …")
+    elif is_to_launch(config):
+        launch(config, "posttrain.pipeline", arguments)
+        return
     folders = [run_path(step.config) for step in steps] if is_main_process() and not steps[0].config.dry_run else []
     with locked(*folders):
         done = run_pipeline(steps)

@@ -8,6 +8,7 @@ interrupted run. Every key of a stage: posttrain run stage=ppo --help
   --cfg job|hydra|all      print the configuration
   --config-dir <folder>    add your own recipes/, model/, data/ and trainer/
   -m                       a run for each of several values: stage.beta=0.1,0.3
+  accelerate=<name>        on every GPU: ddp, fsdp2, zero2, zero3, or a file
   --info, --hydra-help     what Hydra does
 
 examples:
@@ -25,20 +26,25 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from posttrain import console, paths
+from posttrain.cli import entry
 from posttrain.cli.command import read_command
 from posttrain.cli.entry import entry_point, report
-from posttrain.cli.launching import refuse_sweep_under_accelerate
-from posttrain.cli.sweep import show_sweep
+from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate
+from posttrain.cli.sweep import objective_of, show_sweep
 from posttrain.config.check import check
 from posttrain.errors import AlreadyToldError, ConfigError, Stopped
 
 
 def _job(composed: DictConfig) -> float | None:
     """What Hydra calls for each run: returns the stage's objective, so that any sweeper can use it."""
-    from posttrain.train import run_stage
-
     try:
-        result = run_stage(check(composed), Path(HydraConfig.get().runtime.output_dir))
+        config, folder = check(composed), Path(HydraConfig.get().runtime.output_dir)
+        if is_to_launch(config):
+            launch(config, "posttrain.run", _words(folder))
+            return objective_of(folder)
+        from posttrain.train import run_stage
+
+        result = run_stage(config, folder)
     except (Stopped, KeyboardInterrupt) as error:
         sys.exit(report(error))  # not on to the next point of a sweep
     except Exception as error:
@@ -50,6 +56,13 @@ def _job(composed: DictConfig) -> float | None:
         # Hydra goes on with the other points, and raises the first failure after the last
         raise AlreadyToldError(str(error)) from error
     return result.objective if result is not None else None
+
+
+def _words(folder: Path) -> list[str]:
+    """The command of this run: what was typed, or in a job of a sweep what Hydra has made of it."""
+    if HydraConfig.get().mode == RunMode.RUN:
+        return entry.typed
+    return [*HydraConfig.get().overrides.task, f"hydra.run.dir='{folder}'"]
 
 
 def main() -> None:

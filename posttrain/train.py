@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.cli.entry import command_line
+from posttrain.cli.launching import refuse_to_launch
+from posttrain.config.accelerate import accelerate_config
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
@@ -45,6 +47,7 @@ from posttrain.paths import EMBEDDED
 from posttrain.planning.memory import show_memory
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
 from posttrain.rlhf.rewards import load_function
+from posttrain.runs.arguments import with_the_same_updates
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
@@ -124,6 +127,7 @@ def run_stage(
         Stopped: a signal came; the checkpoint is written.
         PosttrainError: the run failed, and why.
     """
+    refuse_to_launch(config, "start this program with accelerate launch")
     folder = RunFolder(path or run_path(config))
     given = check_given({TRAIN: train_dataset, EVAL: eval_dataset})
     if given:
@@ -164,10 +168,11 @@ def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     tokenizer, _ = _load_tokenizer(resolved)
     sources = replace(data_sources(config, given), scratch=scratch)
     data = stage_named(config.stage.name).prepare(config, tokenizer, sources)
-    show_dry_run(config, data, world_size())
+    processes = accelerate_config(config.accelerate).get("num_processes", world_size())
+    show_dry_run(config, data, processes)
     completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
     longest = config.stage.max_length if config.trainer.get("packing") else int(data.train.lengths.max()) + completion
-    show_memory(config, tokenizer, longest, completion, world_size())
+    show_memory(config, tokenizer, longest, completion, processes)
     say("dry run: nothing was trained or written")
 
 
@@ -263,6 +268,10 @@ def _run(
         assert manifest is not None
         say(f"already complete: {folder.path}, and nothing has changed (finished {manifest['finished']})")
         return _result(folder, manifest["metrics"], spec.objective)
+    began_on = on_main_process(folder.began_on) if state == "interrupted" else None
+    if began_on is not None:
+        identity["processes"] = began_on
+        config = with_the_same_updates(config, began_on)
     data = stage.prepare(config, tokenizer, sources)
     checkpoint = on_main_process(lambda: _begin(folder, identity, state))
     open_log(folder.log)

@@ -163,10 +163,8 @@ def start(*arguments: str, cwd: Path, module: str = "posttrain.run", **options: 
 
 def launched(*arguments: str, cwd: Path, module: str = "posttrain.run") -> Forked:
     """`accelerate launch` with two CPU processes, in a process group of its own."""
-    from posttrain.cli.launching import launch_command
-
-    _, _, launcher, *options = launch_command("cpu2")
-    return start(*options, "-m", module, *arguments, cwd=cwd, module=launcher, new_session=True)
+    options = ("--config_file", str(ROOT / "accelerate_configs/cpu2.yaml"), "--main_process_port", "0", "-m", module)
+    return start(*options, *arguments, cwd=cwd, module="accelerate.commands.launch", new_session=True)
 
 
 def ended(process: Forked, timeout: float = 300) -> Outcome:

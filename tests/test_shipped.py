@@ -46,20 +46,21 @@ def runs() -> list[str]:
     """The runs of posttrain in all pages, without what stands before `&&`."""
     found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
     # what accelerate starts on several GPUs runs here in one process
-    under = {line[line.index("-m posttrain.run") :] for line in launches() if "-m posttrain.run" in line}
-    under = {line.replace("-m posttrain.run", "posttrain run") for line in under}
-    return sorted({part for part in found if part.startswith("posttrain run")} | under)
+    under = [line[line.index("-m posttrain.run") :] for line in launches() if "-m posttrain.run" in line]
+    found += [line.replace("-m posttrain.run", "posttrain run") for line in under]
+    return sorted({re.sub(r" accelerate\S+", "", part) for part in found if part.startswith("posttrain run")})
 
 
 def pipelines() -> list[str]:
     """The pipelines in all pages."""
     found = [part.strip() for page in DOCUMENTS for line in commands(page) for part in line.split("&&")]
-    return sorted({part for part in found if part.startswith("posttrain pipeline")})
+    return sorted({re.sub(r" accelerate\S+", "", part) for part in found if part.startswith("posttrain pipeline")})
 
 
 def launches() -> list[str]:
     """The runs under accelerate in all pages."""
-    return sorted({line for page in DOCUMENTS for line in commands(page) if line.startswith("accelerate launch")})
+    found = {line for page in DOCUMENTS for line in commands(page)}
+    return sorted(line for line in found if line.startswith("accelerate launch") or " accelerate=" in line)
 
 
 @pytest.mark.parametrize("command", launches())
@@ -69,9 +70,9 @@ def test_every_documented_launch_is_one(command: str, tmp_path: Path, monkeypatc
     from posttrain.pipeline import read_pipeline
 
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(command)
+    words = shlex.split(command.replace("posttrain ", "-m posttrain."))
     at = words.index("-m")
-    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    assert "--config_file" not in words or (ROOT / words[words.index("--config_file") + 1]).is_file()
     read = {"posttrain.run": read_command, "posttrain.pipeline": read_pipeline}[words[at + 1]]
     assert read(words[at + 2 :])
 
@@ -212,7 +213,7 @@ def test_a_wheel_made_from_the_sdist_runs_from_another_folder(tmp_path: Path) ->
     empty = tmp_path / "empty"
     empty.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "posttrain.run", "recipes=quickstart/sft", *SHORT],
+        [sys.executable, "-m", "posttrain.run", "recipes=quickstart/sft", "accelerate=cpu2", *SHORT],
         cwd=empty,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"},
         capture_output=True,
@@ -220,6 +221,7 @@ def test_a_wheel_made_from_the_sdist_runs_from_another_folder(tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "× 2 devices = 32 rows" in done.stdout
     assert (empty / "outputs/demo/sft/posttrain.json").is_file()
     assert str(tmp_path / "site") in (empty / "outputs/demo/sft/config.yaml").read_text()
 

@@ -1,6 +1,7 @@
 """The one reader of command lines: every word is checked, and what Hydra composes of it, before anything runs."""
 
 import argparse
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,14 @@ def parse(arguments: Sequence[str]) -> Line:
         raise ConfigError("--resolve and --package go with --cfg")
     if (flags.cfg is not None) + (flags.info is not None) + flags.hydra_help > 1:
         raise ConfigError("only one of --cfg, --info and --hydra-help can be printed")
+    # accelerate=ddp accelerate.num_processes=4: a name, and keys of what it names
+    words = [re.sub(r"^(\+*)accelerate=", r"\1accelerate.config_file=", word) for word in flags.overrides]
     try:
-        overrides = OverridesParser.create().parse_overrides(flags.overrides)
+        overrides = OverridesParser.create().parse_overrides(words)
     except (OverrideParseException, HydraException) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{text}; quote a value that holds = , [ ] {{ }} or spaces") from error
-    return Line(flags.overrides, overrides, flags.multirun, prints, flags.config_dir)
+    return Line(words, overrides, flags.multirun, prints, flags.config_dir)
 
 
 def _with_value(name: str, value: str | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import NoReturn
 from posttrain import __version__, console
 from posttrain.cli.completion import complete
 from posttrain.cli.help import help_text
-from posttrain.console import TRACE, fail
+from posttrain.console import TRACE, fail, is_main_process
+from posttrain.devices import launched
 from posttrain.errors import AlreadyToldError, PosttrainError, Stopped
 from posttrain.runs.checkpoint import StopSignals
 
@@ -67,6 +69,13 @@ def guarded(body: Callable[[], None]) -> int:
 def report(error: BaseException) -> int:
     """Print what happened in one paragraph and return the exit code."""
     if isinstance(error, AlreadyToldError):
+        return error.exit_code
+    if isinstance(error, Stopped):
+        # all processes end now, each with this exit code: the launcher, which ends the others once one has, comes late
+        for number in (signal.SIGTERM, signal.SIGINT) if launched() else ():
+            signal.signal(number, signal.SIG_IGN)
+        if is_main_process():
+            fail("Stopped", str(error), everywhere=False)
         return error.exit_code
     if isinstance(error, PosttrainError):
         fail(type(error).__name__, str(error), everywhere=error.exit_code == 1)

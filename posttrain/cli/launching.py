@@ -1,37 +1,97 @@
-"""accelerate's part of a start: which configurations are shipped, and what cannot be asked of several processes."""
+"""accelerate's part of a start: `accelerate=` starts the command once for each device and says how all of it ended."""
 
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from posttrain import paths
-from posttrain.config.suggest import nearest
-from posttrain.errors import ConfigError
+from omegaconf import OmegaConf
+
+from posttrain import console
+from posttrain.config.accelerate import accelerate_config
+from posttrain.config.schema import Config
+from posttrain.devices import launched
+from posttrain.errors import AlreadyToldError, ConfigError, PosttrainError, Stopped
+
+STARTED = "POSTTRAIN_STARTED"  # set for the processes that `accelerate=` starts
+SECONDS_TO_STOP = "300"  # torch's 30 are too short for the checkpoint of a large model
 
 
-def under_accelerate() -> bool:
-    """Whether this process is one of several that `accelerate launch` or torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def launch_command(name: str, gpus: int = 0) -> list[str]:
-    """`accelerate launch` with a shipped configuration or a file, on a free port; `gpus`: as many processes.
+def is_to_launch(config: Config) -> bool:
+    """Whether `accelerate=` has yet to start the processes of a run.
 
     Raises:
-        ConfigError: the configuration does not exist.
+        ConfigError: `accelerate launch` or torchrun has started some already.
     """
-    shipped = {file.stem: file for file in paths.ACCELERATE_CONFIGS.glob("*.yaml")}
-    file = shipped.get(name, Path(name))
-    if not file.is_file():
-        names = sorted(shipped)
+    name = config.accelerate["config_file"]
+    if name is None or config.dry_run or STARTED in os.environ:
+        return False
+    if launched():
         raise ConfigError(
-            f"hydra.launcher.accelerate_config={name} is neither a file nor one of {', '.join(names)}"
-            f"{nearest(name, names)}"
+            f"accelerate={name} inside accelerate launch or torchrun would start processes within processes; leave out "
+            "one of the two"
         )
-    processes = ["--num_processes", str(gpus)] if gpus else []
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return [*launch, "--main_process_port", "0", *processes]
+    return True
+
+
+def refuse_to_launch(config: Config, what: str) -> None:
+    """Refuse `accelerate=` where nothing would come of it.
+
+    Raises:
+        ConfigError: it is given.
+    """
+    if is_to_launch(config):
+        name = config.accelerate["config_file"]
+        raise ConfigError(f"accelerate={name} is for posttrain run and posttrain pipeline; {what}")
+
+
+def launch(config: Config, module: str, words: Sequence[str]) -> None:
+    """Run `python -m <module> <words>` in the processes of `accelerate=`, and wait for their end.
+
+    Raises:
+        Stopped: a signal came; the processes have written a checkpoint if they were training.
+        AlreadyToldError: a process failed, and has said why.
+        PosttrainError: a process was killed.
+    """
+    content = accelerate_config(config.accelerate)
+    console.say(f"accelerate: {config.accelerate['config_file']}, {content.get('num_processes', 1)} processes")
+    os.environ.update({STARTED: "1", console.TRACE: str(int(console.traces))})  # guarded has set the latter for itself
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_STOP)
+    from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "accelerate.yaml"
+        file.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
+        free_port = [] if "main_process_port" in content else ["--main_process_port", "0"]
+        args = launch_command_parser().parse_args(["--config_file", str(file), *free_port, "-m", module, *words])
+        try:
+            if content.get("distributed_type") == "NO":  # accelerate would pass no signal on to a single process
+                command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(args)[0])
+                os.execvpe(command[0], command, environment)
+            launch_command(args)
+        except SignalException as error:
+            number = signal.Signals(error.sigval)
+            raise Stopped(f"stopped by {number.name}, and so were its processes; see above", number) from error
+        except ChildFailedError as error:
+            # SIGTERM is what the launcher ends the others with
+            killed = [found for found in error.failures.items() if 0 > found[1].exitcode != -signal.SIGTERM]
+            place, failure = (killed or [error.get_first_failure()])[0]
+            code = failure.exitcode
+            if code > 0:
+                raise AlreadyToldError(str(error), code) from error
+            print(error, file=sys.stderr)
+            raise PosttrainError(
+                f"process {place} of {content['num_processes']} was killed by {signal.Signals(-code).name}"
+                f"{' (often: no memory left)' if code == -signal.SIGKILL else ''}, and the others were ended; the same "
+                "command goes on from the last checkpoint"
+            ) from error
+        finally:
+            del os.environ[STARTED]
 
 
 def refuse_sweep_under_accelerate(module: str, arguments: Sequence[str]) -> None:
@@ -40,9 +100,9 @@ def refuse_sweep_under_accelerate(module: str, arguments: Sequence[str]) -> None
     Raises:
         ConfigError: with the command that does what was meant.
     """
-    if under_accelerate():
+    if launched():
         words = " ".join(argument for argument in arguments if argument not in ("-m", "--multirun"))
         raise ConfigError(
             "-m does not work under accelerate launch; let the sweep start accelerate for each point: "
-            f"python -m {module} -m {words} hydra.launcher.accelerate_config=<name or file>"
+            f"python -m {module} -m {words} accelerate=<name or file>"
         )

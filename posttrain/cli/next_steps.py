@@ -11,7 +11,7 @@ from posttrain.models.resolve import of_quickstart
 from posttrain.runs.folder import run_path
 
 # words of a command that hold for the stages after it, too
-CARRIED = ("run_name", "output_dir", "precision", "seed", "model")
+CARRIED = ("run_name", "output_dir", "precision", "seed", "model", "accelerate")
 NAMES_A_MODEL = ("model.model_name_or_path", "model.model_revision", "model.from_scratch", "model.chat_template_path")
 
 

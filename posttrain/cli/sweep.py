@@ -48,7 +48,7 @@ def is_complete(folder: Path, composed: DictConfig) -> bool:
     hashes = Hashes(cache_of(config))
     digests = sorted(hashes.of(Path(file)) for file in data_files(config.data))
     return (
-        not changes(recorded, now, finished=True)
+        not changes(recorded, now)
         and digests == sorted(manifest["data"]["sources"].values())
         and not RunFolder(folder).damage(manifest)
     )

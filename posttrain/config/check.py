@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
+from posttrain.config.accelerate import accelerate_config
 from posttrain.config.reserved import ALWAYS
 from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
 from posttrain.config.stages import STAGES, StageSpec
@@ -154,6 +155,10 @@ def _check_trainer(stage: StageConfig, trainer: JsonObject) -> typing.Iterator[s
 
 def _check_together(config: Config) -> typing.Iterator[str]:
     """Rules between keys that are each valid alone."""
+    try:
+        accelerate_config(config.accelerate)
+    except ConfigError as error:
+        yield from error.problems
     model = config.model
     if model.load_in_4bit and model.load_in_8bit:
         yield "model.load_in_4bit and model.load_in_8bit exclude each other"
@@ -329,7 +334,7 @@ def to_dict(config: Config) -> JsonObject:
     return dataclasses.asdict(config)
 
 
-def differences(old: JsonObject, new: JsonObject) -> dict[str, tuple[object, object]]:
+def differences(old: typing.Mapping[str, object], new: typing.Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Dotted key -> (old value, new value), for each key whose values differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return {

@@ -52,12 +52,10 @@ ALWAYS = {
         _EVALUATION,
     ),
     "accelerator_config": "rows are dealt to processes so that several give the result of one",
-    "parallelism_config": "set it in the file given to accelerate launch --config_file",
-    "local_rank": "accelerate launch sets it",
-    "deepspeed": "start it with accelerate launch --config_file accelerate_configs/zero2.yaml",
-    **dict.fromkeys(
-        ("fsdp", "fsdp_config"), "start it with accelerate launch --config_file accelerate_configs/fsdp2.yaml"
-    ),
+    "parallelism_config": "no stage trains with it",
+    "local_rank": "accelerate sets it",
+    "deepspeed": "set accelerate=zero2",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "set accelerate=fsdp2"),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
         "push a finished model: posttrain export <its folder> push_to_hub=<owner/name>",

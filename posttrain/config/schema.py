@@ -155,6 +155,7 @@ class Config:
     dry_run: bool = key()
     overwrite: bool = key()
     move_aside: bool = key()
+    accelerate: JsonObject = key()
     stage: StageConfig = key()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""What the installed TRL and transformers take, read from their sources: to import them takes seconds."""
+"""What the installed TRL, transformers and accelerate take, read from their sources: to import them takes seconds."""
 
 import ast
 import importlib.util
@@ -83,3 +83,12 @@ def trainer_arguments(file: str, name: str) -> dict[str, Argument]:
                     choices = tuple(words) or tuple(_named_choices(item.value))
                     found[item.target.id] = Argument(annotation, choices)
     return found
+
+
+@cache
+def accelerate_keys() -> frozenset[str]:
+    """The keys of accelerate's configuration files, those of their sections among them."""
+    config, launch = (_tree("accelerate", f"commands/{file}") for file in ("config/config_args.py", "launch.py"))
+    fields = {ast.unparse(node.target) for node in ast.walk(config) if isinstance(node, ast.AnnAssign)}
+    calls = (node for node in ast.walk(launch) if isinstance(node, ast.Call))
+    return frozenset(fields | {text[2:] for call in calls for text in _texts(call.args) if text.startswith("--")})

@@ -29,6 +29,7 @@ from posttrain.rlhf import losses
 from posttrain.rlhf.critic import log_probs
 from posttrain.rlhf.rollout import RolloutBuffer, join
 from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, prompts_of_rollout
+from posttrain.runs.checkpoint import processes_of
 from posttrain.runs.safe_trainer import SafeTrainer
 from posttrain.values import JsonObject
 
@@ -410,4 +411,11 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         self._buffer_number, self._tokens = running["rollout"], running["rollout_tokens"]
         self.kl_controller.coef = running["kl_coef"]
         self.trained_tokens, self._step = running["trained_tokens"], running["forward_passes"]
+        if self._buffer_number >= 0 and (wrote := processes_of(checkpoint)) != self.accelerator.num_processes:
+            files = [checkpoint / BUFFER.format(process) for process in range(wrote)]
+            whole = RolloutBuffer.joined([RolloutBuffer.load(file, self.accelerator.device) for file in files])
+            start = self.accelerator.process_index * self.plan.per_process
+            self._step = self.state.global_step * self.plan.accumulation
+            self._buffer = whole.take(range(start, start + self.plan.per_process))
+            self._count_tokens(self._buffer_number)
         super().resume(running, checkpoint)

@@ -39,6 +39,18 @@ class RolloutBuffer:
             kept[name] = value[:, value.size(1) - prompt :] if name.startswith("prompt") else value[:, :completion]
         return RolloutBuffer(**kept)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[RolloutBuffer]") -> "RolloutBuffer":
+        """The episodes of several, as wide as the widest."""
+        import torch
+
+        def padded(name: str, value: "Tensor") -> "Tensor":
+            room = max(vars(part)[name].size(1) for part in parts) - value.size(1)
+            return torch.nn.functional.pad(value, (room, 0) if name.startswith("prompt") else (0, room))
+
+        names = [item.name for item in fields(cls)]
+        return cls(**{name: torch.cat([padded(name, vars(part)[name]) for part in parts]) for name in names})
+
     @property
     def tokens(self) -> int:
         """How many tokens the completions have."""

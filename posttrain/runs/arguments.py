@@ -3,11 +3,14 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from posttrain.config.schema import Config, renamed
-from posttrain.devices import cpu_only, mixed_precision
+from posttrain.config.stages import STAGES
+from posttrain.console import say
+from posttrain.devices import cpu_only, mixed_precision, world_size
 from posttrain.errors import ConfigError
 from posttrain.values import JsonObject
 
@@ -33,8 +36,8 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObjec
         raise ConfigError("trainer.activation_offloading=true needs a GPU: activations are moved away from it")
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process: start with `accelerate launch -m "
-            "posttrain.run ...` to use them all, or show it one with CUDA_VISIBLE_DEVICES=0"
+            f"{torch.cuda.device_count()} GPUs are visible to one process: use them all with accelerate=ddp, or show "
+            "it one with CUDA_VISIBLE_DEVICES=0"
         )
     precision = mixed_precision(config.precision)
     return {
@@ -52,6 +55,37 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObjec
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
     }
+
+
+def with_the_same_updates(config: Config, began_on: int) -> Config:
+    """The configuration of a run that began on `began_on` processes, for those of now: each update has the same rows.
+
+    Raises:
+        ConfigError: it cannot have them; names numbers of processes that can.
+    """
+    now = world_size()
+    if now == began_on:
+        return config
+    if STAGES[config.stage.name].is_online:
+        say(f"the run began on {began_on} processes: its rollout is shared out among {now}, which sample the next ones")
+        return config
+    accumulation = int(config.trainer.get("gradient_accumulation_steps", 1))
+    batches = accumulation * began_on  # of an update
+    fitting = [number for number in range(1, batches + 1) if batches % number == 0]
+    by_batch_size = config.trainer.get("train_sampling_strategy", "random") not in ("random", "sequential")
+    if by_batch_size or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose processes keep parts of the state
+        fitting = [began_on]
+    if now not in fitting:
+        raise ConfigError(
+            f"the run began on {began_on} processes, with {batches} × stage.batch_size={config.stage.batch_size} rows "
+            f"in each update, which {now} cannot have: go on with accelerate.num_processes="
+            f"{' or '.join(map(str, fitting))}, or start over with move_aside=true or another run_name=…"
+        )
+    say(
+        f"the run began on {began_on} processes: trainer.gradient_accumulation_steps={batches // now} instead of "
+        f"{accumulation} keeps the rows of each update (what fills up the last one of an epoch apart)"
+    )
+    return replace(config, trainer={**config.trainer, "gradient_accumulation_steps": batches // now})
 
 
 def trl_config(kind: Callable[..., T], arguments: JsonObject) -> T:

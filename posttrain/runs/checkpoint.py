@@ -8,6 +8,7 @@ beginning, which marks it as ours. A folder with neither is never touched.
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from posttrain.devices import world_size
 from posttrain.errors import PosttrainError, Stopped
 from posttrain.values import JsonObject
 
@@ -87,7 +89,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_hashes(folder: Path) -> dict[str, JsonObject]:
+def file_hashes(folder: Path) -> dict[str, dict[str, int | str]]:
     """Relative path -> size and sha256 of every file below a folder, except the manifest itself."""
     return {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -127,17 +129,25 @@ def log_sizes(folder: Path) -> dict[str, int]:
 def read_running(checkpoint: Path, process: int = 0) -> JsonObject:
     """What the next log entries are made of, on a process, besides the weights.
 
+    Of a checkpoint from another number of processes, the mean of their losses, and the rest of one of them.
+
     Raises:
         PosttrainError: the checkpoint is of a version that did not keep it.
     """
-    file = checkpoint / RUNNING.format(process)
-    if not file.is_file():
+    written = [checkpoint / RUNNING.format(number) for number in range(processes_of(checkpoint))]
+    if not written:
         raise PosttrainError(
-            f"{file} is missing: an older version of posttrain wrote this checkpoint. Finish the run with that "
-            "version, or start over with overwrite=true"
+            f"{checkpoint / RUNNING.format(0)} is missing: an older version of posttrain wrote this checkpoint. Finish "
+            "the run with that version, or start over with overwrite=true"
         )
-    found: JsonObject = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    each: list[JsonObject] = [json.loads(file.read_text(encoding="utf-8")) for file in written]
+    found = each[process % len(each)]
+    return found if len(each) == world_size() else found | {"loss": math.fsum(one["loss"] for one in each) / len(each)}
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint."""
+    return len(list(checkpoint.glob(RUNNING.format("*"))))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -239,7 +239,7 @@ class RunFolder:
             self._room = "clear"
             return "new"
         finished = self.manifest()
-        changed = changes(earlier, identity, finished is not None)
+        changed = changes(earlier, identity)
         damage = [f"{name} {what}" for name, what in self.damage(finished).items()] if finished is not None else []
         if not changed and not damage:
             return "complete" if finished else "interrupted"
@@ -261,6 +261,11 @@ class RunFolder:
             "choose run_name=… for a new run, or pass move_aside=true to keep the old one aside, overwrite=true to "
             "delete it"
         )
+
+    def began_on(self) -> int | None:
+        """How many processes the run began on whose checkpoints are here; None without any."""
+        identity = self._read(IDENTITY) if checkpoints(self.path) else None
+        return identity["processes"] if identity else None
 
     def make_room(self) -> None:
         """Do to a run that is here what `look` has found."""
@@ -355,7 +360,7 @@ def _of_sweeps(entry: Path) -> bool:
     return entry.name in OF_SWEEPS or "=" in entry.name  # a point, or the lock beside it
 
 
-def changes(earlier: JsonObject, identity: JsonObject, finished: bool) -> dict[str, tuple[object, object]]:
+def changes(earlier: JsonObject, identity: JsonObject) -> dict[str, tuple[object, object]]:
     """Key -> (old, new) of all that makes two runs different ones; an input with a hash is compared by it alone."""
     hashed = {
         "model": ("model.model_name_or_path", "model.base_model"),
@@ -371,10 +376,10 @@ def changes(earlier: JsonObject, identity: JsonObject, finished: bool) -> dict[s
     for key, values in differences(_comparable(earlier), _comparable(identity)).items():
         section = key.split(".")[0]
         unknown_then = section in hashed and section not in earlier  # a run of an older posttrain
-        if section != "versions" and key.removeprefix("config.") not in free and not unknown_then:
+        is_free = key.startswith(("versions.", "config.accelerate.")) or key.removeprefix("config.") in free
+        if not is_free and not unknown_then:
             found[key] = values
-    if finished:
-        found.pop("processes", None)
+    found.pop("processes", None)  # the rows of an update stay the same, or it is refused
     return found
 
 

@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,8 @@ from conftest import (
 from filelock import FileLock
 
 from posttrain import evaluate
-from posttrain.cli.launching import launch_command
+from posttrain.cli.command import configure
+from posttrain.config.accelerate import accelerate_config
 from posttrain.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -174,7 +175,10 @@ def test_sweeps_are_refused_under_accelerate(sources: Path) -> None:
     done = ended(launched("-m", *command("sft", "sweep"), "stage.batch_size=1,2", cwd=sources))
     assert done.code != 0
     assert "python -m posttrain.run -m stage=sft" in done.err
-    assert "hydra.launcher.accelerate_config=" in done.err
+    assert "accelerate=<name or file>" in done.err
+    nested = ended(launched("accelerate=cpu2", *command("sft", "nested"), cwd=sources))
+    assert nested.code != 0
+    assert nested.err.count("accelerate=cpu2 inside accelerate launch or torchrun would start processes") == 1, nested
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
@@ -214,8 +218,34 @@ def test_every_accelerate_config_is_what_accelerate_reads(file: Path, monkeypatc
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
 
 
-def test_an_unknown_configuration_is_told() -> None:
-    with pytest.raises(ConfigError, match="did you mean cpu2"):
-        launch_command("cpu")
-    assert launch_command("ddp", 4)[-2:] == ["--num_processes", "4"]
-    assert launch_command(str(CONFIGS[0]))[0] == sys.executable
+def test_what_accelerate_names_is_read_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*words: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            configure("data.dataset_name=rows", *words)
+        return str(error.value)
+
+    assert "accelerate=cpu is neither a file nor one of" in told("accelerate=cpu")
+    assert "did you mean cpu2?" in told("accelerate=cpu")
+    assert "did you mean num_processes?" in told("accelerate=ddp", "accelerate.num_proceses=2")
+    assert "fsdp_offload_params?" in told("accelerate=fsdp2", "accelerate.fsdp_config.fsdp_offload_param=true")
+    assert "needs accelerate=<cpu2|" in told("accelerate.num_processes=2")
+    for name in ("cp", "tp", "sp"):
+        key = f"accelerate.parallelism_config.parallelism_config_{name}_size"
+        assert f"{key} must be 1" in told("accelerate=fsdp2", f"{key}=2")
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")  # as accelerate launch sets it
+        assert f"{key} must be 1" in told()
+        monkeypatch.delenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE")
+
+    def processes(*words: str) -> int:
+        found: int = accelerate_config(configure("data.dataset_name=rows", *words).accelerate)["num_processes"]
+        return found
+
+    own = tmp_path / "own.yaml"
+    shutil.copy(ROOT / "accelerate_configs/ddp.yaml", own)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert processes("accelerate=ddp") == processes(f"accelerate={own}") == 4
+    assert processes("accelerate=ddp", "accelerate.num_processes=2") == 2
+    assert processes("accelerate=cpu2") == 2
+    assert processes("accelerate=multi_node") == 16
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(16))))
+    assert (processes("accelerate=ddp"), processes(f"accelerate={own}")) == (16, 8)

@@ -10,8 +10,9 @@ import pytest
 from conftest import Posttrain, manifest, start, wait_for, write_rows
 from hydra.core.plugins import Plugins
 
-from hydra_plugins.posttrain_launcher import share_out, visible_gpus
+from hydra_plugins.posttrain_launcher import share_out
 from posttrain.cli.sweep import _values
+from posttrain.devices import visible_gpus
 
 REWARDS = """
 import os, pathlib
@@ -118,10 +119,10 @@ def test_a_swept_list_is_one_value(tmp_path: Path) -> None:
 
 
 def test_each_point_under_accelerate(posttrain: Posttrain, prompts: Path) -> None:
-    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra.launcher.accelerate_config=cpu2")
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "accelerate=cpu2")
     assert done.code == 0, done
     assert {tuple(line[:3]) for line in seen(prompts)} == {("3", "None", "2"), ("4", "None", "2")}
-    wrong = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra.launcher.accelerate_config=cpu")
+    wrong = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "accelerate=cpu")
     assert wrong.code == 2
     assert "did you mean cpu2?" in wrong.err
 

@@ -75,7 +75,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
         ("trainer.push_to_hub=true", "posttrain export <its folder> push_to_hub=<owner/name>"),
         ("trainer.disable_tqdm=true", "set TQDM_DISABLE=1 in the environment"),
         ("trainer.bf16_full_eval=true", "judged by posttrain's own loop, in the precision of training"),
-        ("trainer.deepspeed=ds.json", "accelerate_configs/zero2.yaml"),
+        ("trainer.deepspeed=ds.json", "set accelerate=zero2"),
         ("model.load_in_4bit=true", "model.load_in_4bit=true needs model.use_peft=true"),
         ("model.model_name_or_path=./nope", "no such folder"),
         ("data.dataset_name=nope.jsonl", "no such file"),
