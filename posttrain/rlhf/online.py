@@ -25,8 +25,9 @@ from posttrain.config.stages import OnlineStage
 from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
 from posttrain.models.lora import active_adapter, adapter_layers
-from posttrain.rlhf import losses
+from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
+from posttrain.rlhf.diagnostics import VLLM_TOKEN
 from posttrain.rlhf.rollout import RolloutBuffer, join
 from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, prompts_of_rollout
 from posttrain.runs.safe_trainer import SafeTrainer
@@ -79,6 +80,7 @@ class Episodes:
     k1: Tensor  # (E, C), two estimates of KL from the reference at each token
     k3: Tensor  # (E, C)
     entropy: Tensor  # (E, C)
+    weights: Tensor  # (E, C), of each token's advantage: 1 but where another policy than π_old has sampled it
 
 
 class OnlineTrainer(SafeTrainer, RLOOTrainer):
@@ -103,7 +105,11 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         args: OnlineConfig,
         **options: Any,
     ) -> None:
-        super().__init__(args=args, **options)
+        self.start = str(options["model"].name_or_path)  # which vLLM's server has to hold
+        vllm.announce(args, self.start)
+        with vllm.reaching_server(args, self.start):
+            super().__init__(args=args, **options)
+        self.sampler = vllm.Sampler(self.vllm_generation, self.eos_token_ids) if self.use_vllm else None
         self.rows, self.plan = rows, plan
         self.on_rollout, self.held_out = on_rollout, held_out
         self.ref_model = reference
@@ -201,7 +207,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         return prompt_ids, completion_ids, [[{"role": "assistant", "content": text}] for text in texts]
 
     def _generate_single_turn(self, *args: object, **kwargs: object) -> tuple[object, ...]:
-        with self.accelerator.autocast():  # as in training, where accelerate does it for the module as a whole
+        # as in training, where accelerate does it for the module as a whole
+        with self.accelerator.autocast(), vllm.reaching_server(self.args, self.start):
             found: tuple[object, ...] = super()._generate_single_turn(*args, **kwargs)
         return found
 
@@ -221,7 +228,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_ids], device=mask.device)
         shaped = self._shape(scores, mask.sum(-1), ended)
         # 4. which tokens are to become more likely
-        own = self.credit(buffer, Episodes(scores, shaped, k1, k3, entropy))
+        weights, sampled = self._compare_sampler(buffer)
+        own = self.credit(buffer, Episodes(scores, shaped, k1, k3, entropy, weights)) | sampled
         # 5. report
         per_episode = torch.stack(
             [scores, shaped, k1.sum(-1), k3.sum(-1), mask.sum(-1).float(), ended.float(), (entropy * mask).sum(-1)],
@@ -245,6 +253,22 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             completion_mask=padded([[1] * len(row) for row in completion_ids], 0, "right"),
             **dict.fromkeys(("logps", "values", "advantages", "returns"), torch.empty(0)),
         )
+
+    def _compare_sampler(self, buffer: RolloutBuffer) -> tuple[Tensor, dict[str, float]]:
+        """What each token weighs, (E, C), and how far vLLM's log-probabilities are from the trainer's, in nats."""
+        mask, cap = buffer.completion_mask, self.args.stage.vllm_importance_sampling_cap
+        if self.sampler is None:
+            return mask, {}
+        sampled = self.sampler.logps_on(mask.device)
+        apart = (buffer.logps - sampled).abs() * mask
+        sums = torch.stack([apart.sum(), (apart > VLLM_TOKEN).sum(), mask.sum()])
+        total, beyond, tokens = self.summed(sums).tolist()
+        numbers = {
+            "vllm_difference": total / tokens,
+            "vllm_difference_max": float(self.accelerator.gather(apart.max()).max()),
+            "vllm_tokens_beyond": beyond / tokens,
+        }
+        return mask if cap is None else losses.importance_weights(buffer.logps, sampled, mask, cap), numbers
 
     def rewards_of(
         self,
