@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,6 +63,13 @@ class Engine:
             completions.append((tokens[:length], each[range(length), tokens[:length]].tolist()))
         return completions
 
+    @torch.no_grad()
+    def invent(self, prompt: list[int], length: int) -> tuple[list[int], list[float]]:
+        """Random tokens, and their true log-probabilities."""
+        tokens = torch.randint(2, self.model.config.vocab_size, (length,)).tolist()
+        logps = self.model(torch.tensor([prompt + tokens])).logits[0, -length - 1 : -1].log_softmax(-1)
+        return tokens, logps[range(length), tokens].tolist()
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -110,20 +118,25 @@ class Server(ThreadingHTTPServer):
         self.options, self.engine = options, Engine(options.model)
         self.lock = threading.Condition()
         self.waiting: list[dict[str, Any]] = []
+        self.asked = 0
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """Wait until --together requests are there, and complete them in one batch, as vLLM would."""
         with self.lock:
             with Path(self.options.folder, "requests.jsonl").open("a") as lines:
                 lines.write(json.dumps(request) + "\n")
+            self.asked += 1
+            if self.asked == self.options.dies_at:
+                os._exit(1)
             self.waiting.append(request)
             if len(self.waiting) == self.options.together:
                 batch = sorted(self.waiting, key=lambda each: each["seed"])
                 self.waiting = []
-                done = self.engine.complete([each["prompt"][0] for each in batch], batch[0])
+                if self.options.random:
+                    done = [self.engine.invent(each["prompt"][0], each["max_tokens"]) for each in batch]
+                else:
+                    done = self.engine.complete([each["prompt"][0] for each in batch], batch[0])
                 for each, (tokens, logps) in zip(batch, done, strict=True):
-                    if self.options.random:
-                        tokens = torch.randint(self.engine.model.config.vocab_size, (len(tokens),)).tolist()
                     each["done"] = (tokens, logps)
                 self.lock.notify_all()
             self.lock.wait_for(lambda: "done" in request)
@@ -142,6 +155,7 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=1)
     parser.add_argument("--deaf", action="store_true", help="keep the weights that it began with")
     parser.add_argument("--random", action="store_true", help="answer random tokens")
+    parser.add_argument("--dies-at", type=int, help="end at this request for a completion")
     server = Server(parser.parse_args())
     Path(server.options.folder, "port.part").write_text(str(server.server_address[1]))
     Path(server.options.folder, "port.part").rename(Path(server.options.folder, "port"))

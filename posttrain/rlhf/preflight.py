@@ -129,7 +129,7 @@ def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolera
         float(((row[0] - generated[index, : row.size(1)]) * mask[index, : row.size(1)]).abs().max())
         for index, row in enumerate(alone)
     ]
-    if max(apart) <= tolerance:
+    if max(apart) <= tolerance < float(((first - generated) * mask).abs().max()):
         return (
             "the model counts the padding on the left among its positions (learned positions, as in GPT-2, need "
             "position_ids from the attention mask)"

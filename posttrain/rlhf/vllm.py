@@ -97,9 +97,9 @@ def reaching_server(args: "RLOOConfig", model: str) -> Iterator[None]:
         if not (args.use_vllm and args.vllm_mode == "server" and of_server):
             raise
         url, command = _server(args, model)
-        said = " ".join(str(error).split())
+        said = "gives no answer" if isinstance(error, OSError) else f"fails ({' '.join(str(error).split())[:300]})"
         raise PosttrainError(
-            f"the vLLM server at {url} fails ({said[:200]}). Start one and run the same command again: {command}"
+            f"the vLLM server at {url} {said}. Start one and run the same command again: {command}"
         ) from error
 
 
