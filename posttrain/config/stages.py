@@ -290,6 +290,7 @@ PPO = StageSpec(
         ("response_length", "eval_response_length"),
         ("entropy",),
         ("explained_variance",),
+        ("vllm_difference",),
     ),
     frontier=("reward", "gold"),
 )

@@ -100,9 +100,11 @@ def plan_memory(
     if isinstance(config.stage, OnlineStage):
         generating = moments.setdefault("while completions are generated", {})
         if config.stage.use_vllm:
-            asleep = bool(config.trainer.get("vllm_enable_sleep_mode"))
-            for each in [generating] if asleep else [*moments.values()]:
-                each["vLLM"] = _colocated_vllm(config)
+            trainer = config.trainer
+            colocated = trainer.get("vllm_mode", "colocate") == "colocate"
+            share = float(trainer.get("vllm_gpu_memory_utilization", 0.3)) if colocated else 0  # TRL's default
+            for each in [generating] if trainer.get("vllm_enable_sleep_mode") else [*moments.values()]:
+                each["vLLM, its own weights, keys and values"] = int(share * _capacity()[1])
         else:
             rows = config.stage.rollout_batch_size // processes
             dtype = half if precision != "no" else next(holdings.trained.parameters()).dtype
@@ -211,14 +213,6 @@ def _generation(text: "PretrainedConfig", rows: int, longest: int, dtype: "torch
     size = torch.empty((), dtype=dtype).element_size()
     cache = 2 * rows * longest * text.num_hidden_layers * heads * width * size
     return int(cache + 4 * rows * text.vocab_size * 4)
-
-
-def _colocated_vllm(config: Config) -> int:
-    """What vLLM takes of this device for its own weights, keys and values; 0 where it is a server."""
-    trainer = config.trainer
-    if trainer.get("vllm_mode", "colocate") != "colocate":
-        return 0
-    return int(float(trainer.get("vllm_gpu_memory_utilization", 0.3)) * _capacity()[1])  # TRL's default
 
 
 def _shares(processes: int) -> dict[str, int]:

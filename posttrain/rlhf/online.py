@@ -22,6 +22,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from posttrain.config.stages import OnlineStage
+from posttrain.console import say
 from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
 from posttrain.models.lora import active_adapter, adapter_layers
@@ -105,9 +106,10 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         args: OnlineConfig,
         **options: Any,
     ) -> None:
-        self.start = str(options["model"].name_or_path)  # which vLLM's server has to hold
-        vllm.announce(args, self.start)
-        with vllm.reaching_server(args, self.start):
+        self.server = vllm.server_of(args, options["model"].name_or_path)
+        if self.server is not None:
+            say(f"vLLM: waiting up to {args.vllm_server_timeout:g} s for {self.server}")
+        with vllm.reaching(self.server):
             super().__init__(args=args, **options)
         self.sampler = vllm.Sampler(self.vllm_generation, self.eos_token_ids) if self.use_vllm else None
         self.rows, self.plan = rows, plan
@@ -206,10 +208,10 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         prompt_ids, completion_ids, texts = super()._generate([{"ids": row["prompt_ids"]} for row in prompts])
         return prompt_ids, completion_ids, [[{"role": "assistant", "content": text}] for text in texts]
 
-    def _generate_single_turn(self, *args: object, **kwargs: object) -> tuple[object, ...]:
+    def _generate_single_turn(self, *args: object, **kwargs: object) -> list[list[int]]:
         # as in training, where accelerate does it for the module as a whole
-        with self.accelerator.autocast(), vllm.reaching_server(self.args, self.start):
-            found: tuple[object, ...] = super()._generate_single_turn(*args, **kwargs)
+        with self.accelerator.autocast(), vllm.reaching(self.server):
+            found: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
         return found
 
     def _generate_and_score_completions(self, inputs: list[PromptRow]) -> RolloutBuffer:
@@ -259,8 +261,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         mask, cap = buffer.completion_mask, self.args.stage.vllm_importance_sampling_cap
         if self.sampler is None:
             return mask, {}
-        sampled = self.sampler.logps_on(mask.device)
-        apart = (buffer.logps - sampled).abs() * mask
+        apart = (buffer.logps - self.sampler.logps).abs() * mask
         sums = torch.stack([apart.sum(), (apart > VLLM_TOKEN).sum(), mask.sum()])
         total, beyond, tokens = self.summed(sums).tolist()
         numbers = {
@@ -268,7 +269,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             "vllm_difference_max": float(self.accelerator.gather(apart.max()).max()),
             "vllm_tokens_beyond": beyond / tokens,
         }
-        return mask if cap is None else losses.importance_weights(buffer.logps, sampled, mask, cap), numbers
+        weights = mask if cap is None else losses.importance_weights(buffer.logps, self.sampler.logps, mask, cap)
+        return weights, numbers
 
     def rewards_of(
         self,

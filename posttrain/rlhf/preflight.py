@@ -87,7 +87,7 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
         with trainer.seeded("start"):
             found = trainer._generate_single_turn(rows, None, {})
         trainer.vllm_generation.max_completion_length = trainer.args.max_completion_length
-        return trainer._buffer_of(rows, found), trainer.sampler.logps_on(device)
+        return trainer._buffer_of(rows, found), trainer.sampler.logps
     settings = copy.deepcopy(trainer.generation_config)
     settings.max_new_tokens = new_tokens
     settings.return_dict_in_generate = settings.output_scores = True

@@ -1,108 +1,96 @@
 """How vLLM is asked for completions through TRL, and what it says of its own tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from posttrain.console import say
 from posttrain.errors import PosttrainError
-from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
     from trl import RLOOConfig
     from trl.generation.vllm_generation import VLLMGeneration
+    from vllm import RequestOutput, SamplingParams
 
-CONCURRENT = 64  # requests at a time: TRL's client keeps as many connections
+CONCURRENT = 256  # requests at a time: vLLM's own default for sequences in a batch
 
 
 class Sampler:
-    """TRL's connection to vLLM, told to stop where we do, to draw by our seeds and to give log-probabilities."""
+    """TRL's connection to vLLM, told to stop where we do, to draw by our seeds and to give log-probabilities.
+
+    vLLM draws the same random numbers for every prompt of a request that has a seed, so each gets a seed of its own.
+    """
 
     def __init__(self, connection: "VLLMGeneration", stops: Sequence[int]) -> None:
-        self.connection = connection
-        self.logps: list[list[float]] = []  # of each token of the last completions, under what vLLM sampled from
+        self.connection, self.seed = connection, 0
+        self.logps = torch.empty(0)  # (E, C), of each token of the last completions as vLLM gives it; 0 on padding
         connection.logprobs = 0  # of the sampled token alone
         connection.generation_kwargs = {"stop_token_ids": [*stops], "ignore_eos": True}  # not the folder's own
         self._generate, connection.generate = connection.generate, self.generate
         if connection.mode == "colocate":
-            connection.llm.generate = partial(_colocated, connection.llm.generate)
+            self._ask, connection.llm.generate = connection.llm.generate, self._colocated
         elif connection.accelerator.is_main_process:
-            connection.vllm_client.generate = partial(_served, connection.vllm_client.generate)
+            self._ask, connection.vllm_client.generate = connection.vllm_client.generate, self._served
 
     def generate(self, prompts: list[list[int]], **options: object) -> tuple[object, ...]:
         """As TRL's; the seeds follow from the one that torch's generator was last given on process 0."""
         connection = self.connection
-        (seed,) = broadcast_object_list([torch.initial_seed()])
+        (self.seed,) = broadcast_object_list([torch.initial_seed()])
         if connection.mode == "colocate":  # processes that share a model ask for each other's prompts as well
             together = connection.tensor_parallel_size
-            seed += connection.accelerator.process_index // together * together * len(prompts)
-        connection.generation_kwargs["seed"] = seed
-        found: tuple[Any, ...] = self._generate(prompts=prompts, **options)
-        self.logps = [[float("nan") if token[0] is None else token[0] for token in row] for row in found[2]]
+            self.seed += connection.accelerator.process_index // together * together * len(prompts)
+        ids, completions, logps, tokens = self._generate(prompts=prompts, **options)
+        rows = [torch.tensor([float("nan") if token[0] is None else token[0] for token in row]) for row in logps]
+        self.logps = pad_sequence(rows, batch_first=True).to(connection.accelerator.device)
+        return ids, completions, logps, tokens
+
+    def _served(
+        self, prompts: list[list[int]], generation_kwargs: dict[str, object], **options: object
+    ) -> dict[str, list[object]]:
+        def ask(index: int) -> dict[str, list[object]]:
+            seeded = {**generation_kwargs, "seed": self.seed + index}
+            found: dict[str, list[object]] = self._ask([prompts[index]], generation_kwargs=seeded, **options)
+            return found
+
+        with ThreadPoolExecutor(CONCURRENT) as threads:
+            found = list(threads.map(ask, range(len(prompts))))
+        return {name: [row for each in found for row in each[name]] for name in found[0]}
+
+    def _colocated(
+        self, prompts: list[object], sampling_params: "SamplingParams", **options: object
+    ) -> "list[RequestOutput]":
+        each = [sampling_params.clone() for _ in prompts]
+        for index, params in enumerate(each):
+            params.seed = self.seed + index
+        found: list[RequestOutput] = self._ask(prompts, sampling_params=each, **options)
         return found
 
-    def logps_on(self, device: torch.device) -> Tensor:
-        """`logps` as (E, C), 0 on padding."""
-        return pad_sequence([torch.tensor(row) for row in self.logps], batch_first=True).to(device)
 
-
-# vLLM draws the same random numbers for every prompt of a request that has a seed: each gets a seed of its own
-
-
-def _served(
-    generate: Callable[..., JsonObject], prompts: list[list[int]], generation_kwargs: JsonObject, **options: object
-) -> JsonObject:
-    def ask(index: int) -> JsonObject:
-        seeded = {**generation_kwargs, "seed": generation_kwargs["seed"] + index}
-        return generate(prompts=[prompts[index]], generation_kwargs=seeded, **options)
-
-    with ThreadPoolExecutor(CONCURRENT) as threads:
-        found = list(threads.map(ask, range(len(prompts))))
-    return {name: [row for each in found for row in each[name]] for name in found[0]}
-
-
-def _colocated(generate: Callable[..., Any], prompts: list[Any], sampling_params: Any, **options: object) -> Any:
-    each = [sampling_params.clone() for _ in prompts]
-    for index, params in enumerate(each):
-        params.seed += index
-    return generate(prompts, sampling_params=each, **options)
-
-
-def announce(args: "RLOOConfig", model: str) -> None:
-    """Print where a server is expected, before TRL waits for it."""
-    if args.use_vllm and args.vllm_mode == "server":
-        url, command = _server(args, model)
-        say(f"vLLM: waiting up to {args.vllm_server_timeout:g} s for the server at {url} (started by: {command})")
+def server_of(args: "RLOOConfig", model: str) -> str | None:
+    """Where the server is expected, and the command that starts one; None without a server."""
+    if not args.use_vllm or args.vllm_mode != "server":
+        return None
+    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    return f"{url} (trl vllm-serve --model {model} --port {urlsplit(url).port or 80} starts one)"
 
 
 @contextmanager
-def reaching_server(args: "RLOOConfig", model: str) -> Iterator[None]:
-    """Name the server and the command that starts one where it does not answer, or answers with an error.
+def reaching(server: str | None) -> Iterator[None]:
+    """Tell in one line that the server does not answer, or answers with an error.
 
     Raises:
         PosttrainError: it does.
     """
     try:
         yield
-    except Exception as error:
-        of_server = isinstance(error, OSError) or str(error).startswith(("Request failed", "The vLLM server"))
-        if not (args.use_vllm and args.vllm_mode == "server" and of_server):
+    except Exception as error:  # TRL raises nothing more special
+        said = " ".join(str(error).split())[:300]
+        if server is None or not (isinstance(error, OSError) or said.startswith(("Request failed", "The vLLM server"))):
             raise
-        url, command = _server(args, model)
-        said = "gives no answer" if isinstance(error, OSError) else f"fails ({' '.join(str(error).split())[:300]})"
-        raise PosttrainError(
-            f"the vLLM server at {url} {said}. Start one and run the same command again: {command}"
-        ) from error
-
-
-def _server(args: "RLOOConfig", model: str) -> tuple[str, str]:
-    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    return url, f"trl vllm-serve --model {model} --port {urlsplit(url).port or 80}"
+        what = "no answer from" if isinstance(error, OSError) else f"an error ({said}) from"
+        raise PosttrainError(f"{what} the vLLM server at {server}; then run the same command again") from error

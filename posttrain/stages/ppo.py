@@ -87,11 +87,10 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
         )
     if stage.vllm_importance_sampling_cap is not None and not stage.use_vllm:
         raise ConfigError("stage.vllm_importance_sampling_cap is read by stage.use_vllm=true only")
-    if stage.use_vllm and importlib.util.find_spec("vllm") is None:
-        without = "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
-        if not config.dry_run:  # which may be for another machine
-            raise ConfigError(without)
-        warn(without)
+    if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
+        )
     _check_rewards(config)
     functions = _functions("stage.reward_functions", stage.reward_functions)
     eval_functions = _functions("stage.eval_reward_functions", stage.eval_reward_functions)

@@ -95,7 +95,7 @@ def test_a_server_seeded_alike_gives_what_plain_generation_gives(
     server = serve("--together", "8")
     done = posttrain(*PPO, prompts, *server.asks, "run_name=vllm")
     assert done.code == 0, done
-    assert f"started by: trl vllm-serve --model ./policy --port {server.port})" in done.out
+    assert f"{server.port} (trl vllm-serve --model ./policy --port {server.port} starts one)" in done.out
     assert "vLLM's log-probabilities within" in done.out
     assert same_weights(Path("outputs/plain/ppo/model"), Path("outputs/vllm/ppo/model"))
     assert without_vllm("plain") == without_vllm("vllm")
@@ -195,8 +195,10 @@ def test_a_server_that_is_not_there_or_dies_is_told_with_the_command_that_starts
         done = posttrain(*run, *dying.asks)
         assert done.code == 1, done
         [told] = done.err.splitlines()
-        assert told.startswith(f"PosttrainError: the vLLM server at http://127.0.0.1:{dying.port} gives no answer. ")
-        assert told.endswith(f"run the same command again: trl vllm-serve --model ./policy --port {dying.port}")
+        assert told == (
+            f"PosttrainError: no answer from the vLLM server at http://127.0.0.1:{dying.port} (trl vllm-serve --model "
+            f"./policy --port {dying.port} starts one); then run the same command again"
+        )
     again = serve("--together", "8", "--port", str(dying.port))
     for name, more in (("demo", again.asks), ("plain", ())):
         done = posttrain(*run, *more, f"run_name={name}")
