@@ -28,7 +28,7 @@ class SamplingParams:
     logprobs: int
     stop_token_ids: list[int]
     ignore_eos: bool
-    seed: int
+    seed: int | None = None
 
     def clone(self) -> "SamplingParams":
         return replace(self)

@@ -83,10 +83,13 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     prompt_mask = pad_left([[1] * len(row) for row in rows], 0).to(device)
     new_tokens = min(NEW_TOKENS, trainer.args.max_completion_length)
     if trainer.sampler is not None:
-        trainer.vllm_generation.max_completion_length = new_tokens
+        connection = trainer.vllm_generation
+        connection.max_completion_length = new_tokens
+        sharded, connection._dist.fsdp_version = connection._dist.fsdp_version, None  # by FSDP, but not yet
         with trainer.seeded("start"):
             found = trainer._generate_single_turn(rows, None, {})
-        trainer.vllm_generation.max_completion_length = trainer.args.max_completion_length
+        connection._dist.fsdp_version = sharded
+        connection.max_completion_length = trainer.args.max_completion_length
         return trainer._buffer_of(rows, found), trainer.sampler.logps
     settings = copy.deepcopy(trainer.generation_config)
     settings.max_new_tokens = new_tokens

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
+from trl.distributed import DistributedBackend
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
@@ -87,7 +88,8 @@ def written(kind: type) -> set[str]:
 
 def test_attributes_are_set() -> None:
     assert written(VLLMGeneration) >= {"mode", "llm", "vllm_client", "logprobs", "generation_kwargs", "accelerator"}
-    assert written(VLLMGeneration) >= {"tensor_parallel_size", "max_completion_length"}
+    assert "fsdp_version" in written(DistributedBackend)
+    assert written(VLLMGeneration) >= {"_dist", "tensor_parallel_size", "max_completion_length"}
     assert set(ATTRIBUTES) <= written(RLOOTrainer)
     assert written(Trainer) >= SUMS
     for kind in (SFTTrainer, RewardTrainer, DPOTrainer, RLOOTrainer):
