@@ -29,6 +29,9 @@ HARMLESS = (
     "The following arguments do not match the ones in the `trainer_state.json`",
     "_pattern keys did not match any targeted module",  # PEFT looks at modules alone, and experts are parameters
     "changes the base weights of the model and should thus not be used",  # it is converted, as the advice goes on
+    # urllib3, which asks again; where it gives up, that is an error
+    "after connection broken by",
+    "Connection pool is full, discarding connection",
     "'pin_memory' argument is set as true but no accelerator is found",
 )
 

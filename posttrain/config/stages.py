@@ -57,6 +57,7 @@ class OnlineStage(StageConfig):
     length_penalty: float = key(at_least=0)
     missing_eos_penalty: float = key(at_least=0)
     use_vllm: bool = key(trl="use_vllm")
+    vllm_importance_sampling_cap: float | None = key(above=0)
     use_transformers_continuous_batching: bool = key(trl="use_transformers_continuous_batching")
 
 
@@ -289,6 +290,7 @@ PPO = StageSpec(
         ("response_length", "eval_response_length"),
         ("entropy",),
         ("explained_variance",),
+        ("vllm_difference",),
     ),
     frontier=("reward", "gold"),
 )

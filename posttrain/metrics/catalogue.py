@@ -32,6 +32,7 @@ METRICS = {
     "kl": Metric("KL from the reference", "nats per completion", short="KL"),
     "entropy": Metric("entropy", "nats per token"),
     "explained_variance": Metric("explained variance of the critic"),
+    "vllm_difference": Metric("log-probabilities of vLLM and trainer apart", "nats per token"),
     "chosen_logp_change": Metric("chosen: log-probability since the start", "nats"),
     "rejected_logp_change": Metric("rejected: log-probability since the start", "nats"),
     "response_length": Metric("completion length", "tokens"),

@@ -98,11 +98,18 @@ def plan_memory(
         "at the optimizer's step": {"gradients": gradients // shares["gradients"]},
     }
     if isinstance(config.stage, OnlineStage):
-        rows = config.stage.rollout_batch_size // processes
-        dtype = half if precision != "no" else next(holdings.trained.parameters()).dtype
-        moments["while completions are generated"] = {
-            "keys and values": _generation(holdings.trained.config.get_text_config(), rows, longest, dtype)
-        }
+        generating = moments.setdefault("while completions are generated", {})
+        if config.stage.use_vllm:
+            trainer = config.trainer
+            colocated = trainer.get("vllm_mode", "colocate") == "colocate"
+            share = float(trainer.get("vllm_gpu_memory_utilization", 0.3)) if colocated else 0  # TRL's default
+            for each in [generating] if trainer.get("vllm_enable_sleep_mode") else [*moments.values()]:
+                each["vLLM, its own weights, keys and values"] = int(share * _capacity()[1])
+        else:
+            rows = config.stage.rollout_batch_size // processes
+            dtype = half if precision != "no" else next(holdings.trained.parameters()).dtype
+            text = holdings.trained.config.get_text_config()
+            generating["keys and values"] = _generation(text, rows, longest, dtype)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {"weights": weights // shares["weights"], "optimizer": round(optimizer / shares["optimizer"])}
     return MemoryPlan(holdings.held, {**parts, **moments[moment]}, moment)
@@ -256,6 +263,8 @@ def _changes(config: Config) -> dict[str, Config]:
     if not trainer.get("gradient_checkpointing"):
         override = "trainer.gradient_checkpointing=true (a third more time)"
         found[override] = with_trainer(gradient_checkpointing=True)
+    if isinstance(stage, OnlineStage) and stage.use_vllm and not trainer.get("vllm_enable_sleep_mode"):
+        found["+trainer.vllm_enable_sleep_mode=true"] = with_trainer(vllm_enable_sleep_mode=True)
     if not settings.use_peft:
         found["model.use_peft=true"] = replace(config, model=replace(settings, use_peft=True))
         if "8bit" not in str(trainer.get("optim", "")) and importlib.util.find_spec("bitsandbytes"):

@@ -12,6 +12,9 @@ SPREAD_LEFT = 0.05  # of the first rollout's reward spread
 LARGE = 100.0  # of a mean reward, as it is learned from
 STILL_ROLLOUTS = 5  # how long a policy may take to move, at least
 STILL_KL = 0.01  # nats per completion
+VLLM_MEAN = 0.1  # nats between vLLM's log-probabilities and the trainer's, on average over tokens
+VLLM_TOKEN = 0.2  # and at one token: as far as stage.clip_ratio lets an update go
+VLLM_BEYOND = 0.05  # the share of tokens that may be further apart
 CRITIC_ROLLOUTS = 5  # how long the critic may take to be better than a constant
 
 
@@ -55,6 +58,15 @@ class Alarms:
                 "completions are sampled from another distribution than the one they are scored under. Look at "
                 "model.dtype and precision (precision=fp32 tells), and leave generation to TRL's plain path: "
                 "stage.use_vllm=false",
+            )
+        if not (now.get("vllm_difference", 0) <= VLLM_MEAN and now.get("vllm_tokens_beyond", 0) <= VLLM_BEYOND):
+            corrects = "stage.vllm_importance_sampling_cap=2 corrects for it, "
+            remedy = corrects if stage.vllm_importance_sampling_cap is None else ""
+            yield (
+                "vLLM",
+                f"vLLM's log-probabilities are {now['vllm_difference']:.3f} nats per token off the trainer's (at most "
+                f"{now['vllm_difference_max']:.2f}; {now['vllm_tokens_beyond']:.1%} of tokens beyond {VLLM_TOKEN}): "
+                f"updates learn from another policy's completions. {remedy}the same dtype on both sides makes it less",
             )
         if self._is_still(now, first):
             yield (

@@ -82,6 +82,15 @@ def generalised_advantages(
     return advantages, (advantages + values) * mask
 
 
+def importance_weights(logps: "Tensor", sampled_logps: "Tensor", mask: "Tensor", cap: float) -> "Tensor":
+    """min(π / μ, cap) at each token that the policy μ has sampled in π's place; 0 on padding.
+
+    Truncated importance sampling (Ionides 2008), between trainer and vLLM: Yao et al. 2025,
+    https://fengyao.notion.site/off-policy-rl
+    """
+    return (logps - sampled_logps).exp().clamp(max=cap) * mask
+
+
 class PolicyLoss(NamedTuple):
     """The clipped loss, and what it did, each a value per token."""
 

@@ -22,11 +22,13 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from posttrain.config.stages import OnlineStage
+from posttrain.console import say
 from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
 from posttrain.models.lora import active_adapter, adapter_layers
-from posttrain.rlhf import losses
+from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
+from posttrain.rlhf.diagnostics import VLLM_TOKEN
 from posttrain.rlhf.rollout import RolloutBuffer, join
 from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, prompts_of_rollout
 from posttrain.runs.checkpoint import processes_of
@@ -80,6 +82,7 @@ class Episodes:
     k1: Tensor  # (E, C), two estimates of KL from the reference at each token
     k3: Tensor  # (E, C)
     entropy: Tensor  # (E, C)
+    weights: Tensor  # (E, C), of each token's advantage: 1 but where another policy than π_old has sampled it
 
 
 class OnlineTrainer(SafeTrainer, RLOOTrainer):
@@ -104,7 +107,12 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         args: OnlineConfig,
         **options: Any,
     ) -> None:
-        super().__init__(args=args, **options)
+        self.server = vllm.server_of(args, options["model"].name_or_path)
+        if self.server is not None:
+            say(f"vLLM: waiting up to {args.vllm_server_timeout:g} s for {self.server}")
+        with vllm.reaching(self.server):
+            super().__init__(args=args, **options)
+        self.sampler = vllm.Sampler(self.vllm_generation, self.eos_token_ids) if self.use_vllm else None
         self.rows, self.plan = rows, plan
         self.on_rollout, self.held_out = on_rollout, held_out
         self.ref_model = reference
@@ -201,9 +209,10 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         prompt_ids, completion_ids, texts = super()._generate([{"ids": row["prompt_ids"]} for row in prompts])
         return prompt_ids, completion_ids, [[{"role": "assistant", "content": text}] for text in texts]
 
-    def _generate_single_turn(self, *args: object, **kwargs: object) -> tuple[object, ...]:
-        with self.accelerator.autocast():  # as in training, where accelerate does it for the module as a whole
-            found: tuple[object, ...] = super()._generate_single_turn(*args, **kwargs)
+    def _generate_single_turn(self, *args: object, **kwargs: object) -> list[list[int]]:
+        # as in training, where accelerate does it for the module as a whole
+        with self.accelerator.autocast(), vllm.reaching(self.server):
+            found: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
         return found
 
     def _generate_and_score_completions(self, inputs: list[PromptRow]) -> RolloutBuffer:
@@ -222,7 +231,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_ids], device=mask.device)
         shaped = self._shape(scores, mask.sum(-1), ended)
         # 4. which tokens are to become more likely
-        own = self.credit(buffer, Episodes(scores, shaped, k1, k3, entropy))
+        weights, sampled = self._compare_sampler(buffer)
+        own = self.credit(buffer, Episodes(scores, shaped, k1, k3, entropy, weights)) | sampled
         # 5. report
         per_episode = torch.stack(
             [scores, shaped, k1.sum(-1), k3.sum(-1), mask.sum(-1).float(), ended.float(), (entropy * mask).sum(-1)],
@@ -246,6 +256,22 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             completion_mask=padded([[1] * len(row) for row in completion_ids], 0, "right"),
             **dict.fromkeys(("logps", "values", "advantages", "returns"), torch.empty(0)),
         )
+
+    def _compare_sampler(self, buffer: RolloutBuffer) -> tuple[Tensor, dict[str, float]]:
+        """What each token weighs, (E, C), and how far vLLM's log-probabilities are from the trainer's, in nats."""
+        mask, cap = buffer.completion_mask, self.args.stage.vllm_importance_sampling_cap
+        if self.sampler is None:
+            return mask, {}
+        apart = (buffer.logps - self.sampler.logps).abs() * mask
+        sums = torch.stack([apart.sum(), (apart > VLLM_TOKEN).sum(), mask.sum()])
+        total, beyond, tokens = self.summed(sums).tolist()
+        numbers = {
+            "vllm_difference": total / tokens,
+            "vllm_difference_max": float(self.accelerator.gather(apart.max()).max()),
+            "vllm_tokens_beyond": beyond / tokens,
+        }
+        weights = mask if cap is None else losses.importance_weights(buffer.logps, self.sampler.logps, mask, cap)
+        return weights, numbers
 
     def rewards_of(
         self,

@@ -76,7 +76,7 @@ class PPOTrainer(OnlineTrainer):
         advantages, buffer.returns = losses.generalised_advantages(rewards, buffer.values, mask, stage.gamma, stage.lam)
         if stage.whiten_advantages:
             advantages = losses.whiten(advantages, mask, self.summed(losses.moments(advantages, mask)))
-        buffer.advantages = advantages
+        buffer.advantages = advantages * episodes.weights
         errors = self.summed(losses.moments(buffer.returns - buffer.values, mask))
         returns = self.summed(losses.moments(buffer.returns, mask))
         return {"explained_variance": losses.explained_variance(errors, returns)}

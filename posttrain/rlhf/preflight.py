@@ -5,12 +5,13 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from posttrain.console import say
 from posttrain.data.prepared import column_of
 from posttrain.errors import PosttrainError
+from posttrain.rlhf import losses
 from posttrain.rlhf.critic import pad_left
+from posttrain.rlhf.diagnostics import VLLM_MEAN
 from posttrain.rlhf.ppo import PPOTrainer
 from posttrain.rlhf.rollout import RolloutBuffer
 
@@ -18,6 +19,7 @@ ROWS = 8
 NEW_TOKENS = 16
 # |log-probability| differences at a token, in nats: rounding, and that of half precision
 TOLERANCE = {"no": 1e-3, "bf16": 0.15, "fp16": 0.05}
+UNLIKELY = 1.0  # nats per token by which completions may be less likely than those of their policy are
 NEUTRAL = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -53,17 +55,21 @@ def check_start(trainer: PPOTrainer) -> None:
     estimated = now.logps[: len(training), : training.size(1)]
     ratio = float(((training - estimated) * first.completion_mask).exp().sub(1).abs().max())
     kl = float(((now.logps - trainer.reference_logps(buffer)) * mask).abs().max())
-    gap = ((now.logps - generated) * mask).abs().amax(-1)
-    worst = float(gap.max())
-    if ratio <= tolerance and kl <= tolerance and worst <= tolerance:
-        say(
-            f"step 0: probability ratio within {ratio:.1e} of 1, KL within {kl:.1e} of 0, log-probabilities within "
-            f"{worst:.1e} of generation's"
-        )
+    worst = float(((now.logps - generated) * mask).abs().max())
+    said, agrees = f"log-probabilities within {worst:.1e} of generation's", worst <= tolerance
+    if trainer.use_vllm:  # its kernels round otherwise, at a few tokens by much
+        mean = float(losses.masked_mean((now.logps - generated).abs(), mask))
+        unlikely = float(losses.masked_mean(-now.logps - now.entropy, mask))
+        agrees = mean <= VLLM_MEAN and unlikely <= UNLIKELY
+        said = f"vLLM's log-probabilities within {mean:.1e} of the trainer's on average, {worst:.1e} at most"
+        if unlikely > UNLIKELY:
+            said += f", its tokens {unlikely:.1f} nats less likely than the policy's own"
+    if ratio <= tolerance and kl <= tolerance and agrees:
+        say(f"step 0: probability ratio within {ratio:.1e} of 1, KL within {kl:.1e} of 0, {said}")
         return
     raise PosttrainError(
-        f"PPO step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, log-probabilities off "
-        f"generation's by up to {worst:.3g} nats per token. Cause: {_cause(trainer, buffer, generated, tolerance)}"
+        f"PPO step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, {said}. "
+        f"Cause: {_cause(trainer, buffer, generated, tolerance, agrees)}"
     )
 
 
@@ -75,10 +81,18 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     device, padding = trainer.accelerator.device, trainer.processing_class.pad_token_id
     ids = pad_left(rows, padding).to(device)
     prompt_mask = pad_left([[1] * len(row) for row in rows], 0).to(device)
-    settings = copy.deepcopy(trainer.generation_config) if not trainer.use_vllm else None
-    if settings is None:
-        settings = GenerationConfig(do_sample=True, temperature=trainer.temperature, top_k=0, top_p=1.0)
-    settings.max_new_tokens = min(NEW_TOKENS, trainer.args.max_completion_length)
+    new_tokens = min(NEW_TOKENS, trainer.args.max_completion_length)
+    if trainer.sampler is not None:
+        connection = trainer.vllm_generation
+        connection.max_completion_length = new_tokens
+        sharded, connection._dist.fsdp_version = connection._dist.fsdp_version, None  # by FSDP, but not yet
+        with trainer.seeded("start"):
+            found = trainer._generate_single_turn(rows, None, {})
+        connection._dist.fsdp_version = sharded
+        connection.max_completion_length = trainer.args.max_completion_length
+        return trainer._buffer_of(rows, found), trainer.sampler.logps
+    settings = copy.deepcopy(trainer.generation_config)
+    settings.max_new_tokens = new_tokens
     settings.return_dict_in_generate = settings.output_scores = True
     both = trainer.policy_and_value()
     with trainer.seeded("start"), torch.no_grad(), trainer.accelerator.autocast():
@@ -97,7 +111,7 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     return buffer, logps.gather(-1, completion[..., None]).squeeze(-1)
 
 
-def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolerance: float) -> str:
+def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolerance: float, agrees: bool) -> str:
     """Which of the known causes it is, tried one by one."""
     mask = buffer.completion_mask
     first, second = (trainer.estimates(buffer).logps for _ in range(2))
@@ -111,7 +125,6 @@ def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolera
         if filters:
             return f"generation samples otherwise than by temperature alone ({', '.join(filters)})"
     reference = trainer.reference_logps(buffer)
-    agrees = float(((first - generated) * mask).abs().max()) <= tolerance
     if agrees and float(((first - reference) * mask).abs().max()) > tolerance:
         return "the reference is not the model that the policy starts from, or has another precision"
     alone = [trainer.estimates(buffer.take([row])).logps for row in range(len(mask))]
@@ -119,10 +132,15 @@ def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolera
         float(((row[0] - generated[index, : row.size(1)]) * mask[index, : row.size(1)]).abs().max())
         for index, row in enumerate(alone)
     ]
-    if max(apart) <= tolerance:
+    if max(apart) <= tolerance < float(((first - generated) * mask).abs().max()):
         return (
             "the model counts the padding on the left among its positions (learned positions, as in GPT-2, need "
             "position_ids from the attention mask)"
+        )
+    if trainer.use_vllm and not agrees:
+        return (
+            "vLLM samples from another distribution: it holds other weights (were they sent?), or reports raw "
+            "log-probabilities. Its server has to be started as `trl vllm-serve` starts it, for the model of this run"
         )
     return "none of the known ones; precision=fp32 model.attn_implementation=eager narrows it down"
 

@@ -85,7 +85,9 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
             f"stage.max_new_tokens={stage.max_new_tokens} leaves no room for a prompt in stage.max_length="
             f"{stage.max_length}, which counts both"
         )
-    if stage.use_vllm and importlib.util.find_spec("vllm") is None:
+    if stage.vllm_importance_sampling_cap is not None and not stage.use_vllm:
+        raise ConfigError("stage.vllm_importance_sampling_cap is read by stage.use_vllm=true only")
+    if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
         )
@@ -222,7 +224,8 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     stage = _stage(config)
     rollouts = plan_rollouts(stage, len(data.train.dataset), process_state().num_processes)
     source = roles.find_reward(config, tokenizer)
-    arguments = trainer_arguments(config, context.folder.path, data.test is not None) | {
+    arguments = {"vllm_max_model_length": stage.max_length}  # a model's own may not fit into the memory
+    arguments |= trainer_arguments(config, context.folder.path, data.test is not None) | {
         "stage": stage,
         "gradient_accumulation_steps": rollouts.accumulation,
         "steps_per_generation": rollouts.accumulation * rollouts.mini_batches,

@@ -8,13 +8,14 @@ from conftest import Posttrain
 
 from posttrain import configure
 from posttrain.models.load import load_tokenizer
-from posttrain.planning.memory import MemoryPlan, plan_memory
+from posttrain.planning.memory import MemoryPlan, _capacity, _changes, plan_memory
 
 # posttrain/tiny by hand: 3 layers of 12 × 128² + 13 × 128, 916 tokens and 512 positions of 128, and the last norm
 NUMBERS = 3 * (12 * 128**2 + 13 * 128) + (916 + 512) * 128 + 2 * 128
 # A and B, of rank 16, of the four linear layers: 128 -> 384, 128 -> 128, 128 -> 512, 512 -> 128
 ADAPTER = 3 * 16 * (128 + 384 + 128 + 128 + 128 + 512 + 512 + 128)
 PPO = ("stage=ppo", "stage.reward_functions=[x.y]", "stage.max_new_tokens=16")
+VLLM = "vLLM, its own weights, keys and values"
 
 
 def plan(*overrides: str, longest: int = 64, answer: int = 16) -> MemoryPlan:
@@ -94,6 +95,23 @@ def test_what_makes_it_less() -> None:
     assert long_cache.moment == "while completions are generated"
     # keys and values of 4,096 answers of 512 tokens in 3 layers of 128, and four numbers for each of 916 tokens
     assert long_cache.parts["keys and values"] == 2 * 4096 * 512 * 3 * 128 * 4 + 4 * 4096 * 916 * 4
+
+
+def test_vllm_in_the_same_process_takes_its_share_of_the_device() -> None:
+    from trl import RLOOConfig
+
+    share = RLOOConfig.__dataclass_fields__["vllm_gpu_memory_utilization"].default
+    with_vllm = (*PPO, "stage.use_vllm=true")
+    device = _capacity()[1]
+    usual, colocated = plan(*PPO), plan(*with_vllm)
+    assert colocated.parts[VLLM] == int(share * device)
+    assert colocated.parts | {VLLM: 0} == usual.parts | {VLLM: 0}
+    assert plan(*with_vllm, "+trainer.vllm_gpu_memory_utilization=0.5").parts[VLLM] == device // 2
+    asleep = plan(*with_vllm, "+trainer.vllm_enable_sleep_mode=true")
+    assert asleep.moment == "while completions are generated"
+    assert asleep.parts.keys() == {"weights", "optimizer", VLLM}
+    assert plan(*with_vllm, "+trainer.vllm_mode=server").peak == usual.peak
+    assert "+trainer.vllm_enable_sleep_mode=true" in _changes(configure(*with_vllm))
 
 
 def test_accelerate_divides(monkeypatch: pytest.MonkeyPatch) -> None:

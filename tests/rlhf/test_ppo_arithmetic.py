@@ -89,6 +89,13 @@ def test_whitening() -> None:
     close(losses.whiten(values, mask, halves[0] + halves[1]), [[-1.0, 0.0], [1.0, 0.0]])  # as over two processes
 
 
+def test_importance_weights_of_tokens_that_another_policy_has_sampled() -> None:
+    """π = 1/2 at each token; μ = 1/4, 1/8 and 1 make ratios of 2, 4 and 1/2, of which a cap of 3 cuts the second."""
+    sampled = torch.tensor([[0.25, 0.125, 1.0, 0.5]]).log()
+    weights = losses.importance_weights(torch.full((1, 4), 0.5).log(), sampled, torch.tensor([[1, 1, 1, 0]]), cap=3.0)
+    close(weights, [[2.0, 3.0, 0.5, 0.0]])
+
+
 def test_explained_variance() -> None:
     mask = torch.tensor([[1, 1, 1, 0]])
     returns = torch.tensor([[1.0, 2.0, 3.0, 0.0]])

@@ -103,6 +103,16 @@ ALARMS = {
     "constant": ({"reward_std": 0.0}, "all completions of a rollout got the same reward", "rollouts.jsonl"),
     "endless": ({"ended_by_eos": 0.0}, "no completion of a rollout ended by itself", "stage.missing_eos_penalty=1"),
     "large": ({"shaped_reward": -1e6}, "rewards are large (-1e+06 on average)", "stage.reward_scale=1e+06"),
+    "vLLM": (
+        {"vllm_difference": 0.3, "vllm_difference_max": 2.5, "vllm_tokens_beyond": 0.4},
+        "0.300 nats per token off the trainer's (at most 2.50; 40.0% of tokens beyond 0.2)",
+        "stage.vllm_importance_sampling_cap=2 corrects for it",
+    ),
+    "vLLM at few tokens": (
+        {"vllm_difference": 0.02, "vllm_difference_max": 2.5, "vllm_tokens_beyond": 0.06},
+        "0.020 nats per token off",
+        "the same dtype on both sides",
+    ),
     "saturated": ({"reward_std": 0.01}, "rewards are saturated", "stage.num_epochs"),
 }
 
@@ -119,6 +129,7 @@ def alarms(**changes: Any) -> Alarms:
         "num_mini_batches": 2,
         "ppo_epochs": 2,
         "rollout_batch_size": 16,
+        "vllm_importance_sampling_cap": None,
     }
     return Alarms(PPOStage(**(settings | changes)), planned=20)
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
 SIGNATURES: dict[Any, list[str]] = {
@@ -32,6 +35,11 @@ SIGNATURES: dict[Any, list[str]] = {
     RLOOTrainer._calculate_rewards: ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     RLOOTrainer.log: ["self", "logs", "start_time"],
     utils.add_fused_lm_head: ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
+    VLLMGeneration.generate: ["self", "prompts", "images", "num_generations", "profiler"],
+    VLLMClient.generate: [
+        *("self", "prompts", "features", "n", "repetition_penalty", "temperature", "top_p", "top_k", "min_p"),
+        *("max_tokens", "logprobs", "structured_outputs_regex", "generation_kwargs"),
+    ],
     # overridden for DPO, and called there
     DPOTrainer._precompute_ref_logps: ["self", "dataset", "name", "batch_size"],
     DPOTrainer.compute_ref_log_probs: ["self", "model", "inputs"],
@@ -52,11 +60,20 @@ SIGNATURES: dict[Any, list[str]] = {
 SUMS = {"_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step"}
 # set by RLOOTrainer and read by PPOTrainer
 ATTRIBUTES = ["_step", "_metrics", "_logs", "_tokenizer", "eos_token_ids", "reward_weights", "reward_func_names"]
-ATTRIBUTES += ["generation_config", "temperature", "ref_model", "use_vllm", "async_loop", "_has_async_funcs"]
+ATTRIBUTES += [
+    "vllm_generation",
+    "generation_config",
+    "temperature",
+    "ref_model",
+    "use_vllm",
+    "async_loop",
+    "_has_async_funcs",
+]
 # of RLOOConfig
 FIELDS = ["max_completion_length", "temperature", "generation_batch_size", "num_iterations", "epsilon", "beta"]
 FIELDS += ["num_generations", "steps_per_generation", "disable_dropout", "remove_unused_columns", "reward_weights"]
-FIELDS += ["pad_to_multiple_of", "use_vllm", "use_transformers_continuous_batching"]
+FIELDS += ["vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"]
+FIELDS += ["vllm_max_model_length", "pad_to_multiple_of", "use_vllm", "use_transformers_continuous_batching"]
 
 
 @pytest.mark.parametrize("method", SIGNATURES, ids=lambda method: method.__qualname__)
@@ -70,6 +87,9 @@ def written(kind: type) -> set[str]:
 
 
 def test_attributes_are_set() -> None:
+    assert written(VLLMGeneration) >= {"mode", "llm", "vllm_client", "logprobs", "generation_kwargs", "accelerator"}
+    assert "fsdp_version" in written(DistributedBackend)
+    assert written(VLLMGeneration) >= {"_dist", "tensor_parallel_size", "max_completion_length"}
     assert set(ATTRIBUTES) <= written(RLOOTrainer)
     assert written(Trainer) >= SUMS
     for kind in (SFTTrainer, RewardTrainer, DPOTrainer, RLOOTrainer):
