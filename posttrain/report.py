@@ -32,7 +32,7 @@ from posttrain.metrics.charts import TAIL, Chart, Series, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import MANIFEST, read_json
-from posttrain.values import JsonObject
+from posttrain.values import Fields, JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
@@ -47,7 +47,7 @@ def _json(file: Path) -> Any:
     return read_json(file, "run what wrote it again, or delete it")
 
 
-def _rollouts(file: Path) -> list[JsonObject]:
+def _rollouts(file: Path) -> list[Fields]:
     """The first and the last of them; what is between is not read, as long runs write gigabytes."""
     if not file.is_file():
         return []

@@ -152,6 +152,7 @@ def test_a_failure_is_told_once_and_ends_all(sources: Path) -> None:
     assert "no vowels today" in alone.err
 
 
+@pytest.mark.slow
 def test_a_pipeline_on_two_processes(sources: Path, entry: Posttrain) -> None:
     done = ended(
         launched(*SHORT_PIPELINE, "ppo.batch_size=16", "trainer.max_steps=2", cwd=sources, module="posttrain.pipeline")

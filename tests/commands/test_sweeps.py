@@ -73,7 +73,7 @@ def test_points_fail_alone_and_finished_ones_are_skipped(posttrain: Posttrain, p
     assert sum("│ complete" in line for line in rows) == 2, "the table has the points of both sweeps"
     # other prompts: the point is not the same any more, and says so itself
     write_rows(prompts / "prompts.jsonl", [{"prompt": f"Who is {n}?"} for n in range(24)])
-    changed = posttrain("-m", *PPO, "stage.max_new_tokens=4,3")
+    changed = posttrain("-m", *PPO, "stage.max_new_tokens=4")
     assert changed.code == 1
     assert "rows are not the same" in changed.err
 
@@ -95,12 +95,12 @@ def test_gpus_are_shared_out_and_the_objective_reaches_hydras_sweeper(
     monkeypatch.setattr(BasicSweeper, "sweep", kept)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert visible_gpus() == ["4", "5", "6", "7"]
-    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4,5", "hydra.launcher.n_jobs=2", "data.test_size=8")
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra.launcher.n_jobs=2", "data.test_size=8")
     assert done.code == 0, done
-    assert "3 points, 2 at a time, 2 GPUs each" in done.out
+    assert "2 points, 2 at a time, 2 GPUs each" in done.out
     assert {line[1] for line in seen(prompts)} == {"4", "6"}
     assert "[stage.max_new_tokens=3] " in done.out
-    points = [manifest(prompts / f"outputs/demo/ppo/stage.max_new_tokens={n}") for n in (3, 4, 5)]
+    points = [manifest(prompts / f"outputs/demo/ppo/stage.max_new_tokens={n}") for n in (3, 4)]
     assert objectives == [point["metrics"]["penalised_reward"] for point in points]
 
 
@@ -119,15 +119,15 @@ def test_a_swept_list_is_one_value(tmp_path: Path) -> None:
 
 
 def test_each_point_under_accelerate(posttrain: Posttrain, prompts: Path) -> None:
-    done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "accelerate=cpu2")
+    done = posttrain("-m", *PPO, "stage.max_new_tokens=3", "accelerate=cpu2")
     assert done.code == 0, done
-    assert {tuple(line[:3]) for line in seen(prompts)} == {("3", "None", "2"), ("4", "None", "2")}
+    assert {tuple(line[:3]) for line in seen(prompts)} == {("3", "None", "2")}
     wrong = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "accelerate=cpu")
     assert wrong.code == 2
     assert "did you mean cpu2?" in wrong.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_every_point_with_a_checkpoint(prompts: Path, number: signal.Signals) -> None:
     long = [argument for argument in PPO if not argument.startswith("trainer.max_steps")]
     sweep = ("-m", *long, "trainer.max_steps=500", "stage.max_new_tokens=4,5", "hydra.launcher.n_jobs=2")
