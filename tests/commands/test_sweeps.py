@@ -73,7 +73,7 @@ def test_points_fail_alone_and_finished_ones_are_skipped(posttrain: Posttrain, p
     assert sum("│ complete" in line for line in rows) == 2, "the table has the points of both sweeps"
     # other prompts: the point is not the same any more, and says so itself
     write_rows(prompts / "prompts.jsonl", [{"prompt": f"Who is {n}?"} for n in range(24)])
-    changed = posttrain("-m", *PPO, "stage.max_new_tokens=4")
+    changed = posttrain("-m", *PPO, "stage.max_new_tokens=4,3")
     assert changed.code == 1
     assert "rows are not the same" in changed.err
 
