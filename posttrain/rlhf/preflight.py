@@ -80,14 +80,13 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
         settings = GenerationConfig(do_sample=True, temperature=trainer.temperature, top_k=0, top_p=1.0)
     settings.max_new_tokens = min(NEW_TOKENS, trainer.args.max_completion_length)
     settings.return_dict_in_generate = settings.output_scores = True
-    both = trainer.policy_and_value()
-    with trainer.seeded("start"), torch.no_grad(), trainer.accelerator.autocast():
-        found = both.policy.generate(
+    with trainer.unwrapped_model() as policy, trainer.seeded("start"), torch.no_grad(), trainer.accelerator.autocast():
+        found = policy.generate(
             input_ids=ids,
             attention_mask=prompt_mask,
             generation_config=settings,
         )
-    both.train()
+    trainer.model.train()
     completion = found.sequences[:, ids.size(1) :]
     logps = torch.stack([score.float().log_softmax(-1) for score in found.scores], dim=1)
     ends = torch.isin(completion, torch.tensor(trainer.eos_token_ids, device=device))
@@ -105,7 +104,8 @@ def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolera
         on = sorted({name for name, module in trainer.model.named_modules() if _drops(module)})
         return f"dropout is on ({', '.join(on[:3]) or 'or another randomness'}): two forwards of one batch differ"
     if not trainer.use_vllm:
-        settings = {**trainer.policy_and_value().policy.generation_config.to_dict()}
+        with trainer.unwrapped_model() as policy:
+            settings = {**policy.generation_config.to_dict()}
         settings |= {name: value for name, value in trainer.generation_config.to_dict().items() if value is not None}
         filters = [f"{name}={settings[name]}" for name, neutral in NEUTRAL.items() if settings.get(name) not in neutral]
         if filters:

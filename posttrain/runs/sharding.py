@@ -1,0 +1,46 @@
+"""Models whose weights FSDP2 or DeepSpeed ZeRO-3 shares out among the processes, called from outside of training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@contextmanager
+def gathered(model: "nn.Module", prepared: "nn.Module") -> Iterator[None]:
+    """While parts of a model are called past its own forward, or its weights are read; does nothing to a whole model.
+
+    Entered by all processes; `prepared` is the model as accelerate has wrapped it. FSDP2's layers gather themselves one by one, the rest is gathered here; what ZeRO-3 has
+    shared out is gathered as TRL gathers it to generate.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    shared = [weight for weight in model.parameters() if hasattr(weight, "ds_id")]
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()  # torch takes the module that is called first for the outermost one
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+    elif shared:
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with deepspeed.zero.GatheredParameters(shared):
+            remove_hooks(prepared)  # they would share each layer out again once it has been called
+            try:
+                yield
+            finally:
+                add_hooks(prepared)
+    else:
+        yield
+
+
+def tie(state: "dict[str, Tensor]", model: "nn.Module") -> None:
+    """Let tied weights, each gathered for itself, be one tensor again, which transformers saves once."""
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if name in state and source in state:
+            state[name] = state[source]
