@@ -21,6 +21,7 @@ from posttrain.models.lora import lora_config
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import modes_by_umask, writing
 from posttrain.runs.folder import RunFolder
+from posttrain.runs.sharding import outside_zero_init
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +36,7 @@ RELOAD_TOLERANCE = 1e-3
 PROBE_TOKENS = 64
 
 
+@outside_zero_init()
 def save_model(
     config: Config,
     folder: RunFolder,

@@ -150,7 +150,7 @@ class PPOTrainer(OnlineTrainer):
         options: JsonObject = {}
         policy = self.accelerator.unwrap_model(self.model).policy
         if self.shards:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+            state = self.accelerator.get_state_dict(self.model_wrapped) or {}  # ZeRO-3 gives it to process 0 alone
             options["state_dict"] = {
                 name.removeprefix("policy."): weight for name, weight in state.items() if name.startswith("policy.")
             }

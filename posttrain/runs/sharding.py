@@ -44,3 +44,16 @@ def tie(state: "dict[str, Tensor]", model: "nn.Module") -> None:
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
         if name in state and source in state:
             state[name] = state[source]
+
+
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Under ZeRO-3, load models whole, as they are before they are trained and where they never are."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
