@@ -1,7 +1,7 @@
 """Several runs in one launch, under any engine of accelerate's, FSDP2 on CPU processes among them.
 
-`python engines.py <tasks.json>`: each task is {"name", "overrides", "stop"}, and a run with `stop` fails in the middle of
-that step, as one that is killed there leaves its folder. What became of each stands in <tasks.json>.<process>.
+`python engines.py <tasks.json>`: a task is {"overrides", "stop"}. A run with `stop` fails once the checkpoint of that
+step is written, and leaves its folder as a kill would. What became of each is a line of <tasks.json>.<process>.
 """
 
 import json
@@ -38,6 +38,7 @@ def main() -> None:
 
         importlib.import_module("deepspeed.comm.torch")
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    from torch.distributed.fsdp import FSDPModule
     from transformers import TrainerCallback
 
     from posttrain import configure, run_stage
@@ -45,22 +46,24 @@ def main() -> None:
     class Stop(TrainerCallback):
         def __init__(self, step: int) -> None:
             self.step = step
+            self.units = 0  # that FSDP gathers one by one
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if state.global_step + 1 == self.step:
-                raise RuntimeError(f"stopped in step {self.step}")
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+            self.units = sum(isinstance(module, FSDPModule) for module in model.modules())
 
-        on_train_end = on_step_begin  # after the last step
+        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.global_step == self.step:
+                raise RuntimeError(f"stopped after step {self.step}")
 
     for task in json.loads(tasks.read_text()):
+        said, callback = "", Stop(task["stop"])
         try:
-            run_stage(configure(*task["overrides"]), callbacks=[Stop(task["stop"])] if task.get("stop") else [])
-            said = ""
+            run_stage(configure(*task["overrides"]), callbacks=[callback])
         except BaseException:
             said = traceback.format_exc()
         with Path(f"{tasks}.{os.environ['RANK']}").open("a") as file:
-            file.write(json.dumps({"name": task["name"], "said": said}) + "\n")
-        if said and not task.get("stop"):
+            file.write(json.dumps({"said": said, "units": callback.units}) + "\n")
+        if said and not task["stop"]:
             raise SystemExit(said)
 
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def gathered(model: "nn.Module", prepared: "nn.Module") -> Iterator[None]:
-    """While parts of a model are called past its own forward, or its weights are read; does nothing to a whole model.
+    """While parts of a model are called past its own forward; does nothing where each process holds all weights.
 
-    Entered by all processes; `prepared` is the model as accelerate has wrapped it. FSDP2's layers gather themselves one by one, the rest is gathered here; what ZeRO-3 has
-    shared out is gathered as TRL gathers it to generate.
+    Entered by all processes; `prepared` is the model as accelerate has wrapped it. Under FSDP2 each layer gathers its
+    own weights when it is called, and what is around the layers is gathered here. Under ZeRO-3 all weights are, as TRL
+    gathers them to generate: with the layers' own hooks, processes would have to make the same calls in one order.
     """
     from torch.distributed.fsdp import FSDPModule
 

@@ -154,8 +154,9 @@ def preflight(context: StageContext, trainer: "SFTTrainer") -> None:
     trainer.model.train()
     if worst > PACKING_TOLERANCE[trainer.rounds_as]:
         raise PosttrainError(
-            f"trainer.packing=true: in this model ({trainer.model.config.model_type}) packed rows see each other: a token's "
-            f"log-probability is off by up to {worst:.3g} nats from that in its row alone. Set trainer.packing=false"
+            f"trainer.packing=true: in this model ({trainer.model.config.model_type}) packed rows see each other: a "
+            f"token's log-probability is off by up to {worst:.3g} nats from that in its row alone. Set "
+            "trainer.packing=false"
         )
     say(f"step 0: log-probabilities in packed rows within {worst:.1e} of those in each row alone")
 
