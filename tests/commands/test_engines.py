@@ -14,6 +14,7 @@ from conftest import (
     LORA,
     ROOT,
     STAGES,
+    Posttrain,
     command,
     computed,
     ended,
@@ -103,6 +104,19 @@ def test_every_stage_under_every_engine(engine: str, mode: str, sources: Path, d
         assert computed(whole) == computed(cut)
         with capsys.disabled():
             print(", resumes bit for bit, saves a whole model", end="")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["trainer.precompute_ref_log_probs=true", "model.use_peft=true model.lora_init_weights=pissa"]
+)
+def test_what_an_engine_cannot_do_is_refused(
+    wrong: str, posttrain: Posttrain, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    stage = "dpo" if "ref" in wrong else "sft"
+    done = posttrain(*command(stage, "wrong", *wrong.split()))
+    assert done.code == 2, done
+    assert f"{wrong.split()[-1]} does not work under DeepSpeed; leave it out" in done.err
 
 
 @pytest.mark.slow
