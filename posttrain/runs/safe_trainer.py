@@ -269,6 +269,8 @@ class SafeTrainer(_TrainerBase):
         import torch
 
         self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state.is_local_process_zero = self.is_local_process_zero()  # the file is process 0's
+        self.state.is_world_process_zero = self.is_world_process_zero()
         if self.shards:  # their files can be read into shares alone
             self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(checkpoint))
         else:
