@@ -46,7 +46,8 @@ class PPOTrainer(OnlineTrainer):
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):  # RLOO has looked at the policy alone
                 module.p = 0.0
-        self._move_model_to_device(self.model, self.args.device)
+        if not self.shards:  # an engine takes its shares from the CPU
+            self._move_model_to_device(self.model, self.args.device)
         self.model_wrapped = self.callback_handler.model = self.model
         self.model.train()
 
