@@ -290,7 +290,7 @@ def _run(
     show_plan(config, data, world_size(), len(trainer.train_dataset), counts)
     say(f"device: {trainer.args.device}, precision: {trainer.accelerator.mixed_precision.replace('no', 'fp32')}")
     start = partial(_judge_start, stage, context, trainer, checkpoint)
-    if trainer.shards:  # no device need have room for the model as a whole
+    if trainer.shards:  # checked and judged as it is trained
         trainer.when_prepared = start
     else:
         start()
