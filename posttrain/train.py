@@ -391,7 +391,6 @@ def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
             trainer.finish(checkpoint)
             _tell_best(trainer)
             return 0.0
-    started = time.monotonic()
     with StopSignals(Path(trainer.args.output_dir)) as signals:
         trainer.stop_signals = signals
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -401,7 +400,7 @@ def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
     )
     _tell_best(trainer)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
-    return float(tokens / (time.monotonic() - started))
+    return float(tokens / (time.monotonic() - trainer.began))
 
 
 def _tell_best(trainer: "SafeTrainer") -> None:

@@ -65,7 +65,7 @@ class SafeTrainer(_TrainerBase):
     when_prepared: Callable[[], None] | None = None  # called when the weights are where they are trained
     _evaluation_due = False  # a signal came before it
     before: JsonObject | None = None  # what was found before the first step, kept for a resumed run
-    _began = 0.0
+    began = 0.0  # when training did
     _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
 
@@ -114,6 +114,7 @@ class SafeTrainer(_TrainerBase):
         )
         if self.when_prepared is not None:
             self.when_prepared()
+        self.began = time.monotonic()
         return found
 
     @property
@@ -234,7 +235,7 @@ class SafeTrainer(_TrainerBase):
             "evaluated": self._evaluated,
             "evaluation_due": self._evaluation_due,
             "before": self.before,
-            "seconds": self._earlier_seconds + time.monotonic() - self._began,
+            "seconds": self._earlier_seconds + time.monotonic() - self.began,
             "logs": log_sizes(Path(self.args.output_dir)),
         }
 
@@ -281,7 +282,6 @@ class SafeTrainer(_TrainerBase):
         self._finalize_training(None, self.state.max_steps * self.get_total_train_batch_size(self.args), time.time())
 
     def train(self, *args: object, **kwargs: object) -> "TrainOutput":
-        self._began = time.monotonic()
         found = super().train(*args, **kwargs)
         self.check_weights()
         return found
