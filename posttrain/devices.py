@@ -53,6 +53,12 @@ def visible_gpus() -> list[str]:
     return found.stdout.split() if found.returncode == 0 else []
 
 
+def sharding_engine() -> str | None:
+    """What accelerate was asked to share weights or optimizer state out with, known before torch is imported."""
+    engines = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+    return next((name for name, flag in engines.items() if os.environ.get(flag, "").lower() == "true"), None)
+
+
 def on_main_process(decide: Callable[[], T]) -> T:
     """What `decide` gives on process 0, on every process; where it fails, all of them raise its error."""
     from accelerate.utils import broadcast_object_list

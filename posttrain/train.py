@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -297,11 +298,16 @@ def _run(
     counts = (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
     show_plan(config, data, world_size(), len(trainer.train_dataset), counts)
     say(f"device: {trainer.args.device}, precision: {trainer.accelerator.mixed_precision.replace('no', 'fp32')}")
-    stage.preflight(context, trainer)
-    before = _evaluate_before(stage, context, trainer, checkpoint)
+    start = partial(_judge_start, stage, context, trainer, checkpoint)
+    if trainer.shards:  # checked and judged as it is trained
+        trainer.when_prepared = start
+    else:
+        start()
 
     # 3. train
     tokens_per_second = _train(trainer, checkpoint)
+    assert trainer.before is not None
+    before = EvalResult(trainer.before["metrics"], [Completion(*each) for each in trainer.before["completions"]])
 
     # 4. evaluate, save, and only then call it finished
     say("training is done; evaluating and saving")
@@ -345,16 +351,15 @@ def _evaluate(stage: Stage, context: StageContext, trainer: "SafeTrainer") -> Ev
     return result
 
 
-def _evaluate_before(
-    stage: Stage, context: StageContext, trainer: "SafeTrainer", checkpoint: Path | None
-) -> EvalResult:
-    """What the model can do before the first step; a resumed run has it in its checkpoint."""
+def _judge_start(stage: Stage, context: StageContext, trainer: "SafeTrainer", checkpoint: Path | None) -> None:
+    """Check the start, and keep what the model can do before the first step; a checkpoint has it already."""
+    if checkpoint is None or not trainer.shards:  # weights that are shared out are those of the checkpoint
+        stage.preflight(context, trainer)
     kept = read_running(checkpoint, trainer.accelerator.process_index).get("before") if checkpoint else None
     if kept is None:
         result = _evaluate(stage, context, trainer)
         kept = {"metrics": result.metrics, "completions": result.completions}
     trainer.before = kept
-    return EvalResult(kept["metrics"], [Completion(*each) for each in kept["completions"]])
 
 
 def _begin(folder: RunFolder, identity: JsonObject, state: State) -> Path | None:
@@ -395,7 +400,6 @@ def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
             trainer.finish(checkpoint)
             _tell_best(trainer)
             return 0.0
-    started = time.monotonic()
     with StopSignals(Path(trainer.args.output_dir)) as signals:
         trainer.stop_signals = signals
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -405,7 +409,7 @@ def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
     )
     _tell_best(trainer)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
-    return float(tokens / (time.monotonic() - started))
+    return float(tokens / (time.monotonic() - trainer.began))
 
 
 def _tell_best(trainer: "SafeTrainer") -> None:

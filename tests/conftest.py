@@ -259,15 +259,20 @@ SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A folder with rows.jsonl, pairs.jsonl, prompts.jsonl and my_rewards.py, which `command` names."""
+    write_sources(tmp_path)
+    return tmp_path
+
+
+def write_sources(folder: Path) -> None:
+    """What `sources` holds."""
     asked = [(f"What is {a} and {b}?", f"{a} and {b}.") for a in WORDS[:8] for b in WORDS[8:]]
-    write_rows(tmp_path / "rows.jsonl", [{"instruction": q, "response": a} for q, a in asked])
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in asked])
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": q} for q, _ in asked])
-    (tmp_path / "my_rewards.py").write_text(
+    write_rows(folder / "rows.jsonl", [{"instruction": q, "response": a} for q, a in asked])
+    write_rows(folder / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in asked])
+    write_rows(folder / "prompts.jsonl", [{"prompt": q} for q, _ in asked])
+    (folder / "my_rewards.py").write_text(
         "def vowels(prompts, completions, **columns):\n"
         "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
     )
-    return tmp_path
 
 
 def command(stage: str, run_name: str, *more: str) -> list[str]:

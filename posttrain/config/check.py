@@ -23,6 +23,7 @@ from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, Sour
 from posttrain.config.stages import STAGES, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
+from posttrain.devices import sharding_engine
 from posttrain.errors import ConfigError
 from posttrain.values import JsonObject
 
@@ -155,8 +156,10 @@ def _check_trainer(stage: StageConfig, trainer: JsonObject) -> typing.Iterator[s
 
 def _check_together(config: Config) -> typing.Iterator[str]:
     """Rules between keys that are each valid alone."""
+    engine = sharding_engine()
     try:
-        accelerate_config(config.accelerate)
+        kind = accelerate_config(config.accelerate).get("distributed_type")
+        engine = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}.get(str(kind), engine)
     except ConfigError as error:
         yield from error.problems
     model = config.model
@@ -180,6 +183,11 @@ def _check_together(config: Config) -> typing.Iterator[str]:
             f"model.lora_init_weights={model.lora_init_weights} changes the frozen weights: it is for stage=sft "
             "without load_in_4bit or load_in_8bit; later stages have them as a reference, or put a head on them"
         )
+    if engine is not None:  # what needs the model as a whole before or after it is trained
+        asked = {f"model.lora_init_weights={name}": model.lora_init_weights == name for name in CHANGE_BASE}
+        asked["trainer.precompute_ref_log_probs=true"] = bool(config.trainer.get("precompute_ref_log_probs"))
+        for what in (what for what, wanted in asked.items() if wanted):
+            yield f"{what} does not work under {engine}; leave it out, or take accelerate=ddp"
     for name, role in config.data.messages.roles.items():
         if role not in ROLES:
             yield one_of(f"data.messages.roles.{name}", role, ROLES)

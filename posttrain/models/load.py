@@ -15,6 +15,7 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.resolve import adapter_base, beside, naming, resolve_path
 from posttrain.paths import EMBEDDED
 from posttrain.runs.checkpoint import modes_by_umask, writing
+from posttrain.runs.sharding import outside_zero_init
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", fol
     return adapted.merge_and_unload()
 
 
+@outside_zero_init()
 def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> str:
     """The path of complete weights to start from.
 
@@ -364,7 +366,7 @@ def _load(
         options["revision"] = model.model_revision
     if "output_router_logits" in (text := config.get_text_config()).to_dict():
         text.output_router_logits = False  # TRL asks for them where it needs them; generation fails over them
-    with _named_failure(model, "its weights cannot be loaded"):
+    with outside_zero_init(), _named_failure(model, "its weights cannot be loaded"):
         loaded, report = auto_class.from_pretrained(
             path,
             config=config,

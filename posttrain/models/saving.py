@@ -21,6 +21,7 @@ from posttrain.models.lora import lora_config
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import modes_by_umask, writing
 from posttrain.runs.folder import RunFolder
+from posttrain.runs.sharding import outside_zero_init
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +36,7 @@ RELOAD_TOLERANCE = 1e-3
 PROBE_TOKENS = 64
 
 
+@outside_zero_init()
 def save_model(
     config: Config,
     folder: RunFolder,
@@ -54,10 +56,10 @@ def save_model(
     rows = _probe(trainer.train_dataset)
     _release_optimizer(trainer)
     # without the mixed-precision wrapper: weights are compared, not roundings
-    trained = trainer.unwrapped_model(keep_fp32_wrapper=False)
-    trained.eval()
     is_classifier = STAGES[config.stage.name].is_classifier
-    expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
+    with trainer.unwrapped_model(keep_fp32_wrapper=False) as trained:
+        trained.eval()
+        expected = _outputs(trained, rows, tokenizer.pad_token_id, is_classifier)
     if is_peft_model(trained):
         with writing(folder.adapter):
             if config.model.lora_init_weights not in CHANGE_BASE:
@@ -109,7 +111,7 @@ def _save_on_base(trained: "PeftModel", fresh: "PreTrainedModel", config: Config
 
 def _release_optimizer(trainer: "SafeTrainer") -> None:
     """Make room: from here on models are loaded beside the trained one, and nothing is trained any more."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # there the optimizer and the shards are one thing
+    if trainer.shards:  # there the optimizer and the shards are one thing
         return
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()

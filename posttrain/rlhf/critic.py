@@ -107,13 +107,17 @@ class PolicyAndValue(nn.Module):
             PosttrainError: they are not those that are trained here.
         """
         from safetensors.torch import load_file
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
         saved, trained = load_file(file), self.trained_weights()
         if saved.keys() != trained.keys():
             raise PosttrainError(f"{file} does not hold the weights that this run trains")
         with torch.no_grad():
             for name, weight in trained.items():
-                weight.copy_(saved[name])
+                kept = saved[name].to(weight.device)
+                if isinstance(weight, DTensor):  # of which this process holds a share
+                    kept = distribute_tensor(kept, weight.device_mesh, weight.placements)
+                weight.copy_(kept)
 
     def current_adapter(self) -> str | None:
         """The adapter that a forward would use now; None for the base alone."""
@@ -157,6 +161,11 @@ class PolicyAndValue(nn.Module):
         return bool(self.policy.is_activation_checkpointing)
 
     is_activation_checkpointing = is_gradient_checkpointing
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers' classes, each layer of which FSDP shares out and gathers for itself."""
+        return sorted({name for model in self._models() for name in model._no_split_modules or ()})
 
     @property
     def config(self) -> "PretrainedConfig":

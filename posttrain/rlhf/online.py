@@ -380,8 +380,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        policy = self.unwrapped_model()
-        with active_adapter(adapter_layers(policy), None):
+        with self.unwrapped_model() as policy, active_adapter(adapter_layers(policy), None):
             yield policy
 
     def reference_logps(self, buffer: RolloutBuffer) -> Tensor:

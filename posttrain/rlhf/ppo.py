@@ -1,18 +1,22 @@
 """Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with a critic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
+from transformers.trainer import SCHEDULER_NAME
 
 from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
 from posttrain.rlhf.rollout import RolloutBuffer
+from posttrain.runs.sharding import tie
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -42,18 +46,22 @@ class PPOTrainer(OnlineTrainer):
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):  # RLOO has looked at the policy alone
                 module.p = 0.0
-        self._move_model_to_device(self.model, self.args.device)
+        if not self.shards:  # an engine takes its shares from the CPU
+            self._move_model_to_device(self.model, self.args.device)
         self.model_wrapped = self.callback_handler.model = self.model
         self.model.train()
 
-    def unwrapped_model(self, **options: object) -> "PreTrainedModel":
+    @contextmanager
+    def unwrapped_model(self, **options: object) -> "Iterator[PreTrainedModel]":
         """The policy, which is what the stage leaves behind."""
-        return self.policy_and_value(**options).policy
+        with self.policy_and_value(**options) as both:
+            yield both.policy
 
-    def policy_and_value(self, **options: object) -> PolicyAndValue:
-        """Policy and critic, without what accelerate has wrapped around them."""
-        found: PolicyAndValue = self.accelerator.unwrap_model(self.model, **options)
-        return found
+    @contextmanager
+    def policy_and_value(self, **options: object) -> Iterator[PolicyAndValue]:
+        """Policy and critic, to be called; as `unwrapped_model` for both."""
+        with super().unwrapped_model(**options) as both:
+            yield both
 
     # -- rollouts
 
@@ -127,7 +135,7 @@ class PPOTrainer(OnlineTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trained = self.policy_and_value().trained_weights()
+        trained = self.accelerator.unwrap_model(self.model).trained_weights()
         if state_dict is not None:
             trained = {name: state_dict[name] for name in trained}
         save_file({name: weight.detach().cpu().contiguous() for name, weight in trained.items()}, folder / WEIGHTS)
@@ -135,30 +143,45 @@ class PPOTrainer(OnlineTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as a model folder, or its adapter; for a checkpoint everything that is trained."""
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+            if self.is_fsdp_enabled:
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(output_dir, _internal_call=True)
             return
         options: JsonObject = {}
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
+        policy = self.accelerator.unwrap_model(self.model).policy
+        if self.shards:
+            state = self.accelerator.get_state_dict(self.model_wrapped) or {}  # ZeRO-3 gives it to process 0 alone
             options["state_dict"] = {
                 name.removeprefix("policy."): weight for name, weight in state.items() if name.startswith("policy.")
             }
+            tie(options["state_dict"], policy)
         if self.args.should_save:
-            policy = self.unwrapped_model()
             if hasattr(policy, "peft_config"):
                 options["selected_adapters"] = [POLICY]
             policy.save_pretrained(output_dir, **options)
             self.processing_class.save_pretrained(output_dir)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would write all weights besides, those of the base under adapters too
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.policy_and_value().load_trained(Path(resume_from_checkpoint) / WEIGHTS)
+        self.accelerator.unwrap_model(self.model).load_trained(Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._evaluated = (-1, {})  # those were other weights
-            self.policy_and_value().load_trained(self.best_checkpoint() / WEIGHTS)
+            self._load_from_checkpoint(str(self.best_checkpoint()))
 
 
 def is_critic(name: str) -> bool:

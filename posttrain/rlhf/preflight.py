@@ -85,23 +85,20 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     if trainer.sampler is not None:
         connection = trainer.vllm_generation
         connection.max_completion_length = new_tokens
-        sharded, connection._dist.fsdp_version = connection._dist.fsdp_version, None  # by FSDP, but not yet
         with trainer.seeded("start"):
             found = trainer._generate_single_turn(rows, None, {})
-        connection._dist.fsdp_version = sharded
         connection.max_completion_length = trainer.args.max_completion_length
         return trainer._buffer_of(rows, found), trainer.sampler.logps
     settings = copy.deepcopy(trainer.generation_config)
     settings.max_new_tokens = new_tokens
     settings.return_dict_in_generate = settings.output_scores = True
-    both = trainer.policy_and_value()
-    with trainer.seeded("start"), torch.no_grad(), trainer.accelerator.autocast():
-        found = both.policy.generate(
+    with trainer.unwrapped_model() as policy, trainer.seeded("start"), torch.no_grad(), trainer.accelerator.autocast():
+        found = policy.generate(
             input_ids=ids,
             attention_mask=prompt_mask,
             generation_config=settings,
         )
-    both.train()
+    trainer.model.train()
     completion = found.sequences[:, ids.size(1) :]
     logps = torch.stack([score.float().log_softmax(-1) for score in found.scores], dim=1)
     ends = torch.isin(completion, torch.tensor(trainer.eos_token_ids, device=device))
@@ -119,7 +116,8 @@ def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolera
         on = sorted({name for name, module in trainer.model.named_modules() if _drops(module)})
         return f"dropout is on ({', '.join(on[:3]) or 'or another randomness'}): two forwards of one batch differ"
     if not trainer.use_vllm:
-        settings = {**trainer.policy_and_value().policy.generation_config.to_dict()}
+        with trainer.unwrapped_model() as policy:
+            settings = {**policy.generation_config.to_dict()}
         settings |= {name: value for name, value in trainer.generation_config.to_dict().items() if value is not None}
         filters = [f"{name}={settings[name]}" for name, neutral in NEUTRAL.items() if settings.get(name) not in neutral]
         if filters:

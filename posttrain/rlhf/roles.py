@@ -76,8 +76,8 @@ def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[li
         ids = pad_right(part, padding).to(head.device)
         mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            hidden = trainer.policy_and_value().hidden(REWARD, ids, mask, positions)
+        with trainer.policy_and_value() as both, torch.no_grad(), trainer.accelerator.autocast():
+            hidden = both.hidden(REWARD, ids, mask, positions)
         numbers = torch.arange(ids.size(1), device=head.device)
         last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
         found += (last.float() @ head.float().T)[:, 0].tolist()

@@ -10,7 +10,7 @@ from typing import TypeVar
 from posttrain.config.schema import Config, renamed
 from posttrain.config.stages import STAGES
 from posttrain.console import say
-from posttrain.devices import cpu_only, mixed_precision, world_size
+from posttrain.devices import cpu_only, mixed_precision, sharding_engine, world_size
 from posttrain.errors import ConfigError
 from posttrain.values import JsonObject
 
@@ -73,7 +73,7 @@ def with_the_same_updates(config: Config, began_on: int) -> Config:
     batches = accumulation * began_on  # of an update
     fitting = [number for number in range(1, batches + 1) if batches % number == 0]
     by_batch_size = config.trainer.get("train_sampling_strategy", "random") not in ("random", "sequential")
-    if by_batch_size or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose processes keep parts of the state
+    if by_batch_size or sharding_engine():  # whose processes keep parts of the state
         fitting = [began_on]
     if now not in fitting:
         raise ConfigError(

@@ -4,7 +4,8 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from posttrain.runs.checkpoint import (
     write_atomically,
     writing,
 )
+from posttrain.runs.sharding import gathered, tie
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -59,9 +61,11 @@ class SafeTrainer(_TrainerBase):
     _saved_step: int | None = None
     _evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step, and what was found after it
     _asked_at, _save_due = -1, False
+    _opened = False  # see unwrapped_model
+    when_prepared: Callable[[], None] | None = None  # called when the weights are where they are trained
     _evaluation_due = False  # a signal came before it
     before: JsonObject | None = None  # what was found before the first step, kept for a resumed run
-    _began = 0.0
+    began = 0.0  # when training did
     _earlier_seconds = 0.0  # trained before a resume
     trained_tokens: int = 0  # counted by trainers that make their own data
 
@@ -80,9 +84,38 @@ class SafeTrainer(_TrainerBase):
         # transformers deletes by modification time, and folders whose names merely begin like a checkpoint's
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
-    def unwrapped_model(self, **options: object) -> "PreTrainedModel":
-        """The model that the stage leaves behind, without what accelerate has wrapped around it."""
-        return self.accelerator.unwrap_model(self.model, **options)
+    @contextmanager
+    def unwrapped_model(self, **options: object) -> "Iterator[PreTrainedModel]":
+        """The model that the stage leaves behind, without what accelerate has wrapped around it, to be called.
+
+        Entered by all processes, which then make equally many calls. There is no other way to the model, so that none
+        meets weights that are shared out.
+        """
+        if self._opened:
+            yield self.accelerator.unwrap_model(self.model, **options)
+            return
+        with gathered(self.model, self.model_wrapped):
+            self._opened = True
+            try:
+                yield self.accelerator.unwrap_model(self.model, **options)
+            finally:
+                self._opened = False
+
+    @property
+    def shards(self) -> bool:
+        """Whether the processes share out among them what one device may have no room for."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: object, resume_from_checkpoint: str | None
+    ) -> tuple[object, object]:
+        found: tuple[object, object] = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self.when_prepared is not None:
+            self.when_prepared()
+        self.began = time.monotonic()
+        return found
 
     @property
     def rounds_as(self) -> str:
@@ -92,7 +125,7 @@ class SafeTrainer(_TrainerBase):
         mixed = str(self.accelerator.mixed_precision)
         if mixed != "no":
             return mixed
-        kinds = {weight.dtype for weight in self.unwrapped_model().parameters()}
+        kinds = {weight.dtype for weight in self.model.parameters()}
         return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "no"
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
@@ -207,7 +240,7 @@ class SafeTrainer(_TrainerBase):
             "evaluated": self._evaluated,
             "evaluation_due": self._evaluation_due,
             "before": self.before,
-            "seconds": self._earlier_seconds + time.monotonic() - self._began,
+            "seconds": self._earlier_seconds + time.monotonic() - self.began,
             "logs": log_sizes(Path(self.args.output_dir)),
         }
 
@@ -241,15 +274,19 @@ class SafeTrainer(_TrainerBase):
         """End a run whose last step is in the checkpoint: `train` would take one more."""
         import torch
 
-        self._load_from_checkpoint(str(checkpoint))
         self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state.is_local_process_zero = self.is_local_process_zero()  # the file is process 0's
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        if self.shards:  # their files can be read into shares alone
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
         self._tr_loss, self.neftune_noise_alpha = torch.zeros((), device=self.args.device), None
         self.model.train()
         self._load_rng_state(str(checkpoint))
         self._finalize_training(None, self.state.max_steps * self.get_total_train_batch_size(self.args), time.time())
 
     def train(self, *args: object, **kwargs: object) -> "TrainOutput":
-        self._began = time.monotonic()
         found = super().train(*args, **kwargs)
         self.check_weights()
         return found
@@ -316,15 +353,15 @@ class SafeTrainer(_TrainerBase):
         largest = torch._foreach_norm([weight for weight in held if weight.numel()], ord=math.inf)
         if not all(math.isfinite(value) for value in torch.stack([each.float() for each in largest]).tolist()):
             return "weights that are NaN or infinite"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.shards:
             return None
-        row, model = self.train_dataset[0], self.unwrapped_model()
+        row = self.train_dataset[0]
         ids = next(row[name] for name in ("input_ids", "chosen_ids", "prompt_ids") if name in row)[:PROBE_TOKENS]
-        training = model.training
-        model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with self.unwrapped_model() as model, torch.no_grad(), self.accelerator.autocast():
+            training = model.training
+            model.eval()
             outputs = model(input_ids=torch.tensor([ids], device=self.args.device)).logits
-        model.train(training)
+            model.train(training)
         return "weights whose outputs are NaN" if bool(outputs.isnan().any()) else None
 
     def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
@@ -356,7 +393,7 @@ class SafeTrainer(_TrainerBase):
 
     def _check_processes_agree(self) -> None:
         """Under DDP all processes hold the same weights; refuse to go on where gradients were not all-reduced."""
-        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.accelerator.num_processes == 1 or self.shards:
             return
         import torch
 
@@ -419,7 +456,14 @@ class SafeTrainer(_TrainerBase):
         self.state.best_model_checkpoint = str(self.best_checkpoint())
         super()._load_best_model()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # FSDP and DeepSpeed have files of their own in a checkpoint, from which it is resumed; the weights are in them
+        if not (_internal_call and self.shards):
+            super().save_model(output_dir, _internal_call=_internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: "dict[str, Tensor] | None" = None) -> None:
+        if state_dict is not None:
+            tie(state_dict, self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict=state_dict)
         # a pickle of all arguments, secrets among them, that nothing ever reads again
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)

@@ -132,14 +132,11 @@ def build(context: StageContext, model: "PreTrainedModel") -> "DPOTrainer":
 
 def reference(context: StageContext, trainer: "DPOTrainer") -> Callable[[], AbstractContextManager["PreTrainedModel"]]:
     """Opens the reference: the adapter switched off, the frozen copy, or else the starting weights read again."""
-    from accelerate.utils import is_peft_model
-
-    policy = trainer.unwrapped_model()
-    if is_peft_model(policy):
+    if context.config.model.use_peft:
 
         @contextmanager
         def adapter_off() -> Iterator["PreTrainedModel"]:
-            with policy.disable_adapter():
+            with trainer.unwrapped_model() as policy, policy.disable_adapter():
                 yield policy
 
         return adapter_off
@@ -147,7 +144,7 @@ def reference(context: StageContext, trainer: "DPOTrainer") -> Callable[[], Abst
     if frozen is not None:
         frozen = trainer.accelerator.unwrap_model(frozen)
     else:
-        frozen = load_causal_lm(context.config.model, context.tokenizer, context.base).to(policy.device).eval()
+        frozen = load_causal_lm(context.config.model, context.tokenizer, context.base).to(trainer.args.device).eval()
     return lambda: nullcontext(frozen)
 
 
@@ -161,17 +158,17 @@ def preflight(context: StageContext, trainer: "DPOTrainer") -> None:
 
     from posttrain.stages.trainers import without_router_loss
 
-    policy = trainer.unwrapped_model()
     rows = [trainer.train_dataset[index] for index in range(min(STEP_0_ROWS, len(trainer.train_dataset)))]
     prompts, chosen = ([row[name] for row in rows] for name in ("prompt_ids", "chosen_ids"))
     pad = context.tokenizer.pad_token_id
     tolerance = STEP_0_TOLERANCE[trainer.rounds_as]
-    policy.eval()
-    ours = completion_logps(policy, prompts, chosen, pad)
+    trainer.model.eval()
+    with trainer.unwrapped_model() as policy:
+        ours = completion_logps(policy, prompts, chosen, pad)
     with reference(context, trainer)() as model:
         theirs = completion_logps(model, prompts, chosen, pad)
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    policy.train()  # as in the first step: dropout that is still on shows here
+    trainer.model.train()  # as in the first step: dropout that is still on shows here
     with torch.no_grad(), trainer.compute_loss_context_manager(), without_router_loss(trainer):
         loss = float(trainer.compute_loss(trainer.model, batch))
     trainer._metrics["train"].clear()
@@ -228,27 +225,27 @@ def sample_kl(context: StageContext, trainer: "DPOTrainer", count: int) -> dict[
     """
     if not context.panel:
         return {}
-    policy, encoder, frozen = trainer.unwrapped_model(), context.data.encoder, reference(context, trainer)
+    encoder, frozen = context.data.encoder, reference(context, trainer)
 
     def share(mine: list[tuple[int, Example]]) -> list[tuple[float, int]]:
         seeds, rows = zip(*mine, strict=True)
-        made = generate(policy, encoder, rows, context.new_tokens, 1.0, seeds)
-        kl = completion_kl(policy, frozen, made.prompts, made.completions, encoder.tokenizer.pad_token_id)
+        with trainer.unwrapped_model() as policy:
+            made = generate(policy, encoder, rows, context.new_tokens, 1.0, seeds)
+            kl = completion_kl(policy, frozen, made.prompts, made.completions, encoder.tokenizer.pad_token_id)
         return list(zip(kl.tolist(), map(len, made.completions), strict=True))
 
-    training = policy.training
-    policy.eval()
+    training = trainer.model.training
+    trainer.model.eval()
     found = on_all_processes(list(enumerate(context.panel[:count], context.config.seed)), share)
-    policy.train(training)
+    trainer.model.train(training)
     kl, lengths = zip(*found, strict=True)
     return {"eval_kl": fmean(kl), "eval_response_length": fmean(lengths)}
 
 
 def evaluate_model(context: StageContext, trainer: "DPOTrainer") -> EvalResult:
     """Held-out accuracy and margin over rows, KL from the reference, and the prompt panel."""
-    completions = complete(
-        trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens
-    )
+    with trainer.unwrapped_model() as policy:
+        completions = complete(policy, context.data.encoder, context.panel[:COMPLETED], context.new_tokens)
     metrics = {"ended_by_eos": share_ended(completions)}
     if context.data.test is None:
         return EvalResult(metrics, completions)

@@ -338,19 +338,20 @@ class HeldOut:
 
         def share(mine: list[tuple[int, Prompt]]) -> list[scoring.ScoredCompletion]:
             seeds, rows = zip(*mine, strict=True)
-            return scoring.score_answers(
-                trainer.unwrapped_model(),
-                trainer.reference,
-                context.data.encoder,
-                rows,
-                self.scorer,
-                context.new_tokens,
-                stage.temperature,
-                seeds,
-                trainer_state=trainer.state,
-                log_extra=trainer._log_completion_extra,
-                log_metric=trainer._log_metric,
-            )
+            with trainer.unwrapped_model() as policy:
+                return scoring.score_answers(
+                    policy,
+                    trainer.reference,
+                    context.data.encoder,
+                    rows,
+                    self.scorer,
+                    context.new_tokens,
+                    stage.temperature,
+                    seeds,
+                    trainer_state=trainer.state,
+                    log_extra=trainer._log_completion_extra,
+                    log_metric=trainer._log_metric,
+                )
 
         rows = list(enumerate(cast("Sequence[Prompt]", prompts), context.config.seed))
         with trainer.seeded(f"held out {context.config.seed}"), trainer.accelerator.autocast():
@@ -387,10 +388,8 @@ def evaluate_model(context: StageContext, trainer: "PPOTrainer") -> EvalResult:
     named = tuple(f"eval_{name}_" for name in context.panels)
     found = trainer.evaluate()
     numbers = {name.removeprefix("eval_"): value for name, value in found.items() if not name.startswith(named)}
-    with trainer.accelerator.autocast():
-        completions = complete(
-            trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens
-        )
+    with trainer.unwrapped_model() as policy, trainer.accelerator.autocast():
+        completions = complete(policy, context.data.encoder, context.panel[:COMPLETED], context.new_tokens)
     return EvalResult(numbers, completions)
 
 

@@ -70,13 +70,12 @@ def preflight(context: StageContext, trainer: "RewardModelTrainer") -> None:
     Raises:
         PosttrainError: it has several, as with dropout.
     """
-    model, pad = trainer.unwrapped_model(), context.tokenizer.pad_token_id
     rows = trainer.train_dataset["chosen_ids"][:STEP_0_ROWS]
     found = []
     for training in (False, True):
-        model.train(training)
-        with trainer.compute_loss_context_manager():
-            found.append(scores(model, rows, pad))
+        trainer.model.train(training)
+        with trainer.unwrapped_model() as model, trainer.compute_loss_context_manager():
+            found.append(scores(model, rows, context.tokenizer.pad_token_id))
     gap = max(abs(one - other) for one, other in zip(*found, strict=True)) / (max(map(abs, found[0])) or 1)
     if not gap <= STEP_0_TOLERANCE[trainer.rounds_as]:
         raise PosttrainError(

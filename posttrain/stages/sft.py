@@ -58,9 +58,8 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
 def evaluate_model(context: StageContext, trainer: "SFTTrainer") -> EvalResult:
     """Held-out loss and the prompt panel."""
     metrics = {"eval_loss": trainer.evaluate()["eval_loss"]} if context.data.test else {}
-    completions = complete(
-        trainer.unwrapped_model(), context.data.encoder, context.panel[:COMPLETED], context.new_tokens
-    )
+    with trainer.unwrapped_model() as model:
+        completions = complete(model, context.data.encoder, context.panel[:COMPLETED], context.new_tokens)
     return EvalResult(metrics | {"ended_by_eos": share_ended(completions)}, completions)
 
 
@@ -134,11 +133,10 @@ def preflight(context: StageContext, trainer: "SFTTrainer") -> None:
         return
     some = trainer.train_dataset.select(range(min(PACKED_ROWS, len(trainer.train_dataset))))
     by_count = sorted(some, key=lambda row: len(row["seq_lengths"]))
-    model = trainer.unwrapped_model()
-    model.eval()
+    trainer.model.eval()
 
     def logps(**batch: "torch.Tensor") -> "torch.Tensor":
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with trainer.unwrapped_model() as model, torch.no_grad(), trainer.compute_loss_context_manager():
             found: torch.Tensor = model(**batch, fused_lm_head=True).log_probs
         return found
 
@@ -153,11 +151,12 @@ def preflight(context: StageContext, trainer: "SFTTrainer") -> None:
             if end - start > 1 and bool((sequence != context.tokenizer.pad_token_id).any()):
                 alone = logps(input_ids=sequence, labels=sequence)[0]
                 worst = max(worst, float((together[row, start : end - 1] - alone).abs().max()))
-    model.train()
+    trainer.model.train()
     if worst > PACKING_TOLERANCE[trainer.rounds_as]:
         raise PosttrainError(
-            f"trainer.packing=true: in this model ({model.config.model_type}) packed rows see each other: a token's "
-            f"log-probability is off by up to {worst:.3g} nats from that in its row alone. Set trainer.packing=false"
+            f"trainer.packing=true: in this model ({trainer.model.config.model_type}) packed rows see each other: a "
+            f"token's log-probability is off by up to {worst:.3g} nats from that in its row alone. Set "
+            "trainer.packing=false"
         )
     say(f"step 0: log-probabilities in packed rows within {worst:.1e} of those in each row alone")
 
