@@ -117,6 +117,7 @@ def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Posttrain
     assert not Path("outputs/demo/ppo").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_stages_before_it_once(pipeline: Posttrain) -> None:
     small = ("trainer.max_steps=2", "dpo.data.test_size=8")
     done = pipeline("-m", *SHORT_PIPELINE, *small, "stages=[sft,dpo]", "dpo.beta=0.1,0.5")

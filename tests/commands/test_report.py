@@ -148,6 +148,7 @@ def test_the_report_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_a_frontier_and_is_drawn_on_what_is_possible(posttrain: Posttrain, tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "def vowels(prompts, completions, **columns):\n"

@@ -144,6 +144,7 @@ def test_a_signal_ends_every_point_with_a_checkpoint(prompts: Path, number: sign
         assert list((prompts / f"outputs/demo/ppo/stage.max_new_tokens={tokens}").glob("checkpoint-*/checkpoint.json"))
 
 
+@pytest.mark.slow
 def test_points_as_jobs_of_submitit(posttrain: Posttrain, prompts: Path) -> None:
     """What queues points on Slurm, here with processes in place of its jobs."""
     done = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "hydra/launcher=submitit_local")

@@ -12,7 +12,9 @@ PPO = (
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize(
+    "stage", ["sft", "ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "dpo"))]
+)
 def test_qlora_in_bfloat16(posttrain: Posttrain, tmp_path: Path, stage: str, precision: str) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "def length(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n"
