@@ -1,0 +1,136 @@
+"""Plans for machines that are not here: from a config.json alone, shared out as an engine does, with the time."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Posttrain
+
+from posttrain import configure, paths
+from posttrain.config.machines import bytes_of
+from posttrain.config.schema import Config
+from posttrain.errors import ConfigError
+from posttrain.models.load import load_tokenizer
+from posttrain.planning.advice import cheapest, words
+from posttrain.planning.machines import machine_of
+from posttrain.planning.memory import MemoryPlan, plan_memory
+
+LAYERS, WIDTH, TOKENS = 3, 128, 916  # of posttrain/tiny
+TINY = "model.model_name_or_path=posttrain/tiny"
+
+
+def configured(*overrides: str) -> Config:
+    return configure(
+        TINY, "dry_run=true", *(word.replace("accelerate=", "accelerate.config_file=") for word in overrides)
+    )
+
+
+def plan(config: Config, longest: int = 64) -> MemoryPlan:
+    return plan_memory(config, load_tokenizer(config.model)[0], longest, 16)
+
+
+def test_sizes() -> None:
+    assert (bytes_of("80GiB"), bytes_of("22.5 GiB"), bytes_of("80GB")) == (80 * 2**30, 45 * 2**29, 80 * 10**9)
+    for wrong in ("80", "80 gigabytes", "0GiB"):
+        with pytest.raises(ConfigError, match="must be a size such as 80GiB"):
+            bytes_of(wrong)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"plan.device=h10 is not one of .*; did you mean h100\?"):
+        configured("plan.device=h10")
+    with pytest.raises(ConfigError, match=r"plan.devices is for a dry run, .*: add dry_run=true"):
+        configure("plan.devices=8")
+    with pytest.raises(ConfigError, match=r"plan.memory=80 must be a size"):
+        configured("plan.memory=80")
+    with pytest.raises(ConfigError, match="precision=fp32 contradicts mixed_precision=bf16"):
+        machine_of(configured("accelerate=ddp", "precision=fp32"))
+
+
+def test_the_machine() -> None:
+    machine = machine_of(configured("plan.devices=4", "plan.device=h100"))
+    assert (machine.devices, machine.memory, machine.tflops, machine.precision) == (4, 80 * 2**30, 989, "bf16")
+    machine = machine_of(configured("plan.device=h100", "plan.memory=40GiB", "plan.tflops=100", "precision=fp32"))
+    assert (machine.devices, machine.memory, machine.tflops, machine.precision) == (1, 40 * 2**30, 100, "no")
+    # the data sheet's peak is not that of float32
+    assert machine_of(configured("plan.device=h100", "precision=fp32")).tflops is None
+    assert machine_of(configured("accelerate=zero2", "accelerate.mixed_precision=fp16")).precision == "fp16"
+
+
+def test_shared_out_by_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(*overrides: str) -> tuple[float, float, float]:
+        machine = machine_of(configured("plan.devices=4", *overrides))
+        return machine.weights, machine.gradients, machine.optimizer
+
+    assert shares() == shares("accelerate=ddp") == (1, 1, 1)
+    assert shares("accelerate=zero2") == (1, 1 / 4, 1 / 4)
+    assert shares("accelerate=zero3") == shares("accelerate=fsdp2") == (1 / 4, 1 / 4, 1 / 4)
+    assert shares("accelerate=fsdp2", "accelerate.fsdp_config.fsdp_offload_params=true") == (0, 0, 0)
+    offloaded = "accelerate.deepspeed_config.offload_optimizer_device=cpu"
+    assert shares("accelerate=zero2", offloaded) == (1, 1 / 4, 0)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch says it
+    assert shares() == (1 / 4, 1 / 4, 1 / 4)
+
+
+def test_a_devices_share_by_hand() -> None:
+    numbers = LAYERS * (12 * WIDTH**2 + 13 * WIDTH) + (TOKENS + 512) * WIDTH + 2 * WIDTH
+    single = ("plan.devices=2", "precision=fp32", "accelerate.mixed_precision='no'")
+    ddp = plan(configured("accelerate=ddp", *single)).parts
+    assert (ddp["weights"], ddp["optimizer"], ddp["buckets of DDP"]) == (4 * numbers, 8 * numbers, 4 * numbers)
+    fsdp = plan(configured("accelerate=fsdp2", *single)).parts
+    assert (fsdp["weights"], fsdp["optimizer"]) == (2 * numbers, 4 * numbers)
+    zero = plan(configured("accelerate=zero2", "plan.devices=2")).parts  # weights in bf16, a copy of them in float32
+    assert (zero["weights"], zero["optimizer"]) == (2 * numbers, 6 * numbers)
+
+
+def test_operations_by_hand() -> None:
+    found = plan(configured("stage=sft", "precision=fp32"))
+    attention = LAYERS * 4 * 64 * WIDTH  # queries by keys, and weights by values, of 64 positions
+    assert (
+        found.forward == 2 * LAYERS * 12 * WIDTH**2 + 2 * TOKENS * WIDTH * 63 / 64 + attention
+    )  # the last has no next
+    assert 2 * found.forward <= found.backward <= 2.5 * found.forward  # of weights and of inputs, attention once more
+    recomputing = plan(configured("stage=sft", "precision=fp32", "trainer.gradient_checkpointing=true"))
+    assert recomputing.backward > found.backward + 0.8 * found.forward
+    adapters = plan(configured("stage=sft", "precision=fp32", "model.use_peft=true"))
+    assert adapters.backward < 0.75 * found.backward
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share", "named"),
+    [
+        (("stage=sft", "stage.batch_size=8"), 0.6, "stage.batch_size=4 trainer.gradient_accumulation_steps=2"),
+        (("stage=sft", "stage.batch_size=1"), 0.8, "trainer.gradient_checkpointing=true"),
+        (("stage=sft", "stage.batch_size=1", "plan.devices=4"), 0.6, "accelerate=zero2"),
+        (("stage=sft", "stage.batch_size=1", "trainer.gradient_checkpointing=true"), 0.5, "model.use_peft=true"),
+    ],
+    ids=["batch", "recomputing", "zero2", "lora"],
+)
+def test_the_cheapest_change_that_fits(overrides: tuple[str, ...], share: float, named: str) -> None:
+    config = configured("precision=fp32", *overrides)
+    memory = int(share * plan(config, 256).peak)
+    changed = cheapest(config, lambda other: plan(other, 256).peak, memory)
+    assert changed is not None
+    assert words(config, changed) == named
+    assert plan(configured("precision=fp32", *overrides, *words(config, changed).split()), 256).peak <= memory
+    assert cheapest(config, lambda other: plan(other, 256).peak, 1000) is None
+
+
+def test_a_model_of_which_there_is_no_more_than_its_config(posttrain: Posttrain, tmp_path: Path) -> None:
+    """The documented command, for a Llama of 8 billion parameters."""
+    model = tmp_path / "llama"
+    model.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(paths.TINY / name, model)
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **shape, **heads}))
+    where = (f"model.model_name_or_path={model}", "dry_run=true", "plan.devices=8", "plan.device=h100")
+    done = posttrain("recipes=quickstart/sft", "data.max_rows=60", "accelerate=fsdp2", *where)
+    assert done.code == 0, done
+    assert "per device × 1 accumulation × 8 devices" in done.out
+    assert "of 80.00 GiB on h100" in done.out
+    assert "does not fit" not in done.out
+    assert "on 8 × h100 at 40% of its 989 TFLOPS (plan.mfu)" in done.out
+    assert not (tmp_path / "outputs").exists()
