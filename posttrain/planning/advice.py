@@ -49,8 +49,10 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
     for name, engine, part in (("zero2", ZERO, machine.gradients), ("fsdp2", FSDP, machine.weights)):
         if machine.devices > 1 and part == 1 and not quantised:
             rest = {key: value for key, value in trainer.items() if key != once}  # which needs whole weights
-            changed = replace(config, accelerate={**config.accelerate, "config_file": name}, trainer=rest)
-            yield f"shared out by {engine}", changed
+            file = {**config.accelerate, "config_file": name}
+            if machine.precision != "bf16":  # as the shipped files have it
+                file["mixed_precision"] = machine.precision
+            yield f"shared out by {engine}", replace(config, accelerate=file, trainer=rest)
     if not settings.use_peft:
         if "8bit" not in str(trainer.get("optim", "")) and not shared and importlib.util.find_spec("bitsandbytes"):
             yield "a coarser optimizer", with_trainer(optim="adamw_8bit")

@@ -254,9 +254,8 @@ def _passing(trained: "PreTrainedModel", machine: Machine) -> int:
         return 0
     names = set(getattr(trained, "_no_split_modules", None) or ())
     layers = [sizes(list(part.parameters())) for part in trained.modules() if type(part).__name__ in names]
-    largest = max(layers, default=(0, 0))
-    # what is not in a layer is gathered until the end; a layer while the next one is
-    return weights + gradients - sum(map(sum, layers)) + sum(largest) + largest[0]
+    # what is in no layer is gathered until the end; each is there twice, in one piece as it is sent and in its parts
+    return 2 * (weights + gradients - sum(map(sum, layers)) + max(map(sum, layers), default=0))
 
 
 def _state(config: Config, weight: "Tensor", size: int) -> float:
