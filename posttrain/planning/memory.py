@@ -108,7 +108,8 @@ def plan_memory(
             text = holdings.trained.config.get_text_config()
             generating["keys and values"] = _generation(text, rows, longest, dtype)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {"weights": weights, "optimizer": optimizer, "buckets of DDP": buckets, **moments[moment]}
+    always = {"weights": weights, "optimizer": optimizer} | ({"buckets of DDP": buckets} if buckets else {})
+    parts = {**always, **moments[moment]}
     tokens = sequences * longest
     return MemoryPlan(holdings.held, parts, moment, backward.forward / tokens, backward.backward / tokens)
 
@@ -130,7 +131,17 @@ def _watched(parameters: Sequence[Any], share: float) -> Iterator[_Peak]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
 
+    aten = torch.ops.aten
+    # torch's FlopCounterMode keeps tensors alive, so its formulas alone; for three operations it has those of others
+    formulas = flop_registry | {
+        aten.addmm_: flop_registry[aten.addmm],
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
     peak, counted = _Peak(0, 0), {"alive": 0, "gradients": 0}
     known: set[int] = set()
     for weight in parameters:
@@ -141,6 +152,8 @@ def _watched(parameters: Sequence[Any], share: float) -> Iterator[_Peak]:
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            if formula := formulas.get(func._overloadpacket):
+                peak.backward += formula(*args, **(kwargs or {}), out_val=out)
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     self.count(tensor.untyped_storage())
@@ -187,14 +200,8 @@ def _step(
 ) -> _Peak:
     """Forward and backward of one batch as the stage's trainer does it."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
-    trained, aten = holdings.trained, torch.ops.aten
-    on_cpu = {  # as fake tensors compute; torch counts these operations of a GPU alone
-        aten.addmm_: addmm_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-    }
+    trained = holdings.trained
     trained.train()
     if not holdings.keeps_dropout:
         for module in trained.modules():
@@ -208,13 +215,10 @@ def _step(
     parameters = list(dict.fromkeys(weight for module in holdings.modules for weight in module.parameters()))
     for weight in parameters:
         weight.grad = torch.zeros_like(weight) if accumulating and weight.requires_grad else None
-    operations = FlopCounterMode(display=False)
-    operations.flop_registry.update(on_cpu)
-    with operations, _watched(parameters, share) as peak:
+    with _watched(parameters, share) as peak:
         total = loss({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        peak.forward = operations.get_total_flops()
+        peak.forward, peak.backward = peak.backward, 0
         total.backward()
-    peak.backward = operations.get_total_flops() - peak.forward
     return peak
 
 
