@@ -182,7 +182,7 @@ def planned(case: Case, arguments: list[str], length: int) -> int:
 
     config = configure(*arguments)
     tokenizer, _ = load_tokenizer(config.model)
-    return plan_memory(config, tokenizer, length, length // 2 if case.stage == "ppo" else 0, 1).peak
+    return plan_memory(config, tokenizer, length, length // 2 if case.stage == "ppo" else 0).peak
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def planned(arguments: list[str]) -> float:
 
     config = configure(*arguments)
     tokenizer, _ = load_tokenizer(config.model)
-    return plan_memory(config, tokenizer, longest=128, answer=100, processes=1).peak / 2**30
+    return plan_memory(config, tokenizer, longest=128, completion=100).peak / 2**30
 
 
 def main() -> None:

@@ -123,15 +123,10 @@ def mixed_precision(precision: str) -> str:
     """
     import torch
 
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    wanted = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
-    if launched is not None and wanted is not None and launched != wanted:
-        raise ConfigError(
-            f"precision={precision} contradicts mixed_precision={launched} of accelerate launch; leave one of them out"
-        )
     has_gpu = torch.cuda.is_available()
+    wanted = wanted_precision(precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     if wanted is None:
-        wanted = launched or ("bf16" if has_gpu and torch.cuda.is_bf16_supported() else "no")
+        wanted = "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "no"
     if wanted == "fp16" and not torch.accelerator.is_available():
         raise ConfigError(
             "precision=fp16 needs a GPU (transformers would train in fp32 without a word); use fp32 or bf16"
@@ -143,6 +138,20 @@ def mixed_precision(precision: str) -> str:
             "use fp32 or fp16"
         )
     return wanted
+
+
+def wanted_precision(precision: str, launched: str | None) -> str | None:
+    """`no`, `fp16` or `bf16` as the configuration or accelerate's says; None where the device decides.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    wanted = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    if launched is not None and wanted is not None and launched != wanted:
+        raise ConfigError(
+            f"precision={precision} contradicts mixed_precision={launched} of accelerate launch; leave one of them out"
+        )
+    return wanted or launched
 
 
 def cpu_only() -> bool:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from posttrain.cli.entry import command_line
 from posttrain.cli.launching import refuse_to_launch
-from posttrain.config.accelerate import accelerate_config
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
@@ -45,7 +44,8 @@ from posttrain.models.resolve import (
 from posttrain.models.saving import save_model
 from posttrain.outcome import samples, show_result, tables
 from posttrain.paths import EMBEDDED
-from posttrain.planning.memory import show_memory
+from posttrain.planning.advice import show_advice, show_time
+from posttrain.planning.machines import machine_of
 from posttrain.planning.preview import show_data, show_dry_run, show_plan
 from posttrain.rlhf.rewards import load_function
 from posttrain.runs.arguments import with_the_same_updates
@@ -169,11 +169,11 @@ def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     tokenizer, _ = _load_tokenizer(resolved)
     sources = replace(data_sources(config, given), scratch=scratch)
     data = stage_named(config.stage.name).prepare(config, tokenizer, sources)
-    processes = accelerate_config(config.accelerate).get("num_processes", world_size())
-    show_dry_run(config, data, processes)
+    show_dry_run(config, data, machine_of(config).devices)
     completion = config.stage.max_new_tokens if isinstance(config.stage, OnlineStage) else 0
     longest = config.stage.max_length if config.trainer.get("packing") else int(data.train.lengths.max()) + completion
-    show_memory(config, tokenizer, longest, completion, processes)
+    plan = show_advice(config, tokenizer, longest, completion)
+    show_time(config, plan, len(data.train.dataset), data.train.tokens)
     say("dry run: nothing was trained or written")
 
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import paths
 from posttrain.config.accelerate import accelerate_config
+from posttrain.config.machines import bytes_of
 from posttrain.config.reserved import ALWAYS
 from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
 from posttrain.config.stages import STAGES, StageSpec
@@ -156,13 +157,16 @@ def _check_trainer(stage: StageConfig, trainer: JsonObject) -> typing.Iterator[s
 
 def _check_together(config: Config) -> typing.Iterator[str]:
     """Rules between keys that are each valid alone."""
-    engine = sharding_engine()
+    model, plan, engine = config.model, config.plan, sharding_engine()
     try:
         kind = accelerate_config(config.accelerate).get("distributed_type")
         engine = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}.get(str(kind), engine)
+        bytes_of(plan.memory or "1GiB")
     except ConfigError as error:
         yield from error.problems
-    model = config.model
+    given = [name for name, value in vars(plan).items() if value is not None and name != "mfu"]
+    if given and not config.dry_run:
+        yield f"plan.{given[0]} is for a dry run, which trains nothing: add dry_run=true, or leave it out"
     if model.load_in_4bit and model.load_in_8bit:
         yield "model.load_in_4bit and model.load_in_8bit exclude each other"
     elif (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
@@ -316,7 +320,7 @@ def _leaf_problem(
         return "the first line of a recipe must be `# @package _global_`"
     if path not in keys:
         known = [*keys, *(f"trainer.{name}" for name in trainer_arguments(*spec.trl_config))]
-        known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes"]
+        known += [] if "." in path else ["stage", "model", "data", "trainer", "recipes", "plan"]
         return f"{path} is unknown for stage={spec.name}{nearest(path, known)}"
     if value == MISSING:
         return f"{path} is required"

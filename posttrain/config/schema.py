@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from posttrain.config.machines import DEVICES
 from posttrain.values import JsonObject
 
 
@@ -145,6 +146,17 @@ class DataConfig:
 
 
 @dataclass
+class PlanConfig:
+    """The machine that a dry run plans for, where it is not this one."""
+
+    devices: int | None = key(at_least=1)
+    device: str | None = key(choices=tuple(DEVICES))
+    memory: str | None = key()
+    tflops: float | None = key(above=0)
+    mfu: float = key(above=0, at_most=1)
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -156,6 +168,7 @@ class Config:
     overwrite: bool = key()
     move_aside: bool = key()
     accelerate: JsonObject = key()
+    plan: PlanConfig = field(default_factory=PlanConfig)
     stage: StageConfig = key()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -9,6 +9,7 @@ from posttrain.models.load import hub_config
 from posttrain.models.lora import lora_config
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -111,8 +112,8 @@ def weight_bytes(module: "nn.Module", settings: ModelConfig) -> int:
     )
 
 
-def give_fake_content(module: "nn.Module") -> None:
-    """Put every weight from the meta device onto the one in hand; tied weights stay tied."""
+def give_fake_content(module: "nn.Module", dtype: "torch.dtype | None" = None) -> None:
+    """Put every weight from the meta device onto the one in hand, in that type; tied weights stay tied."""
     import torch
     from torch import nn
 
@@ -121,7 +122,7 @@ def give_fake_content(module: "nn.Module") -> None:
         for name, weight in part._parameters.items():
             if weight is not None:
                 if id(weight) not in done:
-                    content = torch.empty(weight.shape, dtype=weight.dtype)
+                    content = torch.empty(weight.shape, dtype=dtype or weight.dtype)
                     done[id(weight)] = nn.Parameter(content, requires_grad=weight.requires_grad)
                 part._parameters[name] = done[id(weight)]
         for name, buffer in part._buffers.items():

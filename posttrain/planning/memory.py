@@ -6,32 +6,26 @@ own MemTracker, with which a test compares, does not take frozen weights and is 
 """
 
 import contextlib
-import importlib.util
-import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
-from posttrain.config.trl_fields import trainer_arguments
-from posttrain.console import say, show_table, warn
-from posttrain.devices import mixed_precision
 from posttrain.models.meta import Batch, Holdings, give_fake_content
+from posttrain.planning.machines import DDP, FSDP, ZERO, Machine, machine_of
 from posttrain.stages.base import stage_named
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-GIB = 2**30
 # bytes that an optimizer keeps for each trained number; AdamW's two moments are of the weight's own type
 STATES = {"8bit": 2.0, "4bit": 1.0, "adafactor": 0.0, "sgd": 0.0, "adagrad": 4.0, "lion": 4.0}
-WORTH_SAVING = GIB  # of a smaller peak nothing needs to be saved
-WORTH_TELLING = 0.05  # of the peak
+BUCKET = 5e8  # numbers of gradients that ZeRO collects before it shares them out (DeepSpeed's reduce_bucket_size)
+LIVE = 1e9  # numbers of weights that ZeRO-3 leaves gathered (its stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)
@@ -41,6 +35,9 @@ class MemoryPlan:
     held: list[tuple[str, int]]
     parts: dict[str, int]
     moment: str
+    # floating-point operations for each token of a batch
+    forward: float
+    backward: float
 
     @property
     def peak(self) -> int:
@@ -53,10 +50,9 @@ def plan_memory(
     tokenizer: "PreTrainedTokenizerBase",
     longest: int,
     completion: int,
-    processes: int,
     peak_alone: bool = False,
 ) -> MemoryPlan:
-    """The memory of one process training on sequences of `longest` tokens, of which `completion` are the response.
+    """What one device of the machine holds, training on `longest` tokens, of which `completion` are the response.
 
     With `peak_alone` the logits are counted among the activations, which takes half the time.
 
@@ -66,36 +62,37 @@ def plan_memory(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    stage = stage_named(config.stage.name)
+    stage, machine = stage_named(config.stage.name), machine_of(config)
     holdings = stage.hold(config, tokenizer)
+    precision = machine.precision
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    weights, gradients, optimizer = _kept(config, holdings, machine)
+    # these engines gather or keep weights in half precision; elsewhere autocast makes copies that are
+    halved = machine.engine in (FSDP, ZERO) and precision != "no"
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in holdings.modules:
-            give_fake_content(module)
-        accumulation = stage.plan(config, 10**6, processes).accumulation
-        precision = mixed_precision(config.precision)
-        half = torch.float16 if precision == "fp16" else torch.bfloat16
+            give_fake_content(module, half if halved else None)
+        accumulation = stage.plan(config, 10**6, machine.devices).accumulation
         sequences = config.stage.batch_size * STAGES[config.stage.name].sequences_per_row
         steps = []
         losses = (lambda batch: holdings.loss(batch, completion), holdings.hidden_loss)
         for loss in losses[: 1 if peak_alone else 2]:
             with torch.autocast("cpu", half, enabled=precision != "no"):
-                steps.append(_step(config, holdings, loss, (sequences, longest), accumulation > 1))
-        trained = [weight for weight in holdings.trained.parameters() if weight.requires_grad]
-        gradients = sum(weight.nbytes for weight in trained)
-        optimizer = sum(_state(config, weight) for weight in trained)
-    weights = sum(size for _, size in holdings.held)
-    shares = _shares(processes)
-    if processes > 1 and shares == {"weights": 1, "gradients": 1, "optimizer": 1}:
-        gradients *= 2  # DDP's buckets
+                steps.append(_step(config, holdings, loss, (sequences, longest), accumulation > 1, machine.gradients))
+        full = sum(weight.nbytes for weight in holdings.trained.parameters() if weight.requires_grad)
+        buckets = full if machine.engine == DDP else 0
+        passing = _passing(holdings.trained, machine)
     backward = steps[0]
+    there = 1.0 if accumulation > 1 else backward.gradients / full  # as gradients are accumulated, all of them are
     logits = 0 if peak_alone else max(backward.activations - steps[1].activations, 0)
     moments = {
         "in the backward pass": {
-            "gradients": (gradients if accumulation > 1 else backward.gradients) // shares["gradients"],
+            "gradients": round(gradients * there),
+            "weights and gradients on their way": passing,
             "activations": backward.activations - logits,
             "logits × vocabulary": logits,
         },
-        "at the optimizer's step": {"gradients": gradients // shares["gradients"]},
+        "at the optimizer's step": {"gradients": gradients},
     }
     if isinstance(config.stage, OnlineStage):
         generating = moments.setdefault("while completions are generated", {})
@@ -104,30 +101,47 @@ def plan_memory(
             colocated = trainer.get("vllm_mode", "colocate") == "colocate"
             share = float(trainer.get("vllm_gpu_memory_utilization", 0.3)) if colocated else 0  # TRL's default
             for each in [generating] if trainer.get("vllm_enable_sleep_mode") else [*moments.values()]:
-                each["vLLM, its own weights, keys and values"] = int(share * _capacity()[1])
+                each["vLLM, its own weights, keys and values"] = int(share * machine.memory)
         else:
-            rows = config.stage.rollout_batch_size // processes
+            rows = config.stage.rollout_batch_size // machine.devices
             dtype = half if precision != "no" else next(holdings.trained.parameters()).dtype
             text = holdings.trained.config.get_text_config()
             generating["keys and values"] = _generation(text, rows, longest, dtype)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {"weights": weights // shares["weights"], "optimizer": round(optimizer / shares["optimizer"])}
-    return MemoryPlan(holdings.held, {**parts, **moments[moment]}, moment)
+    always = {"weights": weights, "optimizer": optimizer} | ({"buckets of DDP": buckets} if buckets else {})
+    parts = {**always, **moments[moment]}
+    tokens = sequences * longest
+    return MemoryPlan(holdings.held, parts, moment, backward.forward / tokens, backward.backward / tokens)
 
 
 @dataclass
 class _Peak:
     activations: int  # and what is alive only for a moment
     gradients: int
+    forward: int = 0  # floating-point operations
+    backward: int = 0
 
 
 @contextlib.contextmanager
-def _watched(parameters: Sequence[Any]) -> Iterator[_Peak]:
-    """Count the bytes that are alive besides the parameters and the gradients that are there already."""
+def _watched(parameters: Sequence[Any], share: float) -> Iterator[_Peak]:
+    """Count the bytes that are alive besides the parameters and the gradients that are there already.
+
+    The peak is where they are most with that share of the gradients.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
 
+    aten = torch.ops.aten
+    # torch's FlopCounterMode keeps tensors alive, so its formulas alone; for three operations it has those of others
+    formulas = flop_registry | {
+        aten.addmm_: flop_registry[aten.addmm],
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
     peak, counted = _Peak(0, 0), {"alive": 0, "gradients": 0}
     known: set[int] = set()
     for weight in parameters:
@@ -138,6 +152,8 @@ def _watched(parameters: Sequence[Any]) -> Iterator[_Peak]:
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            if formula := formulas.get(func._overloadpacket):
+                peak.backward += formula(*args, **(kwargs or {}), out_val=out)
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     self.count(tensor.untyped_storage())
@@ -155,9 +171,10 @@ def _watched(parameters: Sequence[Any]) -> Iterator[_Peak]:
                 counted["alive"] -= size
 
             weakref.finalize(storage, gone)
-            if counted["alive"] > peak.activations + peak.gradients:
-                peak.gradients = counted["gradients"]
-                peak.activations = counted["alive"] - peak.gradients
+            gradients = counted["gradients"]
+            activations = counted["alive"] - gradients
+            if activations + share * gradients > peak.activations + share * peak.gradients:
+                peak.activations, peak.gradients = activations, gradients
 
     def accumulated(weight: "Tensor") -> None:
         counted["gradients"] += weight.nbytes
@@ -174,7 +191,12 @@ def _watched(parameters: Sequence[Any]) -> Iterator[_Peak]:
 
 
 def _step(
-    config: Config, holdings: Holdings, loss: Callable[[Batch], Any], shape: tuple[int, int], accumulating: bool
+    config: Config,
+    holdings: Holdings,
+    loss: Callable[[Batch], Any],
+    shape: tuple[int, int],
+    accumulating: bool,
+    share: float,
 ) -> _Peak:
     """Forward and backward of one batch as the stage's trainer does it."""
     import torch
@@ -193,14 +215,56 @@ def _step(
     parameters = list(dict.fromkeys(weight for module in holdings.modules for weight in module.parameters()))
     for weight in parameters:
         weight.grad = torch.zeros_like(weight) if accumulating and weight.requires_grad else None
-    with _watched(parameters) as peak:
-        loss({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).backward()
+    with _watched(parameters, share) as peak:
+        total = loss({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        peak.forward, peak.backward = peak.backward, 0
+        total.backward()
     return peak
 
 
-def _state(config: Config, weight: "Tensor") -> float:
+def _kept(config: Config, holdings: Holdings, machine: Machine) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer on one device between two steps."""
+    trained = [weight for weight in holdings.trained.parameters() if weight.requires_grad]
+    numbers = sum(weight.numel() for weight in trained)
+    weights, gradients = sum(size for _, size in holdings.held), sum(weight.nbytes for weight in trained)
+    # where they mix precisions, both engines step in float32
+    single = machine.engine in (FSDP, ZERO) and machine.precision != "no"
+    optimizer = sum(_state(config, weight, 4 if single else weight.element_size()) for weight in trained)
+    if machine.engine == ZERO:
+        optimizer += 4 * numbers  # its own copy of the weights
+    if machine.engine == ZERO and single:
+        quantised = config.model.load_in_4bit or config.model.load_in_8bit
+        cast = trained if quantised else holdings.trained.parameters()
+        weights -= sum(weight.nbytes - 2 * weight.numel() for weight in cast)
+        gradients = 2 * numbers
+    elif machine.engine == FSDP and single:
+        weights, gradients = weights - gradients + 4 * numbers, 4 * numbers
+    return round(weights * machine.weights), round(gradients * machine.gradients), round(optimizer * machine.optimizer)
+
+
+def _passing(trained: "PreTrainedModel", machine: Machine) -> int:
+    """Bytes of what the engine has gathered of a model, or has yet to share out, during the backward pass."""
+
+    def sizes(weights: "Sequence[Tensor]") -> tuple[int, int]:
+        learned = [weight for weight in weights if weight.requires_grad]
+        return sum(weight.nbytes for weight in weights), sum(weight.nbytes for weight in learned)
+
+    everything = list(trained.parameters())
+    weights, gradients = sizes(everything)
+    size: int = everything[0].element_size()
+    if machine.engine == ZERO:
+        return round(min(gradients, BUCKET * size) + (min(weights, LIVE * size) if machine.weights < 1 else 0))
+    if machine.engine != FSDP or machine.devices == 1:
+        return 0
+    names = set(getattr(trained, "_no_split_modules", None) or ())
+    layers = [sizes(list(part.parameters())) for part in trained.modules() if type(part).__name__ in names]
+    # what is in no layer is gathered until the end; each is there twice, in one piece as it is sent and in its parts
+    return 2 * (weights + gradients - sum(map(sum, layers)) + max(map(sum, layers), default=0))
+
+
+def _state(config: Config, weight: "Tensor", size: int) -> float:
     name = str(config.trainer.get("optim", "adamw"))
-    per_number = next((size for part, size in STATES.items() if part in name), 2.0 * weight.element_size())
+    per_number = next((size for part, size in STATES.items() if part in name), 2.0 * size)
     return float(weight.numel() * per_number)
 
 
@@ -213,95 +277,3 @@ def _generation(text: "PretrainedConfig", rows: int, longest: int, dtype: "torch
     size = torch.empty((), dtype=dtype).element_size()
     cache = 2 * rows * longest * text.num_hidden_layers * heads * width * size
     return int(cache + 4 * rows * text.vocab_size * 4)
-
-
-def _shares(processes: int) -> dict[str, int]:
-    """Into how many parts accelerate divides what: FSDP and ZeRO-3 everything, ZeRO-2 all but the weights."""
-    environment = os.environ
-    stage = 0
-    if environment.get("ACCELERATE_USE_FSDP") == "true":
-        stage = 3
-    elif environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    return {
-        "weights": processes if stage >= 3 else 1,
-        "gradients": processes if stage >= 2 else 1,
-        "optimizer": processes if stage >= 1 else 1,
-    }
-
-
-def _capacity() -> tuple[str, int]:
-    """The device of this process and its bytes."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), int(torch.cuda.mem_get_info()[1])
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container or a Slurm job
-    if limit.is_file() and (written := limit.read_text().strip()).isdigit():
-        total = min(total, int(written))
-    return "this machine", int(total)
-
-
-def _changes(config: Config) -> dict[str, Config]:
-    """What would hold less, as it is written on the command line, of all that this run does not do already."""
-    stage, trainer, settings = config.stage, config.trainer, config.model
-    found: dict[str, Config] = {}
-
-    def with_trainer(**more: object) -> Config:
-        return replace(config, trainer={**trainer, **more})
-
-    half = stage.batch_size // 2
-    if half:
-        smaller = replace(config, stage=replace(stage, batch_size=half))
-        override = f"stage.batch_size={half}"
-        if not isinstance(stage, OnlineStage):
-            twice = 2 * int(trainer.get("gradient_accumulation_steps", 1))
-            smaller = replace(smaller, trainer={**trainer, "gradient_accumulation_steps": twice})
-            override += f" trainer.gradient_accumulation_steps={twice} (the same updates)"
-        found[override] = smaller
-    if not trainer.get("gradient_checkpointing"):
-        override = "trainer.gradient_checkpointing=true (a third more time)"
-        found[override] = with_trainer(gradient_checkpointing=True)
-    if isinstance(stage, OnlineStage) and stage.use_vllm and not trainer.get("vllm_enable_sleep_mode"):
-        found["+trainer.vllm_enable_sleep_mode=true"] = with_trainer(vllm_enable_sleep_mode=True)
-    if not settings.use_peft:
-        found["model.use_peft=true"] = replace(config, model=replace(settings, use_peft=True))
-        if "8bit" not in str(trainer.get("optim", "")) and importlib.util.find_spec("bitsandbytes"):
-            found["trainer.optim=adamw_8bit"] = with_trainer(optim="adamw_8bit")
-    elif not settings.load_in_4bit and not settings.load_in_8bit:
-        found["model.load_in_4bit=true"] = replace(config, model=replace(settings, load_in_4bit=True))
-    precomputes = "precompute_ref_log_probs" in trainer_arguments(*STAGES[stage.name].trl_config)
-    if precomputes and not settings.use_peft and not trainer.get("precompute_ref_log_probs"):
-        found["+trainer.precompute_ref_log_probs=true"] = with_trainer(precompute_ref_log_probs=True)
-    return found
-
-
-def show_memory(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", longest: int, completion: int, processes: int
-) -> None:
-    """Print the plan, whether it fits, and what would help most."""
-    plan = plan_memory(config, tokenizer, longest, completion, processes)
-    device, capacity = _capacity()
-    rows = [(f"holds {name}", _size(size)) for name, size in plan.held]
-    rows += [(f"peak: {name}", _size(size)) for name, size in plan.parts.items() if size]
-    show_table("memory of one device", ("", ""), rows, headed=False)
-    summary = f"memory: about {_size(plan.peak)} {plan.moment}, of {_size(capacity)} on {device}"
-    if plan.peak > capacity:
-        warn(f"{summary}: it does not fit")
-    else:
-        say(f"{summary}, excluding Python and library overhead")
-    saved = {
-        override: plan.peak - plan_memory(changed, tokenizer, longest, completion, processes, peak_alone=True).peak
-        for override, changed in (_changes(config) if plan.peak > min(WORTH_SAVING, capacity) else {}).items()
-    }
-    best = sorted(
-        (override for override in saved if saved[override] > WORTH_TELLING * plan.peak),
-        key=lambda override: -saved[override],
-    )
-    if best:
-        say("largest savings:\n" + "\n".join(f"  {override}: {_size(saved[override])} less" for override in best[:3]))
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

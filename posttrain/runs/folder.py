@@ -376,7 +376,9 @@ def changes(earlier: JsonObject, identity: JsonObject) -> dict[str, tuple[object
     for key, values in differences(_comparable(earlier), _comparable(identity)).items():
         section = key.split(".")[0]
         unknown_then = section in hashed and section not in earlier  # a run of an older posttrain
-        is_free = key.startswith(("versions.", "config.accelerate.")) or key.removeprefix("config.") in free
+        is_free = (
+            key.startswith(("versions.", "config.accelerate.", "config.plan.")) or key.removeprefix("config.") in free
+        )
         if not is_free and not unknown_then:
             found[key] = values
     found.pop("processes", None)  # the rows of an update stay the same, or it is refused
