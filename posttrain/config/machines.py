@@ -24,9 +24,7 @@ DEVICES = {
     "l4": Device(22.5, 121),
     "a10g": Device(22.5, 70),
     "l40s": Device(45, 362),
-    "rtx3090": Device(24, 71),
     "rtx4090": Device(24, 165),
-    "mi250x": Device(128, 383),
     "mi300x": Device(192, 1307),
 }
 
