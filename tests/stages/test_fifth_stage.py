@@ -89,6 +89,7 @@ LONG = (*ROWS, "data.test_size=6", "trainer.save_steps=2", "trainer.max_steps=12
 KILLED = {"killed": (*LONG, "model.use_peft=true")}
 
 
+@pytest.mark.slow
 def test_it_goes_the_whole_way(tree: Path) -> None:
     write_rows(tree / "bad.jsonl", [{"prompt": "a", "completion": "b", "label": "yes"}])
     told, prompts = "data.instructions=told.jsonl", "data.prompts=asked.jsonl"

@@ -333,6 +333,7 @@ def test_killed_and_resumed_bitwise(posttrain: Posttrain, tmp_path: Path, pairs:
     assert same_weights(Path(f"straight/demo/{stage}/model"), Path(f"outputs/demo/{stage}/model"))
 
 
+@pytest.mark.slow
 def test_a_beta_sweep_has_a_table_and_a_picture(posttrain: Posttrain, pairs: str) -> None:
     done = posttrain("-m", "stage=dpo", "stage.beta=0.05,0.3", pairs, *FEW, "trainer.max_steps=2", "data.test_size=4")
     assert done.code == 0, done

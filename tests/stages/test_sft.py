@@ -174,6 +174,7 @@ def test_a_sweep_has_a_folder_for_each_point_and_a_table(posttrain: Posttrain) -
     assert all(f"{loss:.4g}" in table for loss in losses)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failed_point(posttrain: Posttrain, rows: Path) -> None:
     (rows.parent / "bad.jsonl").write_text('{"instruction": "a"}\n')
     done = posttrain("-m", f"data.dataset_name={rows.parent / 'bad.jsonl'},{rows}", *SMALL)
