@@ -53,7 +53,16 @@ from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
-from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, data_sources, stage_named
+from posttrain.stages.base import (
+    PANEL_SIZE,
+    DataSources,
+    EvalResult,
+    Stage,
+    StageContext,
+    StageData,
+    data_sources,
+    stage_named,
+)
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -63,7 +72,6 @@ if TYPE_CHECKING:
 
     from posttrain.runs.safe_trainer import SafeTrainer
 
-PANEL_SIZE = 64  # held-out prompts that a stage may have completed
 SEARCHED = 1000  # rows to train on among which they are looked for where none are held out
 
 

@@ -1,5 +1,6 @@
 """accelerate's part of a start: `accelerate=` starts the command once for each device and says how all of it ended."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -52,10 +53,23 @@ def launch(config: Config, module: str, words: Sequence[str]) -> None:
 
     Raises:
         Stopped: a signal came; the processes have written a checkpoint if they were training.
+        ConfigError: there is no GPU.
         AlreadyToldError: a process failed, and has said why.
         PosttrainError: a process was killed.
     """
+    import torch
+
     content = accelerate_config(config.accelerate)
+    if not content.get("use_cpu") and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"accelerate={config.accelerate['config_file']} is for GPUs, and none is to be seen; accelerate=cpu2 tries "
+            "it with two processes on the CPU"
+        )
+    if content["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"accelerate={config.accelerate['config_file']}: DeepSpeed is not installed; pip install "
+            "--no-build-isolation 'posttrain[deepspeed]', or take accelerate=fsdp2"
+        )
     console.say(f"accelerate: {config.accelerate['config_file']}, {content.get('num_processes', 1)} processes")
     os.environ.update({STARTED: "1", console.TRACE: str(int(console.traces))})  # guarded has set the latter for itself
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_STOP)
@@ -76,7 +90,11 @@ def launch(config: Config, module: str, words: Sequence[str]) -> None:
             launch_command(args)
         except SignalException as error:
             number = signal.Signals(error.sigval)
-            raise Stopped(f"stopped by {number.name}, and so were its processes; see above", number) from error
+            raise Stopped(
+                f"stopped by {number.name}, and so were its processes; the same command goes on from the last "
+                "checkpoint, if there is one",
+                number,
+            ) from error
         except ChildFailedError as error:
             # SIGTERM is what the launcher ends the others with
             killed = [found for found in error.failures.items() if 0 > found[1].exitcode != -signal.SIGTERM]

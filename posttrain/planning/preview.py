@@ -1,6 +1,7 @@
 """What a run will do, before it does it: the data's summary, the derived numbers, one row in colour."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from posttrain.data.division import Numbers
 from posttrain.data.encode import labels_of
 from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Counts
-from posttrain.stages.base import StageData, stage_named
+from posttrain.stages.base import PANEL_SIZE, StageData, stage_named
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
     )
     if data.test is not None:
         bound = f" (data.max_eval_rows={config.data.max_eval_rows})" if config.data.max_eval_rows is not None else ""
-        sizes = [f"{len(data.test.dataset):,}"] if data.prepared.test is not None else []
-        sizes += [f"{len(part.dataset):,} of {name}" for name, part in data.named.items()]
+        most = PANEL_SIZE if STAGES[stage.name].is_online else sys.maxsize  # completions take longer than losses
+        sizes = [f"{min(len(data.test.dataset), most):,}"] if data.prepared.test is not None else []
+        sizes += [f"{min(len(part.dataset), most):,} of {name}" for name, part in data.named.items()]
         say(f"held-out rows at each evaluation: {', '.join(sizes)}{bound}")
     if config.trainer.get("max_steps", -1) > 0:
         say(f"steps: {plan.steps:,} (trainer.max_steps={config.trainer['max_steps']})")

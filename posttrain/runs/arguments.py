@@ -67,7 +67,7 @@ def with_the_same_updates(config: Config, began_on: int) -> Config:
     if now == began_on:
         return config
     if STAGES[config.stage.name].is_online:
-        say(f"the run began on {began_on} processes: its rollout is shared out among {now}, which sample the next ones")
+        say(f"num_processes was {began_on} at first: its rollout is shared out among {now}, which sample the next")
         return config
     accumulation = int(config.trainer.get("gradient_accumulation_steps", 1))
     batches = accumulation * began_on  # of an update
@@ -77,12 +77,12 @@ def with_the_same_updates(config: Config, began_on: int) -> Config:
         fitting = [began_on]
     if now not in fitting:
         raise ConfigError(
-            f"the run began on {began_on} processes, with {batches} × stage.batch_size={config.stage.batch_size} rows "
+            f"num_processes was {began_on} at first, with {batches} × stage.batch_size={config.stage.batch_size} rows "
             f"in each update, which {now} cannot have: go on with accelerate.num_processes="
             f"{' or '.join(map(str, fitting))}, or start over with move_aside=true or another run_name=…"
         )
     say(
-        f"the run began on {began_on} processes: trainer.gradient_accumulation_steps={batches // now} instead of "
+        f"num_processes was {began_on} at first: trainer.gradient_accumulation_steps={batches // now} instead of "
         f"{accumulation} keeps the rows of each update (what fills up the last one of an epoch apart)"
     )
     return replace(config, trainer={**config.trainer, "gradient_accumulation_steps": batches // now})

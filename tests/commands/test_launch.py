@@ -237,6 +237,22 @@ def test_what_accelerate_names_is_read_before_anything_starts(tmp_path: Path, mo
         assert f"{key} must be 1" in told()
         monkeypatch.delenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE")
 
+    for value, wrong in {
+        "num_processes=two": "num_processes=two must be a number",
+        "num_processes=0": "num_processes=0 must be a number",
+        "num_processes=1.5": "num_processes=1.5 must be",
+        "mixed_precision=bf61": "did you mean bf16",
+        "distributed_type=MULTI_CPU": "distributed_type=MULTI_CPU is not one of",
+        "distributed_type=NO": "is one process, and num_processes=2",
+        "fsdp_config=3": "fsdp_config=3 must hold keys",
+        "use_cpu=si": "use_cpu=si must be true or false",
+    }.items():
+        assert wrong in told("accelerate=cpu2", f"accelerate.{value}")
+    odd = tmp_path / "odd.yaml"
+    for text in ("- a", "num_processes: ${nothing}", "num_processes: 2", "distributed_type: ["):
+        odd.write_text(text)
+        assert f"accelerate={odd}" in told(f"accelerate={odd}")
+
     def processes(*words: str) -> int:
         found: int = accelerate_config(configure("data.dataset_name=rows", *words).accelerate)["num_processes"]
         return found
