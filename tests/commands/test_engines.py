@@ -27,8 +27,6 @@ from conftest import (
     write_sources,
 )
 
-from posttrain.cli.launching import launch_command
-
 MODES: dict[str, tuple[str, ...]] = {"full": (), "lora": (*LORA, "model.lora_dropout=0")}
 STOPS = {"sft": 4, "reward": 2, "dpo": 2, "ppo": 2}  # after which step a run is cut off; 4 is the last one
 # checkpoints of TRL's trainers are the engine's own files, and PPO's under FSDP the weights that it trains
@@ -41,9 +39,9 @@ def launch(engine: str, folder: Path, tasks: list[dict[str, Any]]) -> list[dict[
     file, todo = folder / f"{engine}.yaml", folder / f"{engine}.json"
     file.write_text(yaml.safe_dump(shipped | {"mixed_precision": "no", "num_processes": 2, "use_cpu": True}))
     todo.write_text(json.dumps(tasks))
-    _, _, launcher, *options = launch_command(str(file))
-    script = str(ROOT / "tests/engines.py")
-    done = ended(start(*options, script, str(todo), cwd=folder, module=launcher, new_session=True), timeout=900)
+    words = ("--config_file", str(file), "--main_process_port", "0", str(ROOT / "tests/engines.py"), str(todo))
+    started = start(*words, cwd=folder, module="accelerate.commands.launch", new_session=True)
+    done = ended(started, timeout=900)
     assert done.code == 0, done
     found = [read_rows(f"{todo}.{process}") for process in (0, 1)]
     for task, *both in zip(tasks, *found, strict=True):
