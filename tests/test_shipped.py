@@ -126,7 +126,14 @@ def test_the_other_commands_are_read_as_written(tmp_path: Path, monkeypatch: pyt
         assert read[name](words)
 
 
-@pytest.mark.parametrize("command", runs())
+def slow_if(slow: Callable[[str], bool], found: list[str]) -> list[Any]:
+    """The commands as cases, those that take long and do what another one does as slow ones."""
+    return [pytest.param(command, marks=pytest.mark.slow if slow(command) else ()) for command in found]
+
+
+@pytest.mark.parametrize(
+    "command", slow_if(lambda command: " -m " in command and not command.endswith("stage.beta=0.1,0.3"), runs())
+)
 def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
     arguments = shlex.split(command.removeprefix("posttrain run"))
     names = {"instruction": "Say", "response": "It is", "question": "Say", "answer": "It is", "output": "It is"}
@@ -178,7 +185,7 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
     assert done.code == 0, done
 
 
-@pytest.mark.parametrize("command", pipelines())
+@pytest.mark.parametrize("command", slow_if(lambda command: " -m " in command or "ppo.kl_coef" in command, pipelines()))
 def test_every_documented_pipeline_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, posttrain: Posttrain
 ) -> None:
@@ -261,9 +268,8 @@ def test_ci_is_what_the_readme_says() -> None:
     assert script.rstrip().endswith("pytest")
 
 
-@pytest.mark.parametrize(
-    "case", ["sft, full", pytest.param("", marks=pytest.mark.slow)], ids=["one case", "every case"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["sft, full", ""], ids=["one case", "every case"])
 def test_the_gpu_benchmark_runs_at_a_cpus_size(tmp_path: Path, case: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--small", "--steps", "2", "--repeats", "1"]
     environment = {**os.environ, "THREADS": "1", "TMPDIR": str(tmp_path)}
