@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
@@ -46,11 +47,16 @@ def visible_gpus() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name]
+    return list(_gpus_of_the_machine())
+
+
+@cache
+def _gpus_of_the_machine() -> tuple[str, ...]:
     if shutil.which("nvidia-smi") is None:
-        return []
+        return ()
     asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.split() if found.returncode == 0 else []
+    return tuple(found.stdout.split()) if found.returncode == 0 else ()
 
 
 def sharding_engine() -> str | None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -18,8 +18,6 @@ from posttrain.values import JsonObject
 # sizes of accelerate's parallelism_config that are 1 with every stage
 _COUNTED = "rows are counted, shared out and judged as if each process had its own"
 _NOT_TRAINED_WITH = {"cp": _COUNTED, "sp": _COUNTED, "tp": "accelerate wants a model that was loaded in parts"}
-
-
 # MULTI_CPU is not among them: accelerate starts one process for it, whatever number is asked for
 _KINDS = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU")
 _PRECISIONS = ("no", "bf16", "fp16")
@@ -44,8 +42,9 @@ def accelerate_config(given: Mapping[str, object]) -> JsonObject:
         key = f"parallelism_config_{kind}_size"  # in the file, or as accelerate launch hands it on
         if int((found.get("parallelism_config") or {}).get(key, os.environ.get(key.upper(), 1))) > 1:
             raise ConfigError(f"accelerate.parallelism_config.{key} must be 1 for every stage: {why}")
-    gpus = 0 if found.get("use_cpu") or found.get("num_machines", 1) > 1 else len(visible_gpus())
-    if gpus and "num_processes" not in keys and found.get("distributed_type", "NO") != "NO":
+    is_here = not found.get("use_cpu") and found.get("num_machines", 1) == 1
+    counts = is_here and "num_processes" not in keys and found.get("distributed_type", "NO") != "NO"
+    if counts and (gpus := len(visible_gpus())):
         found["num_processes"] = gpus if name in shipped else min(gpus, found.get("num_processes", gpus))
     return found
 
@@ -57,13 +56,8 @@ def _merged(name: str, shipped: Mapping[str, Path], keys: Mapping[str, object]) 
             f"accelerate={name} is neither a file nor one of {', '.join(shipped)}{nearest(name, shipped)}"
         )
     try:
-        loaded = OmegaConf.load(file)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"accelerate={name} does not hold the keys of an accelerate configuration")
-        content = OmegaConf.to_container(OmegaConf.merge(loaded, dict(keys)), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(file), dict(keys)), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"accelerate={name}: {' '.join(str(error).split())}") from error
     found = {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
     sections = [(key, value) for key, value in found.items() if isinstance(value, dict)]

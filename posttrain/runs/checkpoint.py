@@ -134,15 +134,20 @@ def read_running(checkpoint: Path, process: int = 0) -> JsonObject:
     Raises:
         PosttrainError: the checkpoint is of a version that did not keep it.
     """
-    written = [checkpoint / RUNNING.format(number) for number in range(processes_of(checkpoint))]
-    if not written:
+    wrote = processes_of(checkpoint)
+    if not wrote:
         raise PosttrainError(
             f"{checkpoint / RUNNING.format(0)} is missing: an older version of posttrain wrote this checkpoint. Finish "
             "the run with that version, or start over with overwrite=true"
         )
-    each: list[JsonObject] = [json.loads(file.read_text(encoding="utf-8")) for file in written]
-    found = each[process % len(each)]
-    return found if len(each) == world_size() else found | {"loss": math.fsum(one["loss"] for one in each) / len(each)}
+
+    def text_of(number: int) -> str:
+        return (checkpoint / RUNNING.format(number)).read_text(encoding="utf-8")
+
+    running: JsonObject = json.loads(text_of(process % wrote))
+    if wrote != world_size():
+        running["loss"] = math.fsum(json.loads(text_of(number))["loss"] for number in range(wrote)) / wrote
+    return running
 
 
 def processes_of(checkpoint: Path) -> int:
