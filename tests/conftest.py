@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -26,6 +27,9 @@ from filelock import FileLock
 from forked import Forked
 
 from posttrain.models import saving
+
+# a shell starts what runs in the background with this one ignored, and so would each command of a test
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "red", "blue", "green", "white", "black")
