@@ -138,10 +138,13 @@ def histogram(lengths: Numbers, bins: int = 40) -> str:
 
 
 def _coloured(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], learned: Sequence[bool]) -> str:
+    """The tokens; those that are learned in green and in brackets, which a file keeps as well."""
     pieces = []
-    for token, carries in zip(ids, learned, strict=True):
+    around = [False, *learned, False]
+    for token, (before, carries, after) in zip(ids, zip(around, learned, around[2:], strict=False), strict=True):
         text = verbatim(tokenizer.decode([token])).replace("\n", "↵\n")
-        pieces.append(f"[black on green]{text}[/]" if carries else f"[dim]{text}[/]")
+        framed = f"{'' if before else '⟦'}{text}{'' if after else '⟧'}"
+        pieces.append(f"[black on green]{framed}[/]" if carries else f"[dim]{text}[/]")
     return "[dim]·[/]".join(pieces)
 
 
@@ -156,7 +159,7 @@ def show_example(config: Config, data: StageData, index: int = 0) -> None:
         show_markup(_coloured(tokenizer, row["prompt_ids"], [False] * len(row["prompt_ids"])) + "\n")
         return
     learned_part = "the response" if STAGES[config.stage.name].is_classifier else "these carry loss"
-    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]{learned_part}[/]\n")
+    show_markup(f"\n[bold]{where}[/], as tokens; [black on green]⟦{learned_part}⟧[/]\n")
     if "spans" in row:
         learned = [label != IGNORED for label in labels_of(row["input_ids"], row["spans"])]
         show_markup(_coloured(tokenizer, row["input_ids"], learned) + "\n")

@@ -154,6 +154,8 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(posttrain: Posttrain, tmp_p
         "rows kept",
         "length in tokens: 21",
         "these carry loss",
+        "⟦Happy·",  # what carries loss, in a file as well
+        "<|endoftext|>⟧",
         "<|endoftext|> ends the response and carries loss in 450 of 450 rows",
         "BOS: no row begins with two",
         "steps: 339 (3 epochs of 113)",
