@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 
-from posttrain.config.stages import PPOStage
+from posttrain.config.schema import Config
+from posttrain.config.stages import OnlineStage, PPOStage
 from posttrain.errors import PosttrainError
+from posttrain.metrics.catalogue import GOLD
+from posttrain.metrics.comparison import REWARD, before_and_after
 
 KL_HIGH = 10.0  # nats per completion
 ENTROPY_LEFT = 0.2  # of the first rollout's
@@ -153,3 +156,20 @@ class Alarms:
             and abs(now["kl"]) <= 2 * now["kl_error"] + STILL_KL
             and abs(now["reward"] - first["reward"]) <= chance
         )
+
+
+def over_optimisation(config: Config, name: str, before: Mapping[str, float], now: Mapping[str, float]) -> str:
+    """What is printed where the held-out reward has risen while the metric `name` fell.
+
+    Gao et al. 2023, https://arxiv.org/abs/2210.10760
+    """
+    assert isinstance(config.stage, OnlineStage)
+    numbers = {**now, **{f"{key}_before": value for key, value in before.items()}}
+    told = [" → ".join(cells[:2]) + f", {cells[2]}" for cells in (before_and_after(k, numbers) for k in (REWARD, name))]
+    return (
+        f"over-optimisation: on the same held-out prompts the reward has changed from {told[0]}, and "
+        f"{name.removeprefix(GOLD)} from {told[1]}. Hold on to the reference with stage.kl_coef="
+        f"{config.stage.kl_coef * 2 or 0.1:g}, or to what it was taught with stage.ptx_coef=1 data.ptx=<instructions>, "
+        "or keep the best checkpoint: trainer.load_best_model_at_end=true "
+        f"trainer.metric_for_best_model=eval_{name} trainer.save_steps={config.trainer.get('eval_steps')}"
+    )
