@@ -116,7 +116,9 @@ def compare(
     asked = _prompts(first, all_rows)
     reference: PreTrainedModel | None = None
     done: list[Evaluated] = []
-    for path in policies:
+    entrants = [(path, 1) for path in policies]
+    entrants[1:1] = [(policies[0], best_of)] if best_of > 1 else []
+    for path, count in entrants:
         # 2. load the policy, and choose the prompts that fit it
         mine = _config_for(config, path)
         with naming("policies"):
@@ -129,61 +131,27 @@ def compare(
         if all_rows and len(rows) < len(asked):
             warn(f"{path}: {len(asked) - len(rows)} of {len(asked)} prompts leave no room for a completion")
         # 3. sample, score, and compare with the first policy
-        answers = _answers(policy, reference, encoder, rows, config, scorer)
+        opened = reference if count == 1 else None  # KL of completions that are chosen is bounded alone
+        seeds = range(config.seed, config.seed + count * len(rows), len(rows))
+        samples = [_answers(policy, opened, encoder, rows, config, scorer, seed) for seed in seeds]
+        answers = [max(each, key=_reward) for each in zip(*samples, strict=True)]
         questions = [row.prompt[-1]["content"] for row in rows]
-        metrics = _metrics(answers)
+        scores = {score: [each.scores[score] for each in answers] for score in answers[0].scores}
+        same = bool(done) and questions == done[0].prompts
+        against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
+        name, metrics = path, _metrics(answers)
+        # Nakano et al. 2021, https://arxiv.org/abs/2112.09332; an upper bound: Beirami et al. 2024,
+        # https://arxiv.org/abs/2401.01879
+        if count > 1:
+            name, metrics["kl_bound"] = f"best of {count} of {path}", math.log(count) - (count - 1) / count
         if responses:
             found = encode_rows(encoder, responses, ConversationEncoding(check_length(mine), "drop"))
             fitting = [row for row in found if isinstance(row, EncodedRow)]
             metrics["perplexity"] = perplexity(policy, fitting, tokenizer.pad_token_id)
-        done.append(_evaluated(path, metrics, questions, answers, done[:1]))
-        if best_of > 1 and len(done) == 1:
-            best = _best(policy, encoder, rows, config, scorer, answers, best_of)
-            # an upper bound of KL: Nakano et al. 2021, https://arxiv.org/abs/2112.09332, Beirami et al. 2024,
-            # https://arxiv.org/abs/2401.01879
-            metrics = {**_metrics(best), "kl_bound": math.log(best_of) - (best_of - 1) / best_of}
-            chosen = _evaluated(f"best of {best_of} of {path}", metrics, questions, best, done[:1])
-        say(f"evaluated: {path}, {len(rows)} prompts")
+        done.append(Evaluated(name, metrics, questions, [each.text for each in answers], scores, against))
+        say(f"evaluated: {name}, {len(rows)} prompts")
         del policy
-    return [*done, *([chosen] if best_of > 1 else [])]
-
-
-def _evaluated(
-    name: str,
-    metrics: dict[str, float],
-    questions: list[str],
-    answers: Sequence[scoring.ScoredCompletion],
-    first: Sequence[Evaluated],
-) -> Evaluated:
-    """With the comparison with the `first` policy, where there is one and its prompts are the same."""
-    scores = {name: [each.scores[name] for each in answers] for name in answers[0].scores}
-    against = {
-        name: comparison.paired(values, other.scores[name])
-        for other in first
-        for name, values in scores.items()
-        if questions == other.prompts
-    }
-    return Evaluated(name, metrics, questions, [each.text for each in answers], scores, against)
-
-
-def _best(
-    policy: "PreTrainedModel",
-    encoder: ChatEncoder,
-    rows: Sequence[Prompt],
-    config: Config,
-    scorer: RewardScorer,
-    answers: Sequence[scoring.ScoredCompletion],
-    count: int,
-) -> list[scoring.ScoredCompletion]:
-    """The completion of each prompt with the highest reward, of `answers` and as many more as make `count`."""
-    others = (replace(config, seed=config.seed + number * len(rows)) for number in range(1, count))
-    candidates = [answers, *(_answers(policy, None, encoder, rows, other, scorer) for other in others)]
-
-    def reward(answer: scoring.ScoredCompletion) -> float:
-        value = answer.scores[comparison.REWARD]
-        return -math.inf if value is None else value
-
-    return [max(each, key=reward)._replace(kl=None) for each in zip(*candidates, strict=True)]
+    return done
 
 
 def _prompts(config: Config, all_rows: bool) -> list[Prompt]:
@@ -224,6 +192,7 @@ def _answers(
     rows: Sequence[Prompt],
     config: Config,
     scorer: RewardScorer,
+    seed: int,
 ) -> list[scoring.ScoredCompletion]:
     """Sampled completions with their scores; the processes share them. KL is from a reference that reads the same."""
     stage = _stage(config)
@@ -236,7 +205,12 @@ def _answers(
             policy, opened, encoder, asked, scorer, stage.max_new_tokens, stage.temperature, seeds
         )
 
-    return on_all_processes(list(enumerate(rows, config.seed)), share)
+    return on_all_processes(list(enumerate(rows, seed)), share)
+
+
+def _reward(answer: scoring.ScoredCompletion) -> float:
+    value = answer.scores.get(comparison.REWARD)
+    return -math.inf if value is None else value
 
 
 def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) -> float:
