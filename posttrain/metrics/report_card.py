@@ -15,6 +15,7 @@ THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlatio
 # A kind of pair speaks against a model where its accuracy's interval reaches down to CHANCE, if it has ENOUGH pairs: a
 # model that is right about 75 % would be called weak by chance in 3 % of cases with 50 pairs, in 20 % with 30.
 CHANCE, ENOUGH = 0.5, 50
+NAMED = 3  # kinds of pair that a verdict names
 FIT = "fit to optimise against"
 BINS = 10
 
@@ -45,8 +46,8 @@ class ScoredPair:
         words = max((one - other).total(), (other - one).total())
         return {
             **({"group": self.group} if self.group is not None else {}),
-            "lengths": "within 10 %" if apart <= 0.1 else "10 to 50 % apart" if apart <= 0.5 else "over 50 % apart",
-            "words that differ": "at most 1" if words <= 1 else "2 to 5" if words <= 5 else "over 5",
+            "lengths": "0 to 10 % apart" if apart <= 0.1 else "10 to 50 % apart" if apart <= 0.5 else "over 50 % apart",
+            "words that differ": "0 or 1" if words <= 1 else "2 to 5" if words <= 5 else "over 5",
         }
 
 
@@ -182,16 +183,16 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
 
 
 def verdict(card: JsonObject, by_kind: Iterable[Slice] = ()) -> tuple[str, list[str]]:
-    """The verdict in words, and what speaks against the model: of kinds of pair with enough pairs the worst one."""
+    """The verdict in words, and what speaks against the model, the worst kinds of pair first."""
     null = max(card["baselines"]["longer_wins"], card["baselines"]["shorter_wins"])
     if card["accuracy_low"] <= null:
         return "no better than length", [
             f"its accuracy may be as low as {card['accuracy_low']:.0%}, and length alone is right about {null:.0%}"
         ]
     reasons = []
-    worst = min((each for each in by_kind if each.pairs >= ENOUGH), key=lambda each: each.accuracy_low, default=None)
-    if worst is not None and worst.accuracy_low <= CHANCE:
-        reasons.append(f"on {worst.kind} its accuracy is {worst}, which may be chance")
+    failed = [each for each in by_kind if each.pairs >= ENOUGH and each.accuracy_low <= CHANCE]
+    for each in sorted(failed, key=lambda each: each.accuracy_low)[:NAMED]:
+        reasons.append(f"on {each.kind} it is right in {each}, which may be chance")
     if card["accuracy_low"] < THRESHOLDS["accuracy_low"]:
         reasons.append(f"its accuracy may be as low as {card['accuracy_low']:.0%}")
     if card["calibration_error"] > THRESHOLDS["calibration_error"]:

@@ -91,9 +91,9 @@ def test_accuracy_by_kind_of_pair() -> None:
     assert {kind: (each.pairs, each.accuracy) for kind, each in found.items()} == {
         "group: right": (4, 1 / 4),
         "group: brief": (1, 1.0),
-        "lengths: within 10 %": (4, 1 / 4),
+        "lengths: 0 to 10 % apart": (4, 1 / 4),
         "lengths: 10 to 50 % apart": (1, 1.0),
-        "words that differ: at most 1": (4, 1 / 4),
+        "words that differ: 0 or 1": (4, 1 / 4),
         "words that differ: 2 to 5": (1, 1.0),
     }
     each = found["group: right"]
@@ -113,7 +113,7 @@ def test_the_verdict_is_that_of_the_worst_kind_with_enough_pairs() -> None:
     card = report_card([*style, *right, *wrong])
     assert card["verdict"] == "weak"
     assert card["reasons"][0] == (
-        "on group: correct its accuracy is 52.2% (42.0% to 62.2%) of 90 pairs, which may be chance"
+        "on group: correct it is right in 52.2% (42.0% to 62.2%) of 90 pairs, which may be chance"
     )
     assert ("group: friendly", "accuracy 100.0% (97.9% to 100.0%) of 180 pairs") in card_table(card)
     few = report_card([*style, *right[:23], *wrong[:26]])  # 49 pairs say nothing
