@@ -45,14 +45,14 @@ from posttrain.data.formats import Conversation, Prompt, prompts
 from posttrain.devices import on_all_processes, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
-from posttrain.models.generate import PANEL, completion_logps, panel
+from posttrain.models.generate import completion_logps, panel
 from posttrain.models.load import load_model_and_tokenizer, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path, with_data
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import EARLIER, read_json
-from posttrain.stages.base import check_length, data_sources, prepare_rows
+from posttrain.stages.base import PANEL_SIZE, check_length, data_sources, prepare_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def compare(
         reference = policy if reference is None else reference
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
         room = check_length(mine) - _stage(config).max_new_tokens
-        rows = panel(asked, encoder, len(asked) if all_rows else PANEL, room, config.data.bad_rows == "drop")
+        rows = panel(asked, encoder, len(asked) if all_rows else PANEL_SIZE, room, config.data.bad_rows == "drop")
         if all_rows and len(rows) < len(asked):
             warn(f"{path}: {len(asked) - len(rows)} of {len(asked)} prompts leave no room for a completion")
         # 3. sample, score, and compare with the first policy

@@ -30,7 +30,7 @@ from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import charts_with_gold_apart
 from posttrain.metrics.charts import curves, draw
 from posttrain.metrics.trackers import log_tables
-from posttrain.models.generate import PANEL, Completion, panel
+from posttrain.models.generate import Completion, panel
 from posttrain.models.load import load_tokenizer, prepare_base
 from posttrain.models.resolve import (
     Resolved,
@@ -291,9 +291,9 @@ def _run(
     base = prepare_base(config.model, tokenizer, folder.base)
     some = range(min(SEARCHED, len(data.train.dataset)))
     rows = data.test.rows if data.test else data.train.examples(some)
-    shown = panel(rows, data.encoder, PANEL if spec.is_online else PANEL_SIZE, data.room - data.new_tokens)
+    shown = panel(rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
     panels = {
-        name: panel(part.rows, data.encoder, PANEL, data.room - data.new_tokens)
+        name: panel(part.rows, data.encoder, PANEL_SIZE, data.room - data.new_tokens)
         for name, part in (data.named.items() if spec.is_online else ())
     }
     context = StageContext(config, data, shown, panels, base, folder)

@@ -15,7 +15,6 @@ THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlatio
 # A kind of pair speaks against a model where its accuracy's interval reaches down to CHANCE, if it has ENOUGH pairs: a
 # model that is right about 75 % would be called weak by chance in 3 % of cases with 50 pairs, in 20 % with 30.
 CHANCE, ENOUGH = 0.5, 50
-NAMED = 3  # kinds of pair that a verdict names
 FIT = "fit to optimise against"
 BINS = 10
 
@@ -38,17 +37,17 @@ class ScoredPair:
         return self.chosen_score - self.rejected_score
 
     @property
-    def kinds(self) -> dict[str, str]:
-        """What is looked at -> what kind of pair it makes this one; the same if chosen and rejected change places."""
-        longer = max(self.chosen_length, self.rejected_length)
-        apart = abs(self.chosen_length - self.rejected_length) / longer if longer else 0.0
+    def kinds(self) -> list[str]:
+        """The kinds of pair that it is of; the same if chosen and rejected change places."""
+        longer = max(self.chosen_length, self.rejected_length, 1)
+        apart = abs(self.chosen_length - self.rejected_length) / longer
         one, other = (Counter(text.split()) for text in (self.chosen, self.rejected))
         words = max((one - other).total(), (other - one).total())
-        return {
-            **({"group": self.group} if self.group is not None else {}),
-            "lengths": "0 to 10 % apart" if apart <= 0.1 else "10 to 50 % apart" if apart <= 0.5 else "over 50 % apart",
-            "words that differ": "0 or 1" if words <= 1 else "2 to 5" if words <= 5 else "over 5",
-        }
+        return [
+            *([f"group: {self.group}"] if self.group is not None else []),
+            f"lengths: {'0 to 10 %' if apart <= 0.1 else '10 to 50 %' if apart <= 0.5 else 'over 50 %'} apart",
+            f"words that differ: {'0 or 1' if words <= 1 else '2 to 5' if words <= 5 else 'over 5'}",
+        ]
 
 
 @dataclass
@@ -130,14 +129,14 @@ def _first_wins(pair: ScoredPair) -> bool:
 
 
 def slices(pairs: Sequence[ScoredPair]) -> Iterator[Slice]:
-    """The accuracy on each kind of pair, wherever there are several kinds."""
-    for looked_at in dict.fromkeys(name for pair in pairs for name in pair.kinds):
-        found: dict[str, list[float]] = {}
-        for pair in pairs:
-            found.setdefault(pair.kinds.get(looked_at, "none"), []).append(pair.margin)
-        for kind, margins in sorted(found.items()) if len(found) > 1 else ():
-            right, count = sum(margin > 0 for margin in margins), len(margins)
-            yield Slice(f"{looked_at}: {kind}", count, right / count, *wilson(right, count))
+    """The accuracy on each kind of pair that not all of them are of."""
+    found: dict[str, list[bool]] = {}
+    for pair in pairs:
+        for kind in pair.kinds:
+            found.setdefault(kind, []).append(pair.margin > 0)
+    for kind, right in sorted(found.items()):
+        if len(right) < len(pairs):
+            yield Slice(kind, len(right), fmean(right), *wilson(sum(right), len(right)))
 
 
 def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> JsonObject:
@@ -191,7 +190,7 @@ def verdict(card: JsonObject, by_kind: Iterable[Slice] = ()) -> tuple[str, list[
         ]
     reasons = []
     failed = [each for each in by_kind if each.pairs >= ENOUGH and each.accuracy_low <= CHANCE]
-    for each in sorted(failed, key=lambda each: each.accuracy_low)[:NAMED]:
+    for each in sorted(failed, key=lambda each: each.accuracy_low)[:3]:
         reasons.append(f"on {each.kind} it is right in {each}, which may be chance")
     if card["accuracy_low"] < THRESHOLDS["accuracy_low"]:
         reasons.append(f"its accuracy may be as low as {card['accuracy_low']:.0%}")

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from posttrain.data.splits import Example
 
 
-PANEL = 128  # held-out prompts that policies are judged by, in an online stage and by `posttrain evaluate` alike
 COMPLETED = 16  # prompts of the panel whose greedy completions are kept, before and after
 # numbers that the logits of one batch may have: a large vocabulary must not need more memory here than in training
 LOGITS = 2**25

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posttrain.runs.safe_trainer import SafeTrainer
 
 
-PANEL_SIZE = 64  # held-out prompts that a stage which is not online may have completed
+PANEL_SIZE = 128  # held-out prompts that a stage may have completed, and `posttrain evaluate`: the same ones
 COMPLETION_TOKENS = 96  # of a completion that is shown, where the stage does not say
 
 

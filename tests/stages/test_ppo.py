@@ -152,7 +152,7 @@ def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts:
     assert "trainer.metric_for_best_model=eval_gold/odd trainer.save_steps=0.2" in done.out
     assert "rose (8 better, 0 worse, p = 0.0078)" in done.out
     assert "no difference seen (0 better, 0 worse, p = 1)" in done.out
-    assert ">held-out odd<" in (PPO / "curves.svg").read_text()
+    assert ">odd<" in (PPO / "curves.svg").read_text()
 
 
 WRONG = {
