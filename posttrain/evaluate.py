@@ -8,6 +8,8 @@ usage: posttrain evaluate policies=[<folder or Hub id>,...] [key=value ...]
                                prompts of the recipe
   reward_model=...             scores the completions, and so do reward_functions=[...]
                                and eval_reward_functions=[...]
+  best_of=8                    as one more column, the best of 8 completions of the
+                               first policy by the reward: what training has to beat
   out=<file>                   where the numbers go; default: a new file
                                <output_dir>/<run_name>/evaluation-<data>.json
 
@@ -50,13 +52,10 @@ from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import EARLIER, read_json
-from posttrain.stages.base import check_length, data_sources, prepare_rows
+from posttrain.stages.base import PANEL_SIZE, check_length, data_sources, prepare_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PROMPTS = 128  # held-out prompts that are completed
-BATCH = 32
 
 
 @dataclass
@@ -91,14 +90,20 @@ def _stage(config: Config) -> OnlineStage:
 
 
 def compare(
-    config: Config, policies: Sequence[str], responses: Sequence[Conversation] = (), all_rows: bool = False
+    config: Config,
+    policies: Sequence[str],
+    responses: Sequence[Conversation] = (),
+    all_rows: bool = False,
+    best_of: int = 1,
 ) -> list[Evaluated]:
     """Let every policy complete the held-out prompts of `config`, or all of them, and score the completions.
 
-    The last completions of `responses` are scored by perplexity.
+    The last completions of `responses` are scored by perplexity. With `best_of` above 1, the first policy stands there
+    once more, with the best of so many completions.
 
     Raises:
-        ConfigError: a policy cannot be loaded or has changed since its run wrote it, or nothing is held out.
+        ConfigError: a policy cannot be loaded or has changed since its run wrote it, nothing is held out, or there
+            is no reward for best_of to choose by.
     """
     # 1. refuse what cannot be compared
     for path in policies:
@@ -106,10 +111,14 @@ def compare(
             input_hashes(Path(resolve_path(_config_for(config, path).model)))
     first = _config_for(config, policies[0])
     scorer = load_scorer(first, load_tokenizer(first.model)[0])
+    if best_of > 1 and not scorer.functions:
+        raise ConfigError(f"best_of={best_of} chooses by the reward: name reward_model= or reward_functions=")
     asked = _prompts(first, all_rows)
     reference: PreTrainedModel | None = None
     done: list[Evaluated] = []
-    for path in policies:
+    entrants = [(path, 1) for path in policies]
+    entrants[1:1] = [(policies[0], best_of)] if best_of > 1 else []
+    for path, count in entrants:
         # 2. load the policy, and choose the prompts that fit it
         mine = _config_for(config, path)
         with naming("policies"):
@@ -118,22 +127,29 @@ def compare(
         reference = policy if reference is None else reference
         encoder = ChatEncoder(tokenizer, config.data.allow_special_tokens)
         room = check_length(mine) - _stage(config).max_new_tokens
-        rows = panel(asked, encoder, len(asked) if all_rows else PROMPTS, room, config.data.bad_rows == "drop")
+        rows = panel(asked, encoder, len(asked) if all_rows else PANEL_SIZE, room, config.data.bad_rows == "drop")
         if all_rows and len(rows) < len(asked):
             warn(f"{path}: {len(asked) - len(rows)} of {len(asked)} prompts leave no room for a completion")
         # 3. sample, score, and compare with the first policy
-        answers = _answers(policy, reference, encoder, rows, config, scorer)
+        opened = reference if count == 1 else None  # KL of completions that are chosen is bounded alone
+        seeds = range(config.seed, config.seed + count * len(rows), len(rows))
+        samples = [_answers(policy, opened, encoder, rows, config, scorer, seed) for seed in seeds]
+        answers = [max(each, key=_reward) for each in zip(*samples, strict=True)]
         questions = [row.prompt[-1]["content"] for row in rows]
-        scores = {name: [each.scores[name] for each in answers] for name in answers[0].scores}
+        scores = {score: [each.scores[score] for each in answers] for score in answers[0].scores}
         same = bool(done) and questions == done[0].prompts
         against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
-        metrics = _metrics(answers)
+        name, metrics = path, _metrics(answers)
+        # Nakano et al. 2021, https://arxiv.org/abs/2112.09332; an upper bound: Beirami et al. 2024,
+        # https://arxiv.org/abs/2401.01879
+        if count > 1:
+            name, metrics["kl_bound"] = f"best of {count} of {path}", math.log(count) - (count - 1) / count
         if responses:
             found = encode_rows(encoder, responses, ConversationEncoding(check_length(mine), "drop"))
             fitting = [row for row in found if isinstance(row, EncodedRow)]
             metrics["perplexity"] = perplexity(policy, fitting, tokenizer.pad_token_id)
-        done.append(Evaluated(path, metrics, questions, [each.text for each in answers], scores, against))
-        say(f"evaluated: {path}, {len(rows)} prompts")
+        done.append(Evaluated(name, metrics, questions, [each.text for each in answers], scores, against))
+        say(f"evaluated: {name}, {len(rows)} prompts")
         del policy
     return done
 
@@ -171,31 +187,30 @@ def _config_for(config: Config, path: str) -> Config:
 
 def _answers(
     policy: "PreTrainedModel",
-    reference: "PreTrainedModel",
+    reference: "PreTrainedModel | None",
     encoder: ChatEncoder,
     rows: Sequence[Prompt],
     config: Config,
     scorer: RewardScorer,
+    seed: int,
 ) -> list[scoring.ScoredCompletion]:
-    """Sampled completions with their scores; the processes share them, a batch at a time."""
+    """Sampled completions with their scores; the processes share them. KL is from a reference that reads the same."""
     stage = _stage(config)
-    same_tokens = reference.config.vocab_size == policy.config.vocab_size
+    reads_same = reference is not None and reference.config.vocab_size == policy.config.vocab_size
+    opened = partial(nullcontext, reference) if reads_same else None
 
-    def score(start: int) -> list[scoring.ScoredCompletion]:
-        batch = rows[start : start + BATCH]
+    def share(mine: list[tuple[int, Prompt]]) -> list[scoring.ScoredCompletion]:
+        seeds, asked = zip(*mine, strict=True)
         return scoring.score_answers(
-            policy,
-            partial(nullcontext, reference) if same_tokens else None,
-            encoder,
-            batch,
-            scorer,
-            stage.max_new_tokens,
-            stage.temperature,
-            range(config.seed + start, config.seed + start + len(batch)),
+            policy, opened, encoder, asked, scorer, stage.max_new_tokens, stage.temperature, seeds
         )
 
-    scored = on_all_processes(range(0, len(rows), BATCH), lambda starts: [score(start) for start in starts])
-    return [each for batch in scored for each in batch]
+    return on_all_processes(list(enumerate(rows, seed)), share)
+
+
+def _reward(answer: scoring.ScoredCompletion) -> float:
+    value = answer.scores.get(comparison.REWARD)
+    return -math.inf if value is None else value
 
 
 def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) -> float:
@@ -226,15 +241,16 @@ def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:
         say(f"evaluation: {file}")
 
 
-def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """The policies, the file for the numbers, and the command line of an online stage that says the rest.
+def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str], int]:
+    """The policies, the file for the numbers, the command line of an online stage that says the rest, and best_of.
 
     Raises:
-        ConfigError: no policies are named.
+        ConfigError: no policies are named, or best_of is no number above 1.
     """
     own = {item.name for item in fields(EVALUATED_AS.schema)}
     policies: list[str] = []
     out: str | None = None
+    best_of = 1
     rest = [f"stage={EVALUATED_AS.name}", "stage.gate=warn"]
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -242,12 +258,16 @@ def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], str | None, li
             policies = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
         elif key == "out":
             out = value
+        elif key == "best_of":
+            if not value.isdecimal() or int(value) < 2:
+                raise ConfigError(f"best_of={value} must be a number of completions, 2 or more")
+            best_of = int(value)
         else:
             rest.append(f"stage.{argument}" if key in own else argument)
     parse(rest)  # an unknown flag is named first
     if not policies:
         raise ConfigError("policies=[…] is required: run folders, model folders or Hub ids; the first is the reference")
-    return policies, out, rest
+    return policies, out, rest, best_of
 
 
 def main() -> None:
@@ -256,7 +276,7 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    policies, out, rest = read_evaluation(arguments)
+    policies, out, rest, best_of = read_evaluation(arguments)
     start = f"model.model_name_or_path='{policies[0]}'"
     config = with_data(read_command([*rest, start], to_come=None).config)
     refuse_to_launch(config, "posttrain evaluate is one process")
@@ -264,7 +284,7 @@ def _main(arguments: Sequence[str]) -> None:
     file = Path(out) if out is not None else _free_file(config)
     if file.exists() and not config.overwrite:
         raise ConfigError(f"out={file} is there already; choose another file, or pass overwrite=true")
-    show_evaluation(compare(config, policies, all_rows=all_rows), file)
+    show_evaluation(compare(config, policies, all_rows=all_rows, best_of=best_of), file)
 
 
 def _answers_in(file: Path) -> list[tuple[object, object]]:

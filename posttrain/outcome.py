@@ -7,7 +7,8 @@ from posttrain.cli.next_steps import next_commands, quoted, relative
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.console import say, show_table
-from posttrain.metrics.catalogue import OF_NAMED, formatted, label, of_sets, with_gold_apart
+from posttrain.metrics.catalogue import OF_NAMED, label, of_sets, with_gold_apart
+from posttrain.metrics.comparison import before_and_after
 from posttrain.metrics.trackers import Cells
 from posttrain.runs.folder import RunFolder
 from posttrain.stages.base import EvalResult
@@ -56,13 +57,15 @@ def show_result(
     sets = config.data.eval
     shown_keys = with_gold_apart(STAGES[config.stage.name].shown, after.metrics)
     for name in [*shown_keys, *of_sets(OF_NAMED, sets)]:
-        values = [formatted(name, result.metrics.get(name)) for result in (before, after)]
-        if any(values):
-            rows.append((label(name, sets), *values))
+        numbers = before_and_after(name, metrics)
+        if any(numbers):
+            rows.append((label(name, sets), *numbers))
     if rows and metrics["eval_rows"]:
-        rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2))
-    rows += [(f"{name}: held-out rows", *[f"{metrics[f'eval_{name}_rows']:,}"] * 2) for name in sets]
-    show_table(f"{config.stage.name}: before and after", ("", "before", "after"), rows)
+        rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2, ""))
+    rows += [(f"{name}: held-out rows", *[f"{metrics[f'eval_{name}_rows']:,}"] * 2, "") for name in sets]
+    columns = ("", "before", "after", "change")
+    width = 4 if any(row[3] for row in rows) else 3
+    show_table(f"{config.stage.name}: before and after", columns[:width], [row[:width] for row in rows])
     completed = list(zip(shown, before.completions, after.completions, strict=False))
     shown_rows = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
     if shown_rows:

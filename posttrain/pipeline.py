@@ -31,7 +31,8 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, FORMATS, INSTRUCTIONS, STAGES, followers
 from posttrain.console import is_main_process, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.metrics.catalogue import formatted, label
+from posttrain.metrics.catalogue import label
+from posttrain.metrics.comparison import before_and_after
 from posttrain.models.resolve import data_required, resolve
 from posttrain.report import write_report
 from posttrain.runs.folder import MANIFEST, locked, run_path
@@ -194,8 +195,8 @@ def show_pipeline(done: Sequence[Finished]) -> None:
     rows = []
     for each in done:
         name = STAGES[each.stage].headline
-        before, after = (each.metrics.get(key) for key in (f"{name}_before", name))
-        numbers = " → ".join(formatted(name, value) for value in (before, after) if value is not None)
+        *values, change = before_and_after(name, each.metrics)
+        numbers = ": ".join(filter(None, (" → ".join(filter(None, values)), change)))
         rows.append(
             (each.stage, label(name) if numbers else "sweep", numbers, f"{each.seconds:.0f} s", str(each.folder))
         )

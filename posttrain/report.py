@@ -27,7 +27,7 @@ from posttrain.config.stages import STAGES, followers
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
-from posttrain.metrics.catalogue import OF_NAMED, formatted, label, of_sets, with_gold_apart
+from posttrain.metrics.catalogue import OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
 from posttrain.metrics.charts import TAIL, Chart, Series, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
@@ -104,11 +104,14 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
         "folder": str(folder),
         "manifest": manifest,
         "numbers": [
-            (label(key, sets), formatted(key, metrics.get(f"{key}_before")), formatted(key, metrics.get(key)))
+            (label(key, sets), *comparison.before_and_after(key, metrics))
             for key in [*with_gold_apart(STAGES[name].shown, metrics), *of_sets(OF_NAMED, sets)]
             if key in metrics
         ],
-        "curves": [draw([each]) for each in curves(STAGES[name].charts, folder / "metrics.jsonl", sets)]
+        "curves": [
+            draw([each])
+            for each in curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets)
+        ]
         if has_curves
         else [],
         "has_curves": has_curves,
@@ -132,7 +135,8 @@ def _frontiers(path: Path, stages: Sequence[JsonObject]) -> Iterator[str]:
     Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
     as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
     """
-    for spec, key in [(each, key) for each in STAGES.values() for key in each.frontier]:
+    measured = dict.fromkeys(key for stage in stages for key in stage["manifest"]["metrics"])
+    for spec, key in [(each, key) for each in STAGES.values() for key in with_gold_apart(each.frontier, measured)]:
         points = [s for s in stages if s["name"] == spec.name and s["point"]]
         points = [point for point in points if {"kl", key} <= point["manifest"]["metrics"].keys()]
         points.sort(key=lambda point: point["manifest"]["metrics"]["kl"])

@@ -27,6 +27,7 @@ from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_dat
 from posttrain.data.template import keep_in_template
 from posttrain.devices import on_main_process, world_size
 from posttrain.errors import PosttrainError
+from posttrain.metrics.catalogue import charts_with_gold_apart
 from posttrain.metrics.charts import curves, draw
 from posttrain.metrics.trackers import log_tables
 from posttrain.models.generate import Completion, panel
@@ -339,7 +340,8 @@ def _run(
         for name, content in {**after.files, **samples(shown, before, after)}.items():
             write_atomically(folder.path / name, json.dumps(content, indent=1, ensure_ascii=False))
         if spec.is_online:
-            charts = list(curves(spec.charts, folder.metrics, list(config.data.eval)))
+            groups = charts_with_gold_apart(spec.charts, metrics)
+            charts = list(curves(groups, folder.metrics, list(config.data.eval)))
             if charts:
                 write_atomically(folder.curves, draw(charts))
         log_tables(trainer, tables(shown, before, after))
@@ -366,7 +368,7 @@ def _judge_start(stage: Stage, context: StageContext, trainer: "SafeTrainer", ch
     kept = read_running(checkpoint, trainer.accelerator.process_index).get("before") if checkpoint else None
     if kept is None:
         result = _evaluate(stage, context, trainer)
-        kept = {"metrics": result.metrics, "completions": result.completions}
+        kept = {"metrics": result.metrics, "completions": result.completions, "scores": result.scores}
     trainer.before = kept
 
 

@@ -223,6 +223,9 @@ def short(prompts, completions, **columns):
 def sometimes(prompts, completions, **columns):
     return [1.0 if "1" in prompt[-1]["content"] else None for prompt in prompts]
 
+def odd(completion_ids, **columns):
+    return [-float(sum(token % 2 == 0 for token in ids)) for ids in completion_ids]
+
 def broken(prompts, completions, **columns):
     return [math.nan] * len(prompts)
 

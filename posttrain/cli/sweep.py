@@ -13,7 +13,7 @@ from posttrain.config.stages import STAGES
 from posttrain.console import say, show_table
 from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.sources import data_files, is_local_data
-from posttrain.metrics.catalogue import label
+from posttrain.metrics.catalogue import label, with_gold_apart
 from posttrain.metrics.charts import Chart, Series, draw
 from posttrain.models.resolve import all_reward_functions, code_hashes, resolve, weight_hashes
 from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object
@@ -81,7 +81,8 @@ def show_sweep(command: Command) -> None:
     if not points:
         return
     found = [(point, _read(point / MANIFEST).get("metrics")) for point in points]
-    swept = STAGES[config.stage.name].swept
+    measured = dict.fromkeys(name for _, metrics in found for name in metrics or ())
+    swept = with_gold_apart(STAGES[config.stage.name].swept, measured)
     names = [name for name in swept if any(metrics and name in metrics for _, metrics in found)]
     keys = list(dict.fromkeys(key for point in points for key in _values(point)))
     rows = []

@@ -97,6 +97,7 @@ class PreferenceColumns(Columns):
     chosen: str = key()
     rejected: str = key()
     margin: str | None = key()
+    group: str | None = key()
 
 
 @dataclass
@@ -137,7 +138,7 @@ class StageSpec:
     tag: str  # of a model card on the Hub
     unit: str  # what a batch is counted in
     sequences_per_row: int
-    # names of metrics; labels and units are in metrics/catalogue.py
+    # names of metrics, `gold/` for all of stage.eval_reward_functions; labels and units are in metrics/catalogue.py
     headline: str  # says in a line what the stage did
     objective: str  # what a sweep returns
     shown: tuple[str, ...]  # before and after a run
@@ -281,18 +282,18 @@ PPO = StageSpec(
     sequences_per_row=1,
     headline="reward",
     objective="penalised_reward",
-    shown=("reward", "gold", "kl", "penalised_reward", "response_length", "ended_by_eos"),
-    swept=("reward", "gold", "kl", "response_length", "ended_by_eos"),
+    shown=("reward", "gold/", "kl", "penalised_reward", "response_length", "ended_by_eos"),
+    swept=("reward", "gold/", "kl", "response_length", "ended_by_eos"),
     charts=(
         ("reward", "eval_reward"),
-        ("eval_gold",),
+        ("eval_gold/",),
         ("kl", "eval_kl"),
         ("response_length", "eval_response_length"),
         ("entropy",),
         ("explained_variance",),
         ("vllm_difference",),
     ),
-    frontier=("reward", "gold"),
+    frontier=("reward", "gold/"),
 )
 DPO = StageSpec(
     name="dpo",

@@ -68,6 +68,7 @@ class Pair(NamedTuple):
     where: str
     margin: float | None = None  # by how much, where the data says so
     inputs: TemplateInputs = NO_INPUTS
+    group: str | None = None  # which kind of pair, where the data says so; no part of `content`
 
     @property
     def reference(self) -> str:
@@ -357,6 +358,8 @@ _ANSWERED = "the answers after the last prompt of {count:,} rows are left out: t
 def preferences(data: DataConfig) -> Reader[Pair]:
     """Reads preference rows."""
     keys, tally = message_keys(data.messages), Tally()
+    of_group = {"group": vars(data.columns)["group"]}
+    named_group = [name for name, path in of_group.items() if path is not None]
 
     def make(row: Fields, where: str, others: Fields) -> Pair:
         margin = row.get("margin")
@@ -366,12 +369,18 @@ def preferences(data: DataConfig) -> Reader[Pair]:
             raise ValueError(f"'margin' must be a finite number, got {margin}")
         if margin is not None and data.preference.winner is not None:  # which says whose it is
             margin = abs(margin)
+        require_columns(row, named_group, "preference")
+        group = row.get("group")
+        if isinstance(group, (dict, list)):
+            raise ValueError(f"'group' must be a text or a number, got {kind(group)}")
         prompt, chosen, rejected, differs = _preference(row, keys)
         if differs is not None:
             tally.told[_DIFFERS].add(where, differs)
-        return Pair(prompt, chosen, rejected, where, None if margin is None else float(margin), _inputs(row))
+        by = None if margin is None else float(margin)
+        return Pair(prompt, chosen, rejected, where, by, _inputs(row), None if group is None else str(group))
 
     shapes = [*_ANSWERS, _documented(data.columns, "chosen", "rejected", more=["prompt", "margin"]), _OPENAI]
+    shapes = [shape._replace(more={**shape.more, **of_group}) for shape in shapes]
     return Reader(data, make, shapes, keys=keys, tally=tally)
 
 

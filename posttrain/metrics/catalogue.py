@@ -1,10 +1,14 @@
 """Every metric that is shown: its name, its unit and how its value is written."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-GOLD = "gold/"  # before the name of each eval reward function of an online stage, beside `gold`, their sum
+GOLD = "gold/"  # before the name of each eval reward function of an online stage; alone it stands for all of them
+
+# what stands after a metric's name: its value before training, the ends of its 95 % interval, and on how many prompts
+# it is higher and lower than before training
+DERIVED = ("_before", "_low", "_high", "_better", "_worse")
 
 
 class Metric(NamedTuple):
@@ -26,10 +30,10 @@ METRICS = {
     "calibration_error": Metric("calibration error"),
     "length_correlation": Metric("length correlation"),
     "reward": Metric("reward"),
-    "gold": Metric("gold reward"),
     "penalised_reward": Metric("reward − kl_coef × KL"),
     "reward_margin": Metric("reward margin"),
     "kl": Metric("KL from the reference", "nats per completion", short="KL"),
+    "kl_bound": Metric("KL from the reference at most, ln N − (N−1)/N", "nats per completion"),
     "entropy": Metric("entropy", "nats per token"),
     "explained_variance": Metric("explained variance of the critic"),
     "vllm_difference": Metric("log-probabilities of vLLM and trainer apart", "nats per token"),
@@ -81,7 +85,17 @@ def formatted(key: str, value: float | None) -> str:
     return f"{value:.1%}" if is_share else f"{value:.4f}"
 
 
-def with_gold_apart(shown: Iterable[str], metrics: Iterable[str]) -> list[str]:
-    """The keys that are shown, each eval reward function in place of their sum."""
-    parts = [key for key in metrics if key.startswith(GOLD) and not key.endswith("_before")]
-    return [name for key in shown for name in (parts if key == "gold" and parts else [key])]
+def with_gold_apart(shown: Iterable[str], metrics: Collection[str]) -> list[str]:
+    """The keys that are shown, each eval reward function that the metrics hold in place of `gold/`."""
+    derived = {f"{key}{suffix}" for key in metrics for suffix in DERIVED}
+    names = [key.removeprefix(GOLD) for key in metrics if key.startswith(GOLD) and key not in derived]
+    return [each for key in shown for each in ([f"{key}{name}" for name in names] if key.endswith(GOLD) else [key])]
+
+
+def charts_with_gold_apart(charts: Iterable[Sequence[str]], metrics: Collection[str]) -> list[Sequence[str]]:
+    """As `with_gold_apart`, a chart for each function."""
+    return [
+        part
+        for keys in charts
+        for part in ([[key] for key in with_gold_apart(keys, metrics)] if keys[0].endswith(GOLD) else [keys])
+    ]

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from statistics import fmean, stdev
 
 from posttrain.metrics import catalogue
-from posttrain.metrics.catalogue import formatted
+from posttrain.metrics.catalogue import GOLD, formatted
 from posttrain.metrics.report_card import wilson
 from posttrain.values import JsonObject
 
 FILE = "evaluation.json"  # of a pipeline, in the folder of its run
 REWARD = "reward"  # the score that PPO optimises; all others are reward functions that it has not seen
-COMPARED = ("kl", "response_length", "ended_by_eos", "distinct_1", "distinct_2", "perplexity")
+COMPARED = ("kl", "kl_bound", "response_length", "ended_by_eos", "distinct_1", "distinct_2", "perplexity")
 ALPHA = 0.05  # above it, a difference may be chance
+NO_DIFFERENCE = "no difference seen"
+
+Scores = Sequence[float | None]  # of each prompt; None where a reward function does not apply
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
@@ -31,7 +35,54 @@ def sign_test(better: int, worse: int) -> float:
     return float(min(1, 2 * sum(math.comb(count, k) for k in range(min(better, worse) + 1)) / 2**count))
 
 
-def paired(mine: Sequence[float | None], first: Sequence[float | None]) -> dict[str, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean m of n values, and the normal interval for the true one with 95 % confidence: m ± 1.96 sd / √n."""
+    if not values:
+        return math.nan, math.nan, math.nan
+    mean, spread = fmean(values), 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean, mean - spread, mean + spread
+
+
+def measured(name: str, values: Scores, first: Scores | None = None) -> dict[str, float]:
+    """Metrics of one score: its mean and interval, and on how many prompts it is better and worse than at `first`."""
+    found = zip((name, f"{name}_low", f"{name}_high"), mean_interval([v for v in values if v is not None]), strict=True)
+    if first is None:
+        return dict(found)
+    by = paired(values, first)
+    return {**dict(found), f"{name}_better": by["better"], f"{name}_worse": by["worse"]}
+
+
+def change(name: str, metrics: Mapping[str, float]) -> str:
+    """`rose`, `fell` or `no difference seen` since the first evaluation, by the sign test; empty if nothing says it."""
+    if not {f"{name}_better", f"{name}_worse"} <= metrics.keys():
+        return ""
+    better, worse = int(metrics[f"{name}_better"]), int(metrics[f"{name}_worse"])
+    return NO_DIFFERENCE if sign_test(better, worse) >= ALPHA else "rose" if better > worse else "fell"
+
+
+def over_optimised(metrics: Mapping[str, float], prefix: str = "") -> list[str]:
+    """The eval reward functions that fell while the reward rose, both beyond chance."""
+    if change(f"{prefix}{REWARD}", metrics) != "rose":
+        return []
+    names = [key.removeprefix(prefix) for key in metrics if key.startswith(f"{prefix}{GOLD}")]
+    return [name for name in names if change(f"{prefix}{name}", metrics) == "fell"]
+
+
+def before_and_after(name: str, metrics: Mapping[str, float]) -> tuple[str, str, str]:
+    """Cells of a table: a metric before and after a run with their intervals, and what has changed."""
+    words = change(name, metrics)
+    if words:
+        better, worse = int(metrics[f"{name}_better"]), int(metrics[f"{name}_worse"])
+        words += f" ({better} better, {worse} worse, p = {sign_test(better, worse):.2g})"
+    return _with_interval(name, metrics, "_before"), _with_interval(name, metrics), words
+
+
+def _with_interval(name: str, metrics: Mapping[str, float], when: str = "") -> str:
+    value, low, high = (formatted(name, metrics.get(f"{name}{end}{when}")) for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})" if low and high else value
+
+
+def paired(mine: Scores, first: Scores) -> dict[str, float]:
     """One score of a policy against the first policy's, by prompt: means, wins (a tie is half a win), p-value."""
     pairs = [(a, b) for a, b in zip(mine, first, strict=True) if a is not None and b is not None]
     better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
@@ -77,19 +128,19 @@ def in_words(policies: Sequence[JsonObject]) -> Iterator[tuple[str, list[str]]]:
             fell = [name for name, by in found.items() if by["p"] < ALPHA and by["worse"] > by["better"]]
             rose = [name for name, by in found.items() if by["p"] < ALPHA and by["worse"] < by["better"]]
             same = [name for name in found if name not in (*fell, *rose)]
-            verbs = [("fell", fell), ("rose", rose), ("shows no difference beyond chance", same)]
+            verbs = [(" fell:", fell), (" rose:", rose), (f": {NO_DIFFERENCE},", same)]
             phrases = [_phrase(name, verb, found[name]) for verb, names in verbs for name in names]
             yield f"{each['policy']} against {policies[0]['policy']}", phrases
 
 
 def _phrase(score: str, verb: str, by: Mapping[str, float]) -> str:
     counts = f"{by['better']} better, {by['worse']} worse of {by['prompts']} prompts, p = {by['p']:.2g}"
-    return f"{label(score)} {verb}: {by['first']:.3f} → {by['mean']:.3f} ({counts})"
+    return f"{label(score)}{verb} {by['first']:.3f} → {by['mean']:.3f} ({counts})"
 
 
 def _mean(policy: JsonObject, score: str) -> str:
     values = [value for value in policy["scores"].get(score, []) if value is not None]
-    return formatted(score, math.fsum(values) / len(values)) if values else ""
+    return _with_interval(score, measured(score, values)) if values else ""
 
 
 def _wins(by: Mapping[str, float] | None) -> str:

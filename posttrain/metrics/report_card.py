@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev, quantiles
 
@@ -11,6 +12,9 @@ from posttrain.values import JsonObject
 # A model is fit when, of held-out pairs, the lower end of its accuracy's interval, its calibration error and the
 # part of its score that length explains are within these.
 THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlation": 0.7}
+# A kind of pair speaks against a model where its accuracy's interval reaches down to CHANCE, if it has ENOUGH pairs: a
+# model that is right about 75 % would be called weak by chance in 3 % of cases with 50 pairs, in 20 % with 30.
+CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
 
@@ -26,10 +30,38 @@ class ScoredPair:
     rejected_score: float
     chosen_length: int
     rejected_length: int
+    group: str | None = None  # which kind of pair, where the data says so
 
     @property
     def margin(self) -> float:
         return self.chosen_score - self.rejected_score
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of pair that it is of; the same if chosen and rejected change places."""
+        longer = max(self.chosen_length, self.rejected_length, 1)
+        apart = abs(self.chosen_length - self.rejected_length) / longer
+        one, other = (Counter(text.split()) for text in (self.chosen, self.rejected))
+        words = max((one - other).total(), (other - one).total())
+        return [
+            *([f"group: {self.group}"] if self.group is not None else []),
+            f"lengths: {'0 to 10 %' if apart <= 0.1 else '10 to 50 %' if apart <= 0.5 else 'over 50 %'} apart",
+            f"words that differ: {'0 or 1' if words <= 1 else '2 to 5' if words <= 5 else 'over 5'}",
+        ]
+
+
+@dataclass
+class Slice:
+    """A reward model's accuracy on one kind of pair, with its 95 % interval."""
+
+    kind: str
+    pairs: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.1%} ({self.accuracy_low:.1%} to {self.accuracy_high:.1%}) of {self.pairs:,} pairs"
 
 
 def wilson(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -96,6 +128,17 @@ def _first_wins(pair: ScoredPair) -> bool:
     return first < second
 
 
+def slices(pairs: Sequence[ScoredPair]) -> Iterator[Slice]:
+    """The accuracy on each kind of pair that not all of them are of."""
+    found: dict[str, list[bool]] = {}
+    for pair in pairs:
+        for kind in pair.kinds:
+            found.setdefault(kind, []).append(pair.margin > 0)
+    for kind, right in sorted(found.items()):
+        if len(right) < len(pairs):
+            yield Slice(kind, len(right), fmean(right), *wilson(sum(right), len(right)))
+
+
 def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> JsonObject:
     """Judge a reward model by its scores of held-out pairs.
 
@@ -131,20 +174,24 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         "most_confidently_wrong": [
             asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:5] if pair.margin < 0
         ],
-        "thresholds": THRESHOLDS,
+        "thresholds": THRESHOLDS | {"chance": CHANCE, "enough_pairs": ENOUGH},
     }
-    words, reasons = verdict(card)
-    return card | {"verdict": words, "reasons": reasons}
+    by_kind = list(slices(pairs))
+    words, reasons = verdict(card, by_kind)
+    return card | {"slices": [asdict(each) for each in by_kind], "verdict": words, "reasons": reasons}
 
 
-def verdict(card: JsonObject) -> tuple[str, list[str]]:
-    """The verdict in words, and what speaks against the model."""
+def verdict(card: JsonObject, by_kind: Iterable[Slice] = ()) -> tuple[str, list[str]]:
+    """The verdict in words, and what speaks against the model, the worst kinds of pair first."""
     null = max(card["baselines"]["longer_wins"], card["baselines"]["shorter_wins"])
     if card["accuracy_low"] <= null:
         return "no better than length", [
             f"its accuracy may be as low as {card['accuracy_low']:.0%}, and length alone is right about {null:.0%}"
         ]
     reasons = []
+    failed = [each for each in by_kind if each.pairs >= ENOUGH and each.accuracy_low <= CHANCE]
+    for each in sorted(failed, key=lambda each: each.accuracy_low)[:3]:
+        reasons.append(f"on {each.kind} it is right in {each}, which may be chance")
     if card["accuracy_low"] < THRESHOLDS["accuracy_low"]:
         reasons.append(f"its accuracy may be as low as {card['accuracy_low']:.0%}")
     if card["calibration_error"] > THRESHOLDS["calibration_error"]:
@@ -170,6 +217,8 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
     for name, each in card.get("named", {}).items():
         interval = f"{each['accuracy']:.1%} ({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
         rows.append((f"{name}: accuracy", f"{interval} of {each['pairs']:,} pairs"))
+    by_kind = (Slice(**each) for each in card["slices"])
+    rows += [(each.kind, f"accuracy {each}") for each in by_kind if each.pairs >= ENOUGH]
     base = card["baselines"]
     rows += [
         ("the longer completion wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),
@@ -183,7 +232,8 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
         (
             "fit means",
             f"accuracy surely ≥ {THRESHOLDS['accuracy_low']:.0%} and above length alone, calibration error ≤ "
-            f"{THRESHOLDS['calibration_error']}, correlation with length within ±{THRESHOLDS['length_correlation']}",
+            f"{THRESHOLDS['calibration_error']}, correlation with length within ±{THRESHOLDS['length_correlation']}, "
+            f"accuracy surely above {CHANCE:.0%} on each kind of pair that {ENOUGH} pairs or more are of",
         ),
     ]
     return rows

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 
-from posttrain.config.stages import PPOStage
+from posttrain.config.schema import Config
+from posttrain.config.stages import OnlineStage, PPOStage
 from posttrain.errors import PosttrainError
+from posttrain.metrics.catalogue import GOLD
+from posttrain.metrics.comparison import REWARD, before_and_after
 
 KL_HIGH = 10.0  # nats per completion
 ENTROPY_LEFT = 0.2  # of the first rollout's
@@ -42,7 +45,7 @@ class Alarms:
         if stage.kl_ceiling is not None and kl > stage.kl_ceiling:
             raise PosttrainError(
                 f"KL from the reference is {kl:.2f} nats per completion, above stage.kl_ceiling={stage.kl_ceiling:g}; "
-                f"the last checkpoint is kept. Hold on to the reference: stage.kl_coef={stage.kl_coef * 2:g}, or lower "
+                f"the last checkpoint is kept. Hold on to the reference: {_hold(stage)}, or lower "
                 f"stage.learning_rate={stage.learning_rate / 3:.0e}"
             )
         new = [(name, text) for name, text in self._check(numbers, self.first) if name not in self.printed]
@@ -79,7 +82,7 @@ class Alarms:
             yield (
                 "high KL",
                 f"KL from the reference is {now['kl']:.1f} nats per completion: the policy is far from what the reward "
-                f"model has seen. stage.kl_coef={stage.kl_coef * 2:g} holds it closer, stage.kl_controller=adaptive "
+                f"model has seen. {_hold(stage)} holds it closer, stage.kl_controller=adaptive "
                 f"keeps it near stage.kl_target, stage.kl_ceiling={KL_HIGH:g} stops the run",
             )
         if first["entropy"] > 0.05 and now["entropy"] < ENTROPY_LEFT * first["entropy"]:
@@ -95,7 +98,7 @@ class Alarms:
             remedy = (
                 f"stage.length_penalty={now['reward_std'] / max(now['response_length'], 1) / 2:.2g} makes length cost"
                 if grown
-                else f"stage.kl_coef={stage.kl_coef * 2:g} holds on to the reference"
+                else f"{_hold(stage)} holds on to the reference"
             )
             yield (
                 "longer" if grown else "shorter",
@@ -153,3 +156,26 @@ class Alarms:
             and abs(now["kl"]) <= 2 * now["kl_error"] + STILL_KL
             and abs(now["reward"] - first["reward"]) <= chance
         )
+
+
+def over_optimisation(config: Config, name: str, before: Mapping[str, float], now: Mapping[str, float]) -> str:
+    """What is printed where the held-out reward has risen while the metric `name` fell.
+
+    Gao et al. 2023, https://arxiv.org/abs/2210.10760
+    """
+    assert isinstance(config.stage, OnlineStage)
+    numbers = {**now, **{f"{key}_before": value for key, value in before.items()}}
+    told = []
+    for key in (REWARD, name):
+        *values, changed = before_and_after(key, numbers)
+        told.append(f"{key.removeprefix(GOLD)} {changed}: {' → '.join(values)}")
+    return (
+        f"over-optimisation on the same held-out prompts: {'; '.join(told)}. {_hold(config.stage)} holds on to the "
+        "reference, stage.ptx_coef=1 data.ptx=<instructions> to what it was taught before, and the best checkpoint is "
+        f"kept by trainer.load_best_model_at_end=true trainer.metric_for_best_model=eval_{name} "
+        f"trainer.save_steps={config.trainer.get('eval_steps')}"
+    )
+
+
+def _hold(stage: OnlineStage) -> str:
+    return f"stage.kl_coef={stage.kl_coef * 2 or 0.1:g}"

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.chat import ChatEncoder
@@ -22,6 +21,8 @@ from posttrain.rlhf.roles import RewardSource
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH = 32  # prompts that are completed at a time
 
 Opened = Callable[[], AbstractContextManager["PreTrainedModel"]]
 
@@ -109,7 +110,15 @@ def score_answers(
     seeds: Sequence[int],
     **extra: object,
 ) -> list[ScoredCompletion]:
-    """Sample a completion to each prompt, in one batch, and score it; `extra` is handed to the reward functions."""
+    """Sample a completion to each prompt, BATCH at a time, and score it; `extra` is handed to the reward functions."""
+    if len(rows) > BATCH:
+        return [
+            each
+            for part in (slice(BATCH), slice(BATCH, None))
+            for each in score_answers(
+                policy, reference, encoder, rows[part], scorer, new_tokens, temperature, seeds[part], **extra
+            )
+        ]
     made = generate(policy, encoder, rows, new_tokens, temperature, seeds)
     pad = encoder.tokenizer.pad_token_id
     kl: Sequence[float | None] = [None] * len(rows)
@@ -129,12 +138,6 @@ def score_answers(
     by_row = [{name: values[index] for name, values in scored.items()} for index in range(len(rows))]
     columns = (texts, map(len, made.completions), made.ended, by_row, kl)
     return [ScoredCompletion(*each) for each in zip(*columns, strict=True)]
-
-
-def mean_score(name: str, scored: Sequence[ScoredCompletion]) -> float:
-    """Over the completions that it applies to; NaN if there is none."""
-    known = [value for each in scored if (value := each.scores[name]) is not None]
-    return fmean(known) if known else float("nan")
 
 
 def encoding_for(source: RewardSource) -> Encode:

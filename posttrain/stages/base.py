@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posttrain.runs.safe_trainer import SafeTrainer
 
 
-PANEL_SIZE = 64  # held-out prompts that a stage may have completed
+PANEL_SIZE = 128  # held-out prompts that a stage may have completed, and `posttrain evaluate`: the same ones
 COMPLETION_TOKENS = 96  # of a completion that is shown, where the stage does not say
 
 
@@ -77,6 +77,8 @@ class EvalResult:
     completions: list[Completion] = field(default_factory=list)  # one for each row of the panel
     files: JsonObject = field(default_factory=dict)  # file name in the run folder -> JSON content
     table: list[tuple[str, ...]] = field(default_factory=list)  # rows of a table of its own
+    # set of held-out prompts ("": the first) -> score -> of each prompt, which later evaluations are compared with
+    scores: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from posttrain.data.splits import Example
 from posttrain.devices import on_all_processes
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import of_sets
+from posttrain.metrics.report_card import wilson
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
 from posttrain.models.load import load_causal_lm
 from posttrain.models.lora import lora_config
@@ -254,6 +255,9 @@ def evaluate_model(context: StageContext, trainer: "DPOTrainer") -> EvalResult:
     if trainer.state.global_step == 0:
         # at the start all pairs are ties
         metrics |= dict.fromkeys(("accuracy", *of_sets(["rewards/accuracies"], context.data.named)), math.nan)
+    elif "accuracy" in metrics:
+        rows = len(context.data.test.dataset)
+        metrics["accuracy_low"], metrics["accuracy_high"] = wilson(metrics["accuracy"] * rows, rows)
     return EvalResult(metrics, completions)
 
 

@@ -21,7 +21,7 @@ from posttrain.data.splits import Example
 from posttrain.devices import on_all_processes, process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
-from posttrain.metrics.comparison import REWARD
+from posttrain.metrics.comparison import REWARD, measured, over_optimised
 from posttrain.metrics.report_card import FIT
 from posttrain.models.generate import COMPLETED, complete
 from posttrain.models.load import load_causal_lm
@@ -29,7 +29,7 @@ from posttrain.models.lora import lora_config
 from posttrain.models.meta import Batch, Holdings, hold_model, meta_model, weight_bytes
 from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles, scoring
-from posttrain.rlhf.diagnostics import Alarms
+from posttrain.rlhf.diagnostics import Alarms, over_optimisation
 from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts
 from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
@@ -316,24 +316,31 @@ class RolloutLog:
 class HeldOut:
     """Numbers of completions that the policy samples to held-out prompts; the run's generators are left as they were.
 
-    KL is exact at each position of the sampled completions; `gold/<name>` is each of stage.eval_reward_functions,
-    `gold` their sum.
+    KL is exact at each position of the sampled completions; `gold/<name>` is each of stage.eval_reward_functions.
+    Scores have intervals, and are compared prompt by prompt with those before the first step.
     """
 
     def __init__(self, context: StageContext, scorer: RewardScorer) -> None:
         self.context, self.scorer = context, scorer
+        self.scores: dict[str, dict[str, list[float | None]]] = {}  # of the newest evaluation, see EvalResult
+        earlier = read_lines(context.folder.metrics)  # before a resume
+        self.warned = {name for entry in earlier for name in over_optimised(entry, "eval_")}
 
     def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
         if not self.context.panel:
             return {}
-        own = self._numbers(trainer, self.context.panel)
+        own = self._numbers(trainer, "", self.context.panel)
         numbers = dict(own)
         for name, rows in self.context.panels.items():
-            found = own if rows == self.context.panel else self._numbers(trainer, rows)
+            found = own if rows == self.context.panel else self._numbers(trainer, name, rows)
             numbers |= {f"{name}_{key}": value for key, value in found.items()}
+        for name in over_optimised(own):
+            if trainer.before is not None and name not in self.warned:
+                self.warned.add(name)
+                warn(over_optimisation(self.context.config, name, trainer.before["metrics"], own))
         return numbers
 
-    def _numbers(self, trainer: "PPOTrainer", prompts: Sequence[Example]) -> dict[str, float]:
+    def _numbers(self, trainer: "PPOTrainer", name: str, prompts: Sequence[Example]) -> dict[str, float]:
         context, stage = self.context, _stage(self.context.config)
 
         def share(mine: list[tuple[int, Prompt]]) -> list[scoring.ScoredCompletion]:
@@ -361,19 +368,17 @@ class HeldOut:
                 f"the reward is not a finite number for {without} of {len(scored)} held-out completions: no reward "
                 f"function applies to them ({', '.join(self.scorer.names())})"
             )
-        reward, kl = scoring.mean_score(REWARD, scored), fmean(each.kl for each in scored if each.kl is not None)
-        numbers = {
-            "reward": reward,
-            "kl": kl,
+        golds = {f"{GOLD}{each.__name__}": scoring.score_name(each) for each in self.scorer.eval_functions}
+        found = {key: [each.scores[of] for each in scored] for key, of in {REWARD: REWARD, **golds}.items()}
+        self.scores[name] = found
+        first = trainer.before.get("scores", {}).get(name, {}) if trainer.before is not None else {}
+        numbers = measured("kl", [each.kl for each in scored]) | {
             "response_length": fmean(each.length for each in scored),
             "ended_by_eos": fmean(each.ended for each in scored),
         }
-        golds = {
-            each.__name__: scoring.mean_score(scoring.score_name(each), scored) for each in self.scorer.eval_functions
-        }
-        if golds:
-            numbers |= {"gold": sum(golds.values())} | {f"{GOLD}{name}": value for name, value in golds.items()}
-        return numbers | {"penalised_reward": reward - stage.kl_coef * kl}
+        for key, values in found.items():
+            numbers |= measured(key, values, first.get(key))
+        return numbers | {"penalised_reward": numbers[REWARD] - stage.kl_coef * numbers["kl"]}
 
 
 def preflight(context: StageContext, trainer: "PPOTrainer") -> None:
@@ -390,7 +395,8 @@ def evaluate_model(context: StageContext, trainer: "PPOTrainer") -> EvalResult:
     numbers = {name.removeprefix("eval_"): value for name, value in found.items() if not name.startswith(named)}
     with trainer.unwrapped_model() as policy, trainer.accelerator.autocast():
         completions = complete(policy, context.data.encoder, context.panel[:COMPLETED], context.new_tokens)
-    return EvalResult(numbers, completions)
+    assert isinstance(trainer.held_out, HeldOut)
+    return EvalResult(numbers, completions, scores=dict(trainer.held_out.scores))
 
 
 STAGE = Stage(

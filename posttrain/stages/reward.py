@@ -95,6 +95,7 @@ def _pairs(part: Encoded, scores: Sequence[tuple[float, float]]) -> list[ScoredP
             rejected_score=rejected,
             chosen_length=len(ids["chosen_ids"]) - ids["prompt_length"],
             rejected_length=len(ids["rejected_ids"]) - ids["prompt_length"],
+            group=row.group,
         )
         for row, ids, (chosen, rejected) in zip(part.rows, part.dataset, scores, strict=True)
     ]
@@ -115,7 +116,14 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
         "eval_loss": card["loss"],
         **{
             name: card[name]
-            for name in ("accuracy", "accuracy_low", "mean_margin", "calibration_error", "length_correlation")
+            for name in (
+                "accuracy",
+                "accuracy_low",
+                "accuracy_high",
+                "mean_margin",
+                "calibration_error",
+                "length_correlation",
+            )
         },
     }
     return EvalResult(metrics, files={"report_card.json": card}, table=list(card_table(card)))

@@ -314,7 +314,8 @@ def instructions() -> list[dict[str, str]]:
 
 
 def preferences() -> list[dict[str, str]]:
-    """`prompt`, `chosen`, `rejected`, `split`: correct over wrong, friendly over plain, concise over rambling."""
+    """`prompt`, `chosen`, `rejected`, `group`, `split`; the group is correct (over wrong), friendly (over plain) or
+    concise (over rambling)."""
     generator = random.Random(2)
     rows = []
     for split in ("train", "test"):
@@ -322,14 +323,15 @@ def preferences() -> list[dict[str, str]]:
         pairs = []
         for question in part:
             wrong = generator.choice(question.wrong)
-            pairs.append((question, friendly(question.answer, generator), friendly(wrong, generator)))
-            pairs.append((question, friendly(question.answer, generator), plain(question.answer)))
-            pairs.append((question, plain(question.answer), rambling(question.answer, generator)))
+            pairs.append(("correct", question, friendly(question.answer, generator), friendly(wrong, generator)))
+            pairs.append(("friendly", question, friendly(question.answer, generator), plain(question.answer)))
+            pairs.append(("concise", question, plain(question.answer), rambling(question.answer, generator)))
         generator.shuffle(pairs)
         flipped = set(generator.sample(range(len(pairs)), round(FLIPPED * len(pairs))))
-        for index, (question, better, worse) in enumerate(pairs):
+        for index, (group, question, better, worse) in enumerate(pairs):
             chosen, rejected = (worse, better) if index in flipped else (better, worse)
-            rows.append({"prompt": question.instruction, "chosen": chosen, "rejected": rejected, "split": split})
+            row = {"prompt": question.instruction, "chosen": chosen, "rejected": rejected}
+            rows.append(row | {"group": group, "split": split})
     return rows
 
 

@@ -109,7 +109,7 @@ def test_all_stages_then_only_what_has_changed(pipeline: Posttrain, trained: str
 
 def test_the_gate_stops_the_pipeline_and_leaves_what_is_done(pipeline: Posttrain, trained: str) -> None:
     shutil.rmtree("outputs/demo/ppo")
-    done = pipeline(*(word for word in SHORT_PIPELINE if word != "ppo.gate=warn"))
+    done = pipeline(*(word.replace("gate=warn", "gate=stop") for word in SHORT_PIPELINE))
     assert done.code == 2, done
     assert "is not good enough to optimise against" in done.err
     assert "ppo.gate=warn" in done.err

@@ -1,6 +1,7 @@
 """Policies compared, and the page about a run: the right numbers, nothing from elsewhere, no torch."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -56,7 +57,7 @@ def test_what_fell_is_said_as_plainly_as_what_rose() -> None:
     assert title == "b against a"
     assert lines[0] == "correct fell: 1.000 → 0.400 (0 better, 12 worse of 20 prompts, p = 0.00049)"
     assert lines[1].startswith("reward (which PPO optimises) rose: 1.000 → 2.000 (20 better, 0 worse")
-    assert lines[2].startswith("short shows no difference beyond chance: 1.000 → 1.000 (0 better, 0 worse")
+    assert lines[2].startswith("short: no difference seen, 1.000 → 1.000 (0 better, 0 worse")
 
 
 def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttrain) -> None:
@@ -104,11 +105,24 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
         "max_new_tokens=8",
         "data.max_rows=200",
         "run_name=again",
+        "best_of=3",
     )
     assert again.code == 0, again
     repeated = json.loads(Path("outputs/again/evaluation-prompts.json").read_text())
-    assert repeated[1]["scores"]["reward"] == pytest.approx(found[1]["scores"]["reward"])
-    assert repeated[1]["answers"] == found[1]["answers"]
+    assert repeated[2]["scores"]["reward"] == pytest.approx(found[1]["scores"]["reward"])
+    assert repeated[2]["answers"] == found[1]["answers"]
+    # and the best of three completions of the first policy, of which it has given the first one
+    assert repeated[1]["policy"] == "best of 3 of outputs/demo/sft"
+    assert repeated[1]["metrics"]["kl_bound"] == pytest.approx(math.log(3) - 2 / 3)
+    assert "kl" not in repeated[1]["metrics"]
+    alone, best = (repeated[place]["scores"]["reward"] for place in (0, 1))
+    assert all(one <= other for one, other in zip(alone, best, strict=True))
+    assert sum(best) > sum(alone)
+    assert repeated[1]["against_first"]["reward"]["worse"] == 0
+    # a run's own table has the prompts and the numbers of the evaluation
+    metrics = manifest("outputs/demo/ppo")["metrics"]
+    assert metrics["reward_before"] == pytest.approx(sum(alone) / len(alone), abs=1e-5)
+    assert metrics["eval_rows"] == len(alone)
     mains = {"evaluate": evaluate.main, "report": report.main, "export": export.main}
     for name, main in mains.items():
         [line] = [line for line in documented(ROOT / "README.md") if line.startswith(f"posttrain {name} ")]

@@ -180,3 +180,23 @@ def test_log_probabilities_and_kl_against_a_loop(monkeypatch: pytest.MonkeyPatch
             wanted_kl += float((ours.exp() * (ours - theirs)).sum())
         assert float(logps[row]) == pytest.approx(wanted_logp, abs=1e-4)
         assert float(kl[row]) == pytest.approx(wanted_kl, abs=1e-5)
+
+
+def test_the_kind_of_a_pair_is_read_where_its_column_is_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "kind": kind} for kind in ("correct", 3, None)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    named = {"columns": {"group": "kind"}}
+    assert [pair.group for pair in read(path, **named).train] == ["correct", "3", None]
+    unnamed = read(path)
+    assert [pair.group for pair in unnamed.train] == [None] * 3
+    assert [pair.content for pair in unnamed.train] == [pair.content for pair in read(path, **named).train]
+    openai = {
+        "input": {"messages": USER},
+        "preferred_output": says("2"),
+        "non_preferred_output": says("3"),
+        "kind": "x",
+    }
+    assert [pair.group for pair in read(write_rows(path, [openai]), **named).train] == ["x"]
+    for row, told in (({}, "no 'kind', which data.columns.group names"), ({"kind": [1]}, "'group' must be a text or")):
+        with pytest.raises(DataError, match=told):
+            read(write_rows(path, [{"prompt": "a", "chosen": "b", "rejected": "c", **row}]), **named)

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from posttrain.metrics.report_card import ScoredPair, correlation, reliability, report_card, sigmoid, wilson
+from posttrain.metrics.report_card import (
+    ScoredPair,
+    card_table,
+    correlation,
+    reliability,
+    report_card,
+    sigmoid,
+    slices,
+    wilson,
+)
 
 
 def pair(
@@ -66,3 +75,48 @@ def test_verdicts() -> None:
     card = report_card(overconfident)
     assert card["verdict"] == "weak"
     assert "margins are off" in card["reasons"][0]
+
+
+def of_words(margin: float, chosen: str, rejected: str, group: str | None = None) -> ScoredPair:
+    lengths = (len(chosen.split()), len(rejected.split()))
+    return ScoredPair("a", chosen, rejected, margin, 0.0, *lengths, group)
+
+
+def test_accuracy_by_kind_of_pair() -> None:
+    same = of_words(1, "it is Rome", "it is Oslo", "right")
+    wrong = of_words(-1, "it is Rome", "it is Oslo", "right")
+    longer = of_words(1, "it is Rome I think", "it is Rome", "brief")
+    pairs = [same, wrong, wrong, wrong, longer]
+    found = {each.kind: each for each in slices(pairs)}
+    assert {kind: (each.pairs, each.accuracy) for kind, each in found.items()} == {
+        "group: right": (4, 1 / 4),
+        "group: brief": (1, 1.0),
+        "lengths: 0 to 10 % apart": (4, 1 / 4),
+        "lengths: 10 to 50 % apart": (1, 1.0),
+        "words that differ: 0 or 1": (4, 1 / 4),
+        "words that differ: 2 to 5": (1, 1.0),
+    }
+    each = found["group: right"]
+    assert (each.accuracy_low, each.accuracy_high) == wilson(1, 4)
+    assert list(slices([same, wrong])) == []  # one kind alone says no more than the whole
+    assert of_words(1, "it is Rome", "it is Rome I think", "brief").kinds == longer.kinds
+
+
+def test_the_verdict_is_that_of_the_worst_kind_with_enough_pairs() -> None:
+    """47 of 90 are right: Wilson's interval is 0.4203 to 0.6223."""
+    longer, shorter = (
+        of_words(math.log(9), *texts, "friendly") for texts in (("Yes, Rome", "Rome"), ("Yes", "Yes, Rome"))
+    )
+    style = [longer, shorter] * 90
+    right = [of_words(math.log(9), "it is Rome", "it is Oslo", "correct")] * 47
+    wrong = [of_words(-math.log(9), "it is Rome", "it is Oslo", "correct")] * 43
+    card = report_card([*style, *right, *wrong])
+    assert card["verdict"] == "weak"
+    assert card["reasons"][0] == (
+        "on group: correct it is right in 52.2% (42.0% to 62.2%) of 90 pairs, which may be chance"
+    )
+    assert ("group: friendly", "accuracy 100.0% (97.9% to 100.0%) of 180 pairs") in card_table(card)
+    few = report_card([*style, *right[:23], *wrong[:26]])  # 49 pairs say nothing
+    assert few["verdict"] == "fit to optimise against", few["reasons"]
+    assert "group: correct" in {each["kind"] for each in few["slices"]}
+    assert not any("group: correct" in row[0] for row in card_table(few))

@@ -525,7 +525,7 @@ BEST = (
 # stage -> (its command, a metric that is lowest in the beginning, and its name in the manifest)
 BEST_OF = {
     "sft": (("data.dataset_name=data.jsonl", *RUN, "stage.learning_rate=0.3"), "eval_loss", "eval_loss"),
-    "ppo": ((*PPO, *DROPOUT), "eval_kl", "kl"),
+    "ppo": ((*PPO, *DROPOUT, "stage.eval_reward_functions=[my_rewards.even]"), "eval_gold/even", "gold/even"),
 }
 
 

@@ -124,20 +124,35 @@ def test_functions_are_told_before_they_are_run_and_see_all_columns(posttrain: P
 
 
 def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts: str) -> None:
+    write_rows(Path("prompts.jsonl"), [{"prompt": f"Say {'very ' * (n % 4)}{n}."} for n in range(24)])
     done = posttrain(
         "stage=ppo",
         prompts,
         *SHORT_PPO,
         REWARD,
-        "stage.num_epochs=20",
+        "stage.num_epochs=8",
+        "stage.learning_rate=1e-2",
         "stage.kl_coef=0",
         "stage.value_learning_rate=1e-2",
         "stage.missing_eos_penalty=0",
+        "stage.eval_reward_functions=[my_rewards.odd,my_rewards.constant]",
+        "data.test_size=8",
     )
     assert done.code == 0, done
     metrics = manifest(PPO)["metrics"]
     assert metrics["reward"] > metrics["reward_before"] + 1
     assert metrics["kl"] > 1
+    # and what the reward has risen at the cost of is told once, with remedies
+    assert metrics["gold/odd"] == -metrics["reward"]
+    assert (metrics["reward_better"], metrics["gold/odd_worse"], metrics["gold/constant_worse"]) == (8, 8, 0)
+    assert metrics["reward_low"] < metrics["reward"] < metrics["reward_high"]
+    assert done.out.count("warning over-optimisation on the same held-out prompts: reward rose (8 better") == 1
+    assert "; odd fell (0 better, 8 worse, p = 0.0078): -3.3750 (" in done.out
+    assert "stage.kl_coef=0.1 holds on to the reference" in done.out
+    assert "trainer.metric_for_best_model=eval_gold/odd trainer.save_steps=0.2" in done.out
+    assert "rose (8 better, 0 worse, p = 0.0078)" in done.out
+    assert "no difference seen (0 better, 0 worse, p = 1)" in done.out
+    assert ">odd<" in (PPO / "curves.svg").read_text()
 
 
 WRONG = {
