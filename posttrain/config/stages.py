@@ -71,6 +71,7 @@ class PPOStage(OnlineStage):
     vf_coef: float = key(at_least=0)
     cliprange_value: float | None = key(above=0)
     entropy_coef: float = key(at_least=0)
+    ptx_coef: float = key(at_least=0)
     whiten_advantages: bool = key()
     whiten_rewards: bool = key()
     value_learning_rate: float | None = key(above=0, below=1e3)

@@ -15,6 +15,7 @@ from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
+from posttrain.rlhf.ptx import InstructionBatch, InstructionRows
 from posttrain.rlhf.rollout import RolloutBuffer
 from posttrain.runs.sharding import tie
 from posttrain.values import JsonObject
@@ -35,13 +36,22 @@ class PPOConfig(OnlineConfig):
 class PPOTrainer(OnlineTrainer):
     """Proximal policy optimisation of a policy and a critic.
 
-    `value` makes the critic out of the policy as it is after TRL has wrapped it; all else as in `OnlineTrainer`.
+    `value` makes the critic out of the policy as it is after TRL has wrapped it; `ptx` are instruction rows that the
+    policy learns beside; all else as in `OnlineTrainer`.
     """
 
     args: PPOConfig
 
-    def __init__(self, *, value: Callable[["PreTrainedModel"], ValueNetwork], args: PPOConfig, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        value: Callable[["PreTrainedModel"], ValueNetwork],
+        args: PPOConfig,
+        ptx: InstructionRows | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(args=args, **options)
+        self.ptx = ptx
         self.model = PolicyAndValue(self.model, value(self.model), self.temperature, args.stage.entropy_coef > 0)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):  # RLOO has looked at the policy alone
@@ -67,7 +77,7 @@ class PPOTrainer(OnlineTrainer):
 
     def estimates(self, buffer: RolloutBuffer) -> Estimates:
         """Policy and critic as they are now, without gradients."""
-        return Estimates(*self.in_batches(buffer, lambda inputs: self.model(**inputs)))
+        return Estimates(*self.in_batches(buffer, lambda inputs: self.model(**inputs)[:3]))
 
     def estimate(self, buffer: RolloutBuffer) -> Tensor:
         now = self.estimates(buffer)
@@ -107,23 +117,38 @@ class PPOTrainer(OnlineTrainer):
     def _compute_loss(self, model: nn.Module, inputs: JsonObject) -> Tensor:
         stage, buffer = self.args.stage, inputs["episodes"]
         mask = buffer.completion_mask
-        now = model(**self.inputs_of(buffer))
+        ptx = self._instructions()
+        now = model(**self.inputs_of(buffer), instructions=ptx.inputs if ptx is not None else None)
         policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, stage.clip_ratio)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
         # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens
         scale = self.accelerator.num_processes * self.plan.accumulation / inputs["tokens"]
         entropy = (now.entropy * mask).sum() * scale
         loss: Tensor = policy.loss.sum() * scale - stage.entropy_coef * entropy
+        logged = {"policy_loss": policy.loss, "value_loss": value, "clip_fraction": policy.clipped}
+        logged["approx_kl"] = policy.approx_kl
+        if ptx is not None:
+            share = inputs["tokens"] / ptx.tokens  # the rows' mean is over tokens of their own
+            logged["ptx_loss"] = losses.instruction_loss(now.instructions, ptx.mask) * share
+            loss = loss + stage.ptx_coef * logged["ptx_loss"].sum() * scale
         if self.state.global_step < stage.critic_warmup_steps:
             loss = loss * 0.0
         loss = loss + stage.vf_coef * value.sum() * scale
         with torch.no_grad():
-            sums = torch.stack([policy.loss.sum(), value.sum(), policy.clipped.sum(), policy.approx_kl.sum()])
+            sums = torch.stack([each.sum() for each in logged.values()])
             means = self.summed(sums.detach()) * self.plan.accumulation / inputs["tokens"]
-        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-        for name, mean in zip(names, means.tolist(), strict=True):
+        for name, mean in zip(logged, means.tolist(), strict=True):
             self._metrics["train"][name].append(mean)
         return loss
+
+    def _instructions(self) -> InstructionBatch | None:
+        """The instruction rows of this forward pass, where some are learned from."""
+        plan, processes = self.plan, self.accelerator.num_processes
+        part = self._step % plan.accumulation * processes + self.accelerator.process_index
+        parts, rows = plan.accumulation * processes, plan.rollout // plan.mini_batches
+        if self.ptx is None:
+            return None
+        return self.ptx.batch(self.state.global_step, rows, part, parts, self.accelerator.device)
 
     # -- checkpoints
 

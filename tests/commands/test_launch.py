@@ -119,7 +119,7 @@ def interrupted(stage: str, folder: Path, *more: str) -> None:
 
 
 def test_ppo_on_two_processes_resumes(posttrain: Posttrain, sources: Path) -> None:
-    interrupted("ppo", sources, *NO_DROPOUT)
+    interrupted("ppo", sources, *NO_DROPOUT, "data.ptx=rows.jsonl", "stage.ptx_coef=0.5")
     # rollouts are other ones in one process; what is held out is sampled and scored alike
     assert posttrain(*command("ppo", "one", "trainer.max_steps=1", *NO_DROPOUT)).code == 0
     one, two = (manifest(sources / f"outputs/{name}/ppo")["metrics"] for name in ("one", "whole"))

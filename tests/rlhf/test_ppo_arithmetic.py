@@ -96,6 +96,13 @@ def test_importance_weights_of_tokens_that_another_policy_has_sampled() -> None:
     close(weights, [[2.0, 3.0, 0.5, 0.0]])
 
 
+def test_the_loss_of_instruction_rows() -> None:
+    """Probabilities 1/2 and 1/4 in completions; prompt and padding do not count."""
+    logps = torch.tensor([[0.5, 0.25, 0.9], [0.9, 0.5, 0.9]]).log()
+    found = losses.instruction_loss(logps, torch.tensor([[1, 1, 0], [0, 1, 0]]))
+    close(found, [[math.log(2), math.log(4), 0.0], [0.0, math.log(2), 0.0]])
+
+
 def test_explained_variance() -> None:
     mask = torch.tensor([[1, 1, 1, 0]])
     returns = torch.tensor([[1.0, 2.0, 3.0, 0.0]])

@@ -413,7 +413,7 @@ KILLS = {
     "full, between rollouts": ((), 6),
     "full, inside a rollout": ((), 13),
     "full, before the end": ((), 23),
-    "lora, inside a rollout": (LORA, 15),
+    "lora and instruction rows, inside a rollout": ((*LORA, "data.ptx=data.jsonl", "stage.ptx_coef=0.5"), 15),
 }
 
 
@@ -421,6 +421,7 @@ KILLS = {
 def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     posttrain: Posttrain,
     prompts: str,
+    rows: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     more: tuple[str, ...],

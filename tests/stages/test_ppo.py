@@ -312,6 +312,43 @@ def test_every_hyperparameter_reaches_the_computation(
     assert numbers("flip", flip) != BASES[base]
 
 
+def test_instruction_rows_are_learned_beside(posttrain: Posttrain, prompts: str, rows: Path) -> None:
+    """The first update's loss is that of transformers on the rows that seed and update give; then it falls."""
+    from transformers import AutoModelForCausalLM
+
+    from posttrain import configure
+    from posttrain.data.encode import labels_of
+    from posttrain.rlhf.rollout_plan import drawn
+    from posttrain.train import prepared
+
+    ptx = (
+        f"data.ptx=[{rows},{{name: more.jsonl, columns: {{text: text}}}}]",
+        "stage.ptx_coef=2",
+        "stage.temperature=0.7",
+        "stage.batch_size=2",
+    )
+    write_rows(Path("more.jsonl"), [{"text": "One and two are three."}])
+    words = ("stage=ppo", prompts, *SHORT_PPO, REWARD, *ptx, "data.max_rows=20", "data.test_size=0")
+    done = posttrain(*words)
+    assert done.code == 0, done
+    assert manifest(PPO)["data"]["counts"]["ptx"]["kept"] == 21
+    assert manifest(PPO)["data"]["rows_of"]["more.jsonl"] == {"train": 0, "test": 0, "ptx": 1}
+    losses = [line["ptx_loss"] for line in logged(PPO) if "ptx_loss" in line]
+    assert losses[-1] < losses[0] - 1
+    dataset = prepared(configure(*words, f"model.model_name_or_path={PPO}/base")).prepared.ptx.dataset
+    base = AutoModelForCausalLM.from_pretrained(PPO / "base")
+    summed, tokens = 0.0, 0
+    for row in dataset.select(drawn(21, 4, 42, 0)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([labels_of(row["input_ids"], row["spans"])])
+        count = int((labels[:, 1:] != -100).sum())
+        summed, tokens = summed + float(base(ids, labels=labels).loss) * count, tokens + count
+    assert losses[0] == pytest.approx(summed / tokens, rel=1e-5)
+    write_rows(rows, [{"instruction": "What is new?", "response": "This."}])
+    changed = posttrain(*words)
+    assert changed.code == 2, changed
+    assert "the content of a file that data names has changed" in changed.err
+
+
 def test_the_critic_warms_up_alone(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain(
         "stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.critic_warmup_steps=1000", "stage.learning_rate=1e-2"
