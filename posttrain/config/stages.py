@@ -66,8 +66,12 @@ class PPOStage(OnlineStage):
     """Reinforcement learning from a reward by proximal policy optimisation, in TRL's words where it had them."""
 
     clip_ratio: float = key(above=0, below=1, trl="epsilon")
+    clip_ratio_high: float | None = key(above=0, trl="epsilon_high")
+    dual_clip: float | None = key(above=1)
+    target_kl: float | None = key(above=0)
     gamma: float = key(at_least=0, at_most=1)
     lam: float = key(at_least=0, at_most=1)
+    value_lam: float | None = key(at_least=0, at_most=1)
     vf_coef: float = key(at_least=0)
     cliprange_value: float | None = key(above=0)
     entropy_coef: float = key(at_least=0)
@@ -243,7 +247,6 @@ PPO = StageSpec(
     reserved={
         "gradient_accumulation_steps": "it follows from stage.rollout_batch_size, num_mini_batches and batch_size",
         "beta": "set stage.kl_coef",
-        "epsilon_high": "set stage.clip_ratio",
         **dict.fromkeys(("num_generations", "num_generations_eval"), "PPO takes one completion per prompt"),
         "steps_per_generation": "it follows from stage.rollout_batch_size and stage.batch_size",
         "reward_weights": "set stage.reward_weights",

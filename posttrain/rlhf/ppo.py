@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,9 @@ class PPOTrainer(OnlineTrainer):
         rewards = losses.token_rewards(episodes.shaped, kl, mask, self.kl_controller.coef)
         if stage.whiten_rewards:
             rewards = losses.whiten(rewards, mask, self.summed(losses.moments(rewards, mask)), shift_mean=False)
-        advantages, buffer.returns = losses.generalised_advantages(rewards, buffer.values, mask, stage.gamma, stage.lam)
+        advantages, buffer.returns = losses.generalised_advantages(
+            rewards, buffer.values, mask, stage.gamma, stage.lam, stage.value_lam
+        )
         if stage.whiten_advantages:
             advantages = losses.whiten(advantages, mask, self.summed(losses.moments(advantages, mask)))
         buffer.advantages = advantages * episodes.weights
@@ -114,12 +117,34 @@ class PPOTrainer(OnlineTrainer):
                     optimizer.add_param_group({**group, "params": theirs, "lr": rate})
         return optimizer
 
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        """Skips what is left of a rollout whose KL(π_old‖π) an update has found above stage.target_kl.
+
+        Weights without gradients are left alone by PyTorch's optimizers, and so are their moments.
+        """
+        target, number = self.args.stage.target_kl, self._step // self.plan.micro_steps_per_rollout
+        if target is None:
+            return super().training_step(*args, **kwargs)
+        skipped, metrics = number == self.ended_rollout, self._metrics["train"]
+        if skipped:
+            self._step += 1
+            loss = torch.zeros((), device=self.args.device)
+        else:
+            loss = super().training_step(*args, **kwargs)
+            # the same numbers on all processes
+            kl = metrics["approx_kl"][-self.plan.accumulation :]
+            if self._step % self.plan.accumulation == 0 and fmean(kl) > target:
+                self.ended_rollout = number
+        metrics["skipped_updates"].append(float(skipped))
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: JsonObject) -> Tensor:
         stage, buffer = self.args.stage, inputs["episodes"]
         mask = buffer.completion_mask
         ptx = self._instructions()
         now = model(**self.inputs_of(buffer), instructions=ptx.inputs if ptx is not None else None)
-        policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, stage.clip_ratio)
+        clips = (stage.clip_ratio, stage.clip_ratio_high, stage.dual_clip)
+        policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, *clips)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
         # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens
         scale = self.accelerator.num_processes * self.plan.accumulation / inputs["tokens"]

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from posttrain.data.encode import ConversationEncoding, PromptEncoding, from_tex
 from posttrain.data.formats import Prompt, instructions, prompts
 from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Example
-from posttrain.devices import on_all_processes, process_state
+from posttrain.devices import on_all_processes, process_state, sharding_engine, wanted_precision
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
 from posttrain.metrics.comparison import REWARD
@@ -92,6 +93,12 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
+        )
+    precision = wanted_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    if stage.target_kl is not None and (sharding_engine() == "DeepSpeed" or precision == "fp16"):
+        raise ConfigError(
+            f"stage.target_kl={stage.target_kl:g} leaves out optimizer steps, which neither DeepSpeed nor the loss "
+            "scaler of fp16 can; leave it out, or take accelerate=fsdp and precision=bf16"
         )
     _check_rewards(config)
     functions = _functions("stage.reward_functions", stage.reward_functions)
