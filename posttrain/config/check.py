@@ -207,7 +207,11 @@ def _check_together(config: Config) -> typing.Iterator[str]:
         yield f"data.preference.{next(iter(said))} needs {gone} beside it"
     elif said and rule.a == rule.b:
         yield f"data.preference.a and data.preference.b are both {rule.a}"
-    coefficient = config.stage.ptx_coef if isinstance(config.stage, PPOStage) else None
+    ppo = config.stage if isinstance(config.stage, PPOStage) else None
+    half = "fp16" in (config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    if ppo and ppo.target_kl and (half or engine == "DeepSpeed"):
+        yield f"stage.target_kl={ppo.target_kl:g} skips optimizer steps, which DeepSpeed and fp16 cannot; leave it out"
+    coefficient = ppo.ptx_coef if ppo else None
     if coefficient and not config.data.ptx:
         yield f"stage.ptx_coef={coefficient:g} needs data.ptx=<a file or Hub id of instruction rows>"
     elif config.data.ptx and not coefficient:

@@ -13,6 +13,5 @@ def ptx_data(data: DataConfig) -> DataConfig:
     """A mixture of the sources of data.ptx, none of whose rows is held out; columns are called as in sft."""
     files = [OmegaConf.load(CONF / "data" / name) for name in ("base.yaml", "sft.yaml")]
     columns = InstructionColumns(**dict(OmegaConf.merge(*files).columns))
-    names = [part.name for part in data.ptx]
-    own = replace(data, dataset_name=names, mixture=data.ptx, columns=columns, ignored_columns=[])
-    return replace(own, ptx=[], eval={}, dataset_test_split=None, test_size=0)
+    own = replace(data, mixture=data.ptx, ptx=[], eval={}, columns=columns, ignored_columns=[])
+    return replace(own, dataset_name=[part.name for part in data.ptx], dataset_test_split=None, test_size=0)

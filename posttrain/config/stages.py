@@ -22,6 +22,7 @@ class SFTStage(StageConfig):
 class RewardStage(StageConfig):
     """Reward modelling."""
 
+    label_smoothing: float = key(at_least=0, below=0.5)
     best_accuracy: float | None = key(above=0.5, at_most=1)
 
 
@@ -224,7 +225,7 @@ REWARD = StageSpec(
     follows=("sft",),
     is_classifier=True,
     trl_config=("reward_config.py", "RewardConfig"),
-    reserved={"label_smoothing_factor": "the Bradley–Terry loss has none"},
+    reserved={"label_smoothing_factor": "set stage.label_smoothing"},
     check_trainer=no_problems,
     title="Reward model",
     tag="reward-trainer",

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
     from transformers.generation.utils import GenerateOutput
 
-    from posttrain.rlhf.ptx import Instructions
-
 POLICY, VALUE, REWARD = "default", "critic", "reward"
 
 
@@ -55,7 +53,7 @@ class Estimates(NamedTuple):
     logps: Tensor
     entropy: Tensor
     values: Tensor
-    instructions: Tensor | None = None  # log π of the tokens of instruction rows, where some were given
+    instructions: Tensor | None = None  # log π of the tokens of instruction rows at temperature 1, if some are given
 
 
 class PolicyAndValue(nn.Module):
@@ -83,12 +81,9 @@ class PolicyAndValue(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         completion: int,
-        instructions: "Instructions | None" = None,
+        instructions: tuple[Tensor, Tensor, Tensor, int] | None = None,
     ) -> Estimates:
-        """Estimates for the last `completion` tokens of each row, from (rows, tokens).
-
-        What `instructions` hold is told at temperature 1.
-        """
+        """Estimates for the last `completion` tokens of each row, from (rows, tokens); of `instructions` the same."""
         # in an update, entropy matters only to its bonus
         wanted = self.learn_entropy or not torch.is_grad_enabled()
         logps, entropy = log_probs(

@@ -16,7 +16,7 @@ from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
-from posttrain.rlhf.ptx import InstructionBatch, InstructionRows
+from posttrain.rlhf.ptx import InstructionRows
 from posttrain.rlhf.rollout import RolloutBuffer
 from posttrain.runs.sharding import tie
 from posttrain.values import JsonObject
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
+MakeCritic = Callable[["PreTrainedModel"], ValueNetwork]
 
 
 @dataclass(kw_only=True)
@@ -44,12 +45,7 @@ class PPOTrainer(OnlineTrainer):
     args: PPOConfig
 
     def __init__(
-        self,
-        *,
-        value: Callable[["PreTrainedModel"], ValueNetwork],
-        args: PPOConfig,
-        ptx: InstructionRows | None = None,
-        **options: Any,
+        self, *, value: MakeCritic, args: PPOConfig, ptx: InstructionRows | None = None, **options: Any
     ) -> None:
         super().__init__(args=args, **options)
         self.ptx = ptx
@@ -123,57 +119,48 @@ class PPOTrainer(OnlineTrainer):
         Weights without gradients are left alone by PyTorch's optimizers, and so are their moments.
         """
         target, number = self.args.stage.target_kl, self._step // self.plan.micro_steps_per_rollout
-        if target is None:
-            return super().training_step(*args, **kwargs)
         skipped, metrics = number == self.ended_rollout, self._metrics["train"]
         if skipped:
             self._step += 1
             loss = torch.zeros((), device=self.args.device)
         else:
             loss = super().training_step(*args, **kwargs)
-            # the same numbers on all processes
-            kl = metrics["approx_kl"][-self.plan.accumulation :]
-            if self._step % self.plan.accumulation == 0 and fmean(kl) > target:
+        if target is not None:
+            metrics["skipped_updates"].append(float(skipped))
+            passes, is_last = self.plan.accumulation, self._step % self.plan.accumulation == 0
+            # the update's mean, the same on all processes
+            if not skipped and is_last and fmean(metrics["approx_kl"][-passes:]) > target:
                 self.ended_rollout = number
-        metrics["skipped_updates"].append(float(skipped))
         return loss
 
     def _compute_loss(self, model: nn.Module, inputs: JsonObject) -> Tensor:
         stage, buffer = self.args.stage, inputs["episodes"]
         mask = buffer.completion_mask
-        ptx = self._instructions()
-        now = model(**self.inputs_of(buffer), instructions=ptx.inputs if ptx is not None else None)
+        processes, accumulation = self.accelerator.num_processes, self.plan.accumulation
+        part, parts = self._step % accumulation * processes + self.accelerator.process_index, accumulation * processes
+        ptx = None if self.ptx is None else self.ptx.batch(self.state.global_step, part, parts, mask.device)
+        now = model(**self.inputs_of(buffer), instructions=None if ptx is None else ptx.inputs)
         clips = (stage.clip_ratio, stage.clip_ratio_high, stage.dual_clip)
         policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, *clips)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
         # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens
-        scale = self.accelerator.num_processes * self.plan.accumulation / inputs["tokens"]
+        scale = processes * accumulation / inputs["tokens"]
         entropy = (now.entropy * mask).sum() * scale
         loss: Tensor = policy.loss.sum() * scale - stage.entropy_coef * entropy
-        logged = {"policy_loss": policy.loss, "value_loss": value, "clip_fraction": policy.clipped}
-        logged["approx_kl"] = policy.approx_kl
-        if ptx is not None:
-            share = inputs["tokens"] / ptx.tokens  # the rows' mean is over tokens of their own
-            logged["ptx_loss"] = losses.instruction_loss(now.instructions, ptx.mask) * share
-            loss = loss + stage.ptx_coef * logged["ptx_loss"].sum() * scale
+        each = {"policy_loss": policy.loss, "value_loss": value, "clip_fraction": policy.clipped}
+        each["approx_kl"] = policy.approx_kl
+        if ptx is not None:  # a mean over tokens of its own
+            each["ptx_loss"] = losses.instruction_loss(now.instructions, ptx.mask) * (inputs["tokens"] / ptx.tokens)
+            loss = loss + stage.ptx_coef * each["ptx_loss"].sum() * scale
         if self.state.global_step < stage.critic_warmup_steps:
             loss = loss * 0.0
         loss = loss + stage.vf_coef * value.sum() * scale
         with torch.no_grad():
-            sums = torch.stack([each.sum() for each in logged.values()])
-            means = self.summed(sums.detach()) * self.plan.accumulation / inputs["tokens"]
-        for name, mean in zip(logged, means.tolist(), strict=True):
+            sums = torch.stack([values.sum() for values in each.values()])
+            means = self.summed(sums.detach()) * accumulation / inputs["tokens"]
+        for name, mean in zip(each, means.tolist(), strict=True):
             self._metrics["train"][name].append(mean)
         return loss
-
-    def _instructions(self) -> InstructionBatch | None:
-        """The instruction rows of this forward pass, where some are learned from."""
-        plan, processes = self.plan, self.accelerator.num_processes
-        part = self._step % plan.accumulation * processes + self.accelerator.process_index
-        parts, rows = plan.accumulation * processes, plan.rollout // plan.mini_batches
-        if self.ptx is None:
-            return None
-        return self.ptx.batch(self.state.global_step, rows, part, parts, self.accelerator.device)
 
     # -- checkpoints
 

@@ -60,28 +60,25 @@ def plan_rollouts(stage: OnlineStage, prompts: int, processes: int) -> RolloutPl
     )
 
 
-@functools.lru_cache(maxsize=4)  # of prompts and instruction rows, which may reach into the next pass; 8 MB a million
-def _permutation(rows: int, seed: int, number: int) -> tuple[int, ...]:
-    """The rows in the order of pass `number`."""
-    order = list(range(rows))
+@functools.lru_cache(
+    maxsize=4
+)  # of prompts and of instruction rows, which may reach into the next pass; 8 MB a million
+def _permutation(prompts: int, seed: int, number: int) -> tuple[int, ...]:
+    """The prompts in the order of pass `number`."""
+    order = list(range(prompts))
     random.Random(f"prompts {seed} {number}").shuffle(order)
     return tuple(order)
 
 
 def prompts_of_rollout(plan: RolloutPlan, seed: int, rollout: int) -> list[int]:
-    """The prompts of a rollout, as `drawn`."""
-    return drawn(plan.prompts, plan.rollout, seed, rollout)
+    """The prompts of a rollout, a function of its number alone, so that a resumed run draws the same ones.
 
-
-def drawn(rows: int, size: int, seed: int, number: int) -> list[int]:
-    """Draw `number` of so many rows, a function of its number alone, so that a resumed run draws the same ones.
-
-    One that reaches beyond the last row goes on with the next permutation: no row is left out.
+    A rollout that reaches beyond the last prompt goes on with the next permutation: no prompt is left out.
     """
     chosen: list[int] = []
-    number, at = divmod(number * size, rows)
-    while len(chosen) < size:
-        chosen += _permutation(rows, seed, number)[at : at + size - len(chosen)]
+    number, at = divmod(rollout * plan.rollout, plan.prompts)
+    while len(chosen) < plan.rollout:
+        chosen += _permutation(plan.prompts, seed, number)[at : at + plan.rollout - len(chosen)]
         number, at = number + 1, 0
     return chosen
 

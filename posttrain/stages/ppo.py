@@ -4,7 +4,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from posttrain.data.encode import ConversationEncoding, PromptEncoding, from_tex
 from posttrain.data.formats import Prompt, instructions, prompts
 from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Example
-from posttrain.devices import on_all_processes, process_state, sharding_engine, wanted_precision
+from posttrain.devices import on_all_processes, process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
 from posttrain.metrics.comparison import REWARD
@@ -32,7 +31,7 @@ from posttrain.models.meta import Batch, Holdings, hold_model, meta_model, weigh
 from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.diagnostics import Alarms
-from posttrain.rlhf.ptx import InstructionRows, Instructions
+from posttrain.rlhf.ptx import InstructionRows
 from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts
 from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
@@ -93,12 +92,6 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
-        )
-    precision = wanted_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
-    if stage.target_kl is not None and (sharding_engine() == "DeepSpeed" or precision == "fp16"):
-        raise ConfigError(
-            f"stage.target_kl={stage.target_kl:g} leaves out optimizer steps, which neither DeepSpeed nor the loss "
-            "scaler of fp16 can; leave it out, or take accelerate=fsdp and precision=bf16"
         )
     _check_rewards(config)
     functions = _functions("stage.reward_functions", stage.reward_functions)
@@ -220,7 +213,7 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     def loss(batch: Batch, completion: int) -> "torch.Tensor":
         ids, mask = batch["input_ids"], batch["attention_mask"]
         positions = mask.cumsum(-1) - 1
-        ptx = Instructions(ids, mask, positions, ids.size(1) - 1) if stage.ptx_coef else None
+        ptx = (ids, mask, positions, ids.size(1) - 1) if stage.ptx_coef else None
         said = both(**batch, position_ids=positions, completion=completion, instructions=ptx)
         total: torch.Tensor = said.logps.sum() + said.values.sum() + said.entropy.sum()
         return total if said.instructions is None else total + said.instructions.sum()
@@ -273,7 +266,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
         plan=rollouts,
         reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
         value=critic,
-        ptx=InstructionRows(ptx.dataset, tokenizer.pad_token_id, config.seed) if ptx is not None else None,
+        ptx=InstructionRows(ptx.dataset, tokenizer.pad_token_id, config.seed, rollouts) if ptx is not None else None,
         on_rollout=RolloutLog(context, rollouts),
         held_out=HeldOut(context, scorer),
         args=trl_config(PPOConfig, arguments),

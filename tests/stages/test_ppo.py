@@ -209,7 +209,7 @@ REFUSED = {
     "beta": (("trainer.beta=0.1",), "trainer.beta cannot be set: set stage.kl_coef"),
     "epsilon": (("trainer.epsilon=0.1",), "trainer.epsilon repeats stage.clip_ratio"),
     "epsilon_high": (("trainer.epsilon_high=0.1",), "trainer.epsilon_high repeats stage.clip_ratio_high"),
-    "fp16": (("stage.target_kl=0.1", "precision=fp16"), "which neither DeepSpeed nor the loss scaler of fp16 can"),
+    "fp16": (("stage.target_kl=0.1", "precision=fp16"), "skips optimizer steps, which DeepSpeed and fp16 cannot"),
     "accumulation": (("trainer.gradient_accumulation_steps=2",), "it follows from stage.rollout_batch_size"),
     "estimator": (("stage.kl_estimator=k2",), "stage.kl_estimator=k2 is not one of k1, k3"),
 }
@@ -324,7 +324,7 @@ def test_instruction_rows_are_learned_beside(posttrain: Posttrain, prompts: str,
 
     from posttrain import configure
     from posttrain.data.encode import labels_of
-    from posttrain.rlhf.rollout_plan import drawn
+    from posttrain.rlhf.rollout_plan import RolloutPlan, prompts_of_rollout
     from posttrain.train import prepared
 
     ptx = (
@@ -354,7 +354,7 @@ def test_instruction_rows_are_learned_beside(posttrain: Posttrain, prompts: str,
     base = AutoModelForCausalLM.from_pretrained(PPO / "base")
     summed, tokens = 0.0, 0
     base.requires_grad_(False)
-    for row in dataset.select(drawn(21, 4, 42, 0)):
+    for row in dataset.select(prompts_of_rollout(RolloutPlan(21, 4, 4, 1, 1, 1, 4, 6), 42, 0)):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([labels_of(row["input_ids"], row["spans"])])
         count = int((labels[:, 1:] != -100).sum())
         summed, tokens = summed + float(base(ids, labels=labels).loss) * count, tokens + count
