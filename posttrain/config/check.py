@@ -21,7 +21,7 @@ from posttrain.config.accelerate import accelerate_config
 from posttrain.config.machines import bytes_of
 from posttrain.config.reserved import ALWAYS
 from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
-from posttrain.config.stages import STAGES, StageSpec
+from posttrain.config.stages import STAGES, InstructionColumns, PPOStage, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
 from posttrain.devices import sharding_engine
@@ -207,6 +207,16 @@ def _check_together(config: Config) -> typing.Iterator[str]:
         yield f"data.preference.{next(iter(said))} needs {gone} beside it"
     elif said and rule.a == rule.b:
         yield f"data.preference.a and data.preference.b are both {rule.a}"
+    ppo = config.stage if isinstance(config.stage, PPOStage) else None
+    half = "fp16" in (config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    if ppo and ppo.target_kl and (half or engine == "DeepSpeed"):
+        yield f"stage.target_kl={ppo.target_kl:g} skips optimizer steps, which DeepSpeed and fp16 cannot; leave it out"
+    coefficient = ppo.ptx_coef if ppo else None
+    if coefficient and not config.data.ptx:
+        yield f"stage.ptx_coef={coefficient:g} needs data.ptx=<a file or Hub id of instruction rows>"
+    elif config.data.ptx and not coefficient:
+        where = "stage=ppo; in a pipeline write ppo.data.ptx=…" if coefficient is None else "stage.ptx_coef above 0"
+        yield f"data.ptx={', '.join(part.name for part in config.data.ptx)} is read with {where}"
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"
@@ -217,17 +227,19 @@ def _check_sources(data: DataConfig) -> typing.Iterator[str]:
     for path, part in data.parts().items():
         if not part.name:
             yield f"{path}.name is required: a path or a Hub id"
+        columns = _schema_keys(InstructionColumns) if path.startswith("data.ptx") else vars(data.columns)
         if part.weight is not None and path.startswith("data.eval"):
             yield f"{path}.weight={part.weight} has no meaning: weights are shares of the rows to train on"
         elif part.weight is not None and not part.weight > 0:
             yield f"{path}.weight={part.weight} must be above 0"
         if part.max_rows is not None and part.max_rows < 1:
             yield f"{path}.max_rows={part.max_rows} must be at least 1"
-        for column in part.columns.keys() - vars(data.columns).keys():
-            yield f"{path}.columns.{column} is unknown{nearest(column, vars(data.columns))}"
-    weighted = [part.weight is not None for part in data.mixture]
-    if any(weighted) and not all(weighted):
-        yield "data.mixture: give each source a weight, or none of them"
+        for column in part.columns.keys() - columns.keys():
+            yield f"{path}.columns.{column} is unknown{nearest(column, columns)}"
+    for path, parts in (("data.mixture", data.mixture), ("data.ptx", data.ptx)):
+        weighted = [part.weight is not None for part in parts]
+        if any(weighted) and not all(weighted):
+            yield f"{path}: give each source a weight, or none of them"
     for name in data.eval:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in ("train", "test"):
             yield f"data.eval.{name}: a name may hold letters, digits, '_' and '-', and be neither train nor test"
@@ -288,6 +300,7 @@ def check(composed: DictConfig) -> Config:
     schema.trainer = trainer
     config = typing.cast(Config, OmegaConf.to_object(schema))
     data = config.data
+    data.ptx = data.ptx if isinstance(data.ptx, list) else [] if data.ptx is None else [data.ptx]
     sources: dict[str, SourceConfig] = {}
     for path, part in data.parts().items():
         try:
@@ -298,6 +311,7 @@ def check(composed: DictConfig) -> Config:
         raise ConfigError(*problems)
     data.mixture = [sources[f"data.mixture[{at}]"] for at in range(len(data.mixture))]
     data.eval = {name: sources[f"data.eval.{name}"] for name in data.eval}
+    data.ptx = [part for path, part in sources.items() if path.startswith("data.ptx")]
     problems = [*_check_trainer(config.stage, config.trainer), *_check_together(config)]
     if problems:
         raise ConfigError(*problems)

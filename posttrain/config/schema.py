@@ -126,6 +126,7 @@ class DataConfig:
     test_size: float = key(at_least=0)
     max_rows: int | None = key(at_least=1)
     eval: dict[str, Any] = key()  # once it is checked, of SourceConfig
+    ptx: Any = key()  # once it is checked, a list of SourceConfig
     max_eval_rows: int | None = key(at_least=1)
     num_proc: int | None = key(at_least=1)
     cache_dir: str | None = key()
@@ -140,9 +141,10 @@ class DataConfig:
     ignored_columns: list[str] = key()
 
     def parts(self) -> dict[str, Any]:
-        """Key -> each source of the mixture and each named held-out set."""
+        """Key -> each source of the mixture, each named held-out set and each source of instruction rows."""
         mixture = {f"data.mixture[{at}]": part for at, part in enumerate(self.mixture)}
-        return mixture | {f"data.eval.{name}": part for name, part in self.eval.items()}
+        ptx = {f"data.ptx[{at}]" if len(self.ptx) > 1 else "data.ptx": part for at, part in enumerate(self.ptx)}
+        return mixture | {f"data.eval.{name}": part for name, part in self.eval.items()} | ptx
 
 
 @dataclass

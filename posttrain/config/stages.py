@@ -22,6 +22,7 @@ class SFTStage(StageConfig):
 class RewardStage(StageConfig):
     """Reward modelling."""
 
+    label_smoothing: float = key(at_least=0, below=0.5)
     best_accuracy: float | None = key(above=0.5, at_most=1)
 
 
@@ -66,11 +67,16 @@ class PPOStage(OnlineStage):
     """Reinforcement learning from a reward by proximal policy optimisation, in TRL's words where it had them."""
 
     clip_ratio: float = key(above=0, below=1, trl="epsilon")
+    clip_ratio_high: float | None = key(above=0, trl="epsilon_high")
+    dual_clip: float | None = key(above=1)
+    target_kl: float | None = key(above=0)
     gamma: float = key(at_least=0, at_most=1)
     lam: float = key(at_least=0, at_most=1)
+    value_lam: float | None = key(at_least=0, at_most=1)
     vf_coef: float = key(at_least=0)
     cliprange_value: float | None = key(above=0)
     entropy_coef: float = key(at_least=0)
+    ptx_coef: float = key(at_least=0)
     whiten_advantages: bool = key()
     whiten_rewards: bool = key()
     value_learning_rate: float | None = key(above=0, below=1e3)
@@ -220,7 +226,7 @@ REWARD = StageSpec(
     follows=("sft",),
     is_classifier=True,
     trl_config=("reward_config.py", "RewardConfig"),
-    reserved={"label_smoothing_factor": "the Bradley–Terry loss has none"},
+    reserved={"label_smoothing_factor": "set stage.label_smoothing"},
     check_trainer=no_problems,
     title="Reward model",
     tag="reward-trainer",
@@ -243,7 +249,6 @@ PPO = StageSpec(
     reserved={
         "gradient_accumulation_steps": "it follows from stage.rollout_batch_size, num_mini_batches and batch_size",
         "beta": "set stage.kl_coef",
-        "epsilon_high": "set stage.clip_ratio",
         **dict.fromkeys(("num_generations", "num_generations_eval"), "PPO takes one completion per prompt"),
         "steps_per_generation": "it follows from stage.rollout_batch_size and stage.batch_size",
         "reward_weights": "set stage.reward_weights",

@@ -42,7 +42,7 @@ ROWS = "rows.arrow"
 MAKING = ".making-"  # a folder that is not whole yet begins so
 SLOW = 5.0  # seconds of preparation from which on it is told
 # keys that change how the rows are prepared, and not what they are
-FREE_KEYS = ("num_proc", "cache_dir", "max_eval_rows")
+FREE_KEYS = ("num_proc", "cache_dir", "max_eval_rows", "ptx")
 
 
 def column_of(dataset: "Dataset", name: str) -> Numbers:
@@ -100,6 +100,19 @@ class Prepared:
     columns: list[str]  # that rows have besides the documented ones
     options: list[str]  # chat_template_kwargs of single rows
     unlike_generation: int
+    ptx: Encoded | None = None  # instruction rows that are learned beside (data.ptx)
+
+    def add_ptx(self, rows: "Prepared") -> None:
+        """Take over the rows of data.ptx, and what is known of them."""
+        self.ptx, self.counts["ptx"], self.fingerprint["ptx"] = (
+            rows.train,
+            rows.counts["train"],
+            rows.fingerprint["train"],
+        )
+        self.notes += [f"data.ptx: {note}" for note in rows.notes]
+        for name in {**self.rows_of, **rows.rows_of}:
+            mine = self.rows_of.setdefault(name, dict.fromkeys(next(iter(self.rows_of.values())), 0))
+            mine["ptx"] = rows.rows_of.get(name, {}).get("train", 0)
 
 
 def key_of(work: Work[Any], sources: dict[str, str]) -> str:

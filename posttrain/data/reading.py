@@ -108,7 +108,9 @@ class Work(Generic[Row]):
             return None
         places = facts[facts["why"] == KEPT]
         contents = np.ascontiguousarray(places["content"]).view("V16").tolist()
-        columns: dict[str, Any] = {name: [row.columns.get(name) for row in kept] for name in self.encoding.types}
+        columns: dict[str, list[object]] = {
+            name: [row.columns.get(name) for row in kept] for name in self.encoding.types
+        }
         columns |= {"length": [row.length for row in kept], "order": [order_of(each) for each in contents]}
         columns |= {name: places[name] for name in ("source", "number")}
         fields = table_schema(self.encoding.types)

@@ -199,7 +199,7 @@ def _names(data: DataConfig) -> list[str]:
 
 def _sources(data: DataConfig) -> list[str]:
     """The names of all sources but a file of data.dataset_test_split."""
-    return [*_names(data), *(part.name for part in data.eval.values())]
+    return [*_names(data), *(part.name for part in (*data.eval.values(), *data.ptx))]
 
 
 def is_local_data(data: DataConfig) -> bool:

@@ -217,7 +217,7 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
     for name, each in card.get("named", {}).items():
         interval = f"{each['accuracy']:.1%} ({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
         rows.append((f"{name}: accuracy", f"{interval} of {each['pairs']:,} pairs"))
-    by_kind = (Slice(**each) for each in card["slices"])
+    by_kind = (Slice(**each) for each in card.get("slices", ()))
     rows += [(each.kind, f"accuracy {each}") for each in by_kind if each.pairs >= ENOUGH]
     base = card["baselines"]
     rows += [

@@ -41,10 +41,10 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
 
 
 def _parts(data: StageData) -> dict[str, Encoded | None]:
-    """What the rows are for -> those of them that are kept; named sets are held out, too."""
+    """What the rows are for -> those of them that are kept; named sets are held out, but for `ptx`."""
     made = data.prepared
     whole = {"train": made.train} | ({"test": made.test} if made.test is not None or not made.named else {})
-    return whole | made.named
+    return whole | made.named | ({"ptx": made.ptx} if made.ptx is not None else {})
 
 
 def _response_tokens(config: Config) -> str:
@@ -60,7 +60,8 @@ def show_data(config: Config, data: StageData) -> None:
     parts, rows_of = _parts(data), data.prepared.rows_of
     cells = zip(names, *(_summary(part, data.prepared.counts[name]) for name, part in parts.items()), strict=True)
     sources = [(f"rows of {name}", *(f"{rows[part]:,}" for part in parts)) for name, rows in rows_of.items()]
-    table = [*sources, *list(cells)[: len(names) if train.loss_tokens else -1]]
+    loss_tokens = sum(part.loss_tokens for part in parts.values() if part is not None)
+    table = [*sources, *list(cells)[: len(names) if loss_tokens else -1]]
     show_table("data", ("", *("held out" if name == "test" else name for name in parts)), table)
     for note in data.prepared.notes:
         say(f"data: {note}")

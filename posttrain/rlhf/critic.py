@@ -53,6 +53,7 @@ class Estimates(NamedTuple):
     logps: Tensor
     entropy: Tensor
     values: Tensor
+    instructions: Tensor | None = None  # log π of the tokens of instruction rows at temperature 1, if some are given
 
 
 class PolicyAndValue(nn.Module):
@@ -74,8 +75,15 @@ class PolicyAndValue(nn.Module):
         if value.trunk is None and not self.layers:
             raise ValueError("a critic without a trunk of its own needs a policy with adapters")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, completion: int) -> Estimates:
-        """Estimates for the last `completion` tokens of each row, from (rows, tokens)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        completion: int,
+        instructions: tuple[Tensor, Tensor, Tensor, int] | None = None,
+    ) -> Estimates:
+        """Estimates for the last `completion` tokens of each row, from (rows, tokens); of `instructions` the same."""
         # in an update, entropy matters only to its bonus
         wanted = self.learn_entropy or not torch.is_grad_enabled()
         logps, entropy = log_probs(
@@ -83,7 +91,11 @@ class PolicyAndValue(nn.Module):
         )
         hidden = self.hidden(VALUE, input_ids, attention_mask, position_ids)
         # the value of a state is read where the state ends: one token before the one that is chosen in it
-        return Estimates(logps, entropy, self.value(hidden)[:, -completion - 1 : -1])
+        values = self.value(hidden)[:, -completion - 1 : -1]
+        if instructions is None:
+            return Estimates(logps, entropy, values)
+        fused = self.fused if self.temperature == 1 else False  # TRL's head has the temperature of sampling
+        return Estimates(logps, entropy, values, log_probs(self.policy, *instructions, 1.0, False, fused)[0])
 
     def hidden(self, role: str, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """The last hidden states (rows, tokens, hidden) of the critic's trunk, or of the base under an adapter."""

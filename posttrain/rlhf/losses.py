@@ -60,12 +60,13 @@ def token_rewards(scores: "Tensor", kl: "Tensor", mask: "Tensor", kl_coef: float
 
 
 def generalised_advantages(
-    rewards: "Tensor", values: "Tensor", mask: "Tensor", gamma: float, lam: float
+    rewards: "Tensor", values: "Tensor", mask: "Tensor", gamma: float, lam: float, value_lam: float | None = None
 ) -> tuple["Tensor", "Tensor"]:
     """Advantages A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} - V_t, and returns A_t + V_t; 0 on padding.
 
-    The value after a completion's last token is 0: it ends the episode. Schulman et al. 2016, equation 16,
-    https://arxiv.org/abs/1506.02438
+    The value after a completion's last token is 0: it ends the episode. The A_t of the returns are by `value_lam`,
+    unless it is None. Schulman et al. 2016, equation 16, https://arxiv.org/abs/1506.02438; VC-PPO: Yuan et al. 2025,
+    section 3.2, https://arxiv.org/abs/2503.01491
     """
     import torch
 
@@ -79,6 +80,8 @@ def generalised_advantages(
         advantages[:, token] = after
         following = values[:, token]
     advantages = advantages * mask
+    if value_lam is not None:
+        return advantages, generalised_advantages(rewards, values, mask, gamma, value_lam)[1]
     return advantages, (advantages + values) * mask
 
 
@@ -95,27 +98,40 @@ class PolicyLoss(NamedTuple):
     """The clipped loss, and what it did, each a value per token."""
 
     loss: "Tensor"
-    clipped: "Tensor"  # 1 where the clip decided
+    clipped: "Tensor"  # 1 where a clip decided
     approx_kl: "Tensor"  # KL(π_old‖π), by k3
 
 
 def policy_loss(
-    logps: "Tensor", old_logps: "Tensor", advantages: "Tensor", mask: "Tensor", clip_ratio: float
+    logps: "Tensor",
+    old_logps: "Tensor",
+    advantages: "Tensor",
+    mask: "Tensor",
+    clip_ratio: float,
+    clip_ratio_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
-    """max(-A ρ, -A clip(ρ, 1 ± clip_ratio)) at each token, ρ = π / π_old; 0 on padding.
+    """max(-A ρ, -A clip(ρ, 1 - clip_ratio, 1 + clip_ratio_high)) at each token, ρ = π / π_old; 0 on padding.
 
-    Schulman et al. 2017, equation 7, https://arxiv.org/abs/1707.06347
+    Where A < 0, no more than -A dual_clip. None: clip_ratio, and no such bound. Schulman et al. 2017, equation 7,
+    https://arxiv.org/abs/1707.06347; DAPO: Yu et al. 2025, equation 8, https://arxiv.org/abs/2503.14476; dual clip: Ye
+    et al. 2020, equation 5, https://arxiv.org/abs/1912.09729
     """
     import torch
 
     log_ratio = (logps - old_logps) * mask
     ratio = log_ratio.exp()
     free = -advantages * ratio
-    held = -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    held = -advantages * ratio.clamp(1 - clip_ratio, 1 + (clip_ratio if clip_ratio_high is None else clip_ratio_high))
+    loss, is_clipped = torch.maximum(free, held), held > free
+    if dual_clip is not None:
+        most = -advantages * dual_clip
+        beyond = (advantages < 0) & (loss > most)
+        loss, is_clipped = torch.where(beyond, most, loss), is_clipped | beyond
     with torch.no_grad():
-        clipped = (held > free).to(ratio.dtype) * mask
+        clipped = is_clipped.to(ratio.dtype) * mask
         approx_kl = (ratio - 1 - log_ratio) * mask
-    return PolicyLoss(torch.maximum(free, held) * mask, clipped, approx_kl)
+    return PolicyLoss(loss * mask, clipped, approx_kl)
 
 
 def value_loss(
@@ -133,6 +149,14 @@ def value_loss(
         held = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
         loss = torch.maximum(loss, (held - returns) ** 2)
     return 0.5 * loss * mask
+
+
+def instruction_loss(logps: "Tensor", mask: "Tensor") -> "Tensor":
+    """-log π at each token of the completions of instruction rows, (rows, tokens); 0 elsewhere.
+
+    What PPO-ptx adds: Ouyang et al. 2022, equation 2, https://arxiv.org/abs/2203.02155
+    """
+    return -logps * mask
 
 
 def explained_variance(errors: "Tensor", returns: "Tensor") -> float:

@@ -126,7 +126,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         self.reward_loop = self.async_loop if self._has_async_funcs else None  # that async reward functions run in
         self.trained_tokens = 0
         self._buffer: RolloutBuffer | None = None
-        self._buffer_number = -1
+        self._buffer_number = self.ended_rollout = -1  # the rollout that is learned from, and one that is no longer
         self._tokens: list[list[float]] = []  # [pass][mini-batch]: tokens of its completions over all processes
 
     def _prepare_frozen(self, model: "PreTrainedModel") -> "PreTrainedModel":
@@ -424,6 +424,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         """And how far the passes over the rollout have come."""
         return super().running() | {
             "rollout": self._buffer_number,
+            "ended_rollout": self.ended_rollout,
             "rollout_tokens": self._tokens,
             "kl_coef": self.kl_controller.coef,
             "trained_tokens": self.trained_tokens,
@@ -436,6 +437,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         self._buffer_number, self._tokens = running["rollout"], running["rollout_tokens"]
         self.kl_controller.coef = running["kl_coef"]
         self.trained_tokens, self._step = running["trained_tokens"], running["forward_passes"]
+        self.ended_rollout = running["ended_rollout"]
         if self._buffer_number >= 0 and (wrote := processes_of(checkpoint)) != self.accelerator.num_processes:
             files = [checkpoint / BUFFER.format(process) for process in range(wrote)]
             whole = RolloutBuffer.joined([RolloutBuffer.load(file, self.accelerator.device) for file in files])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
+from posttrain.rlhf.ptx import InstructionRows
 from posttrain.rlhf.rollout import RolloutBuffer
 from posttrain.runs.sharding import tie
 from posttrain.values import JsonObject
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
+MakeCritic = Callable[["PreTrainedModel"], ValueNetwork]
 
 
 @dataclass(kw_only=True)
@@ -35,13 +38,17 @@ class PPOConfig(OnlineConfig):
 class PPOTrainer(OnlineTrainer):
     """Proximal policy optimisation of a policy and a critic.
 
-    `value` makes the critic out of the policy as it is after TRL has wrapped it; all else as in `OnlineTrainer`.
+    `value` makes the critic out of the policy as it is after TRL has wrapped it; `ptx` are instruction rows that the
+    policy learns beside; all else as in `OnlineTrainer`.
     """
 
     args: PPOConfig
 
-    def __init__(self, *, value: Callable[["PreTrainedModel"], ValueNetwork], args: PPOConfig, **options: Any) -> None:
+    def __init__(
+        self, *, value: MakeCritic, args: PPOConfig, ptx: InstructionRows | None = None, **options: Any
+    ) -> None:
         super().__init__(args=args, **options)
+        self.ptx = ptx
         self.model = PolicyAndValue(self.model, value(self.model), self.temperature, args.stage.entropy_coef > 0)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):  # RLOO has looked at the policy alone
@@ -67,7 +74,7 @@ class PPOTrainer(OnlineTrainer):
 
     def estimates(self, buffer: RolloutBuffer) -> Estimates:
         """Policy and critic as they are now, without gradients."""
-        return Estimates(*self.in_batches(buffer, lambda inputs: self.model(**inputs)))
+        return Estimates(*self.in_batches(buffer, lambda inputs: self.model(**inputs)[:3]))
 
     def estimate(self, buffer: RolloutBuffer) -> Tensor:
         now = self.estimates(buffer)
@@ -81,7 +88,9 @@ class PPOTrainer(OnlineTrainer):
         rewards = losses.token_rewards(episodes.shaped, kl, mask, self.kl_controller.coef)
         if stage.whiten_rewards:
             rewards = losses.whiten(rewards, mask, self.summed(losses.moments(rewards, mask)), shift_mean=False)
-        advantages, buffer.returns = losses.generalised_advantages(rewards, buffer.values, mask, stage.gamma, stage.lam)
+        advantages, buffer.returns = losses.generalised_advantages(
+            rewards, buffer.values, mask, stage.gamma, stage.lam, stage.value_lam
+        )
         if stage.whiten_advantages:
             advantages = losses.whiten(advantages, mask, self.summed(losses.moments(advantages, mask)))
         buffer.advantages = advantages * episodes.weights
@@ -104,24 +113,52 @@ class PPOTrainer(OnlineTrainer):
                     optimizer.add_param_group({**group, "params": theirs, "lr": rate})
         return optimizer
 
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
+        """Skips what is left of a rollout whose KL(π_old‖π) an update has found above stage.target_kl.
+
+        Weights without gradients are left alone by PyTorch's optimizers, and so are their moments.
+        """
+        target, number = self.args.stage.target_kl, self._step // self.plan.micro_steps_per_rollout
+        skipped, metrics = number == self.ended_rollout, self._metrics["train"]
+        if skipped:
+            self._step += 1
+            loss = torch.zeros((), device=self.args.device)
+        else:
+            loss = super().training_step(*args, **kwargs)
+        if target is not None:
+            metrics["skipped_updates"].append(float(skipped))
+            passes, is_last = self.plan.accumulation, self._step % self.plan.accumulation == 0
+            # the update's mean, the same on all processes
+            if not skipped and is_last and fmean(metrics["approx_kl"][-passes:]) > target:
+                self.ended_rollout = number
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: JsonObject) -> Tensor:
         stage, buffer = self.args.stage, inputs["episodes"]
         mask = buffer.completion_mask
-        now = model(**self.inputs_of(buffer))
-        policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, stage.clip_ratio)
+        processes, accumulation = self.accelerator.num_processes, self.plan.accumulation
+        part, parts = self._step % accumulation * processes + self.accelerator.process_index, accumulation * processes
+        ptx = None if self.ptx is None else self.ptx.batch(self.state.global_step, part, parts, mask.device)
+        now = model(**self.inputs_of(buffer), instructions=None if ptx is None else ptx.inputs)
+        clips = (stage.clip_ratio, stage.clip_ratio_high, stage.dual_clip)
+        policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, *clips)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
         # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens
-        scale = self.accelerator.num_processes * self.plan.accumulation / inputs["tokens"]
+        scale = processes * accumulation / inputs["tokens"]
         entropy = (now.entropy * mask).sum() * scale
         loss: Tensor = policy.loss.sum() * scale - stage.entropy_coef * entropy
+        each = {"policy_loss": policy.loss, "value_loss": value, "clip_fraction": policy.clipped}
+        each["approx_kl"] = policy.approx_kl
+        if ptx is not None:  # a mean over tokens of its own
+            each["ptx_loss"] = losses.instruction_loss(now.instructions, ptx.mask) * (inputs["tokens"] / ptx.tokens)
+            loss = loss + stage.ptx_coef * each["ptx_loss"].sum() * scale
         if self.state.global_step < stage.critic_warmup_steps:
             loss = loss * 0.0
         loss = loss + stage.vf_coef * value.sum() * scale
         with torch.no_grad():
-            sums = torch.stack([policy.loss.sum(), value.sum(), policy.clipped.sum(), policy.approx_kl.sum()])
-            means = self.summed(sums.detach()) * self.plan.accumulation / inputs["tokens"]
-        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-        for name, mean in zip(names, means.tolist(), strict=True):
+            sums = torch.stack([values.sum() for values in each.values()])
+            means = self.summed(sums.detach()) * accumulation / inputs["tokens"]
+        for name, mean in zip(each, means.tolist(), strict=True):
             self._metrics["train"][name].append(mean)
         return loss
 

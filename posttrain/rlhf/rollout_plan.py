@@ -60,7 +60,7 @@ def plan_rollouts(stage: OnlineStage, prompts: int, processes: int) -> RolloutPl
     )
 
 
-@functools.lru_cache(maxsize=2)  # a rollout may reach into the next pass; 8 MB each for a million prompts
+@functools.lru_cache(maxsize=4)  # of prompts and of instruction rows, this pass and the next; 8 MB a million
 def _permutation(prompts: int, seed: int, number: int) -> tuple[int, ...]:
     """The prompts in the order of pass `number`."""
     order = list(range(prompts))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from posttrain.config.ptx import ptx_data
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.data.chat import ChatEncoder
@@ -43,6 +44,7 @@ class DataSources:
     hashes: Hashes
     cache: Path
     scratch: Path | None = None  # where they are made instead, if nothing may be written to the cache
+    ptx: Sequence[Source] = ()  # those of data.ptx
 
 
 def data_sources(config: Config, given: Given = NOTHING_GIVEN) -> DataSources:
@@ -53,7 +55,8 @@ def data_sources(config: Config, given: Given = NOTHING_GIVEN) -> DataSources:
     """
     cache = cache_of(config)
     hashes, found = Hashes(cache), find_sources(config.data, given)
-    return DataSources(found, on_main_process(lambda: hashes.of_sources(found)), hashes, cache)
+    ptx = find_sources(ptx_data(config.data)) if config.data.ptx else []
+    return DataSources(found, on_main_process(lambda: hashes.of_sources([*found, *ptx])), hashes, cache, ptx=ptx)
 
 
 @dataclass

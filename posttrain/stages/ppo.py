@@ -5,17 +5,18 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
+from posttrain.config.ptx import ptx_data
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, PPOStage
 from posttrain.console import is_main_process, say, warn
-from posttrain.data.encode import PromptEncoding, from_text
-from posttrain.data.formats import Prompt, prompts
+from posttrain.data.encode import ConversationEncoding, PromptEncoding, from_text
+from posttrain.data.formats import Prompt, instructions, prompts
 from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Example
 from posttrain.devices import on_all_processes, process_state
@@ -30,6 +31,7 @@ from posttrain.models.meta import Batch, Holdings, hold_model, meta_model, weigh
 from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.diagnostics import Alarms, over_optimisation
+from posttrain.rlhf.ptx import InstructionRows
 from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts
 from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
@@ -110,6 +112,11 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
             f"{count} prompts are fewer than stage.rollout_batch_size={stage.rollout_batch_size}: some are completed "
             "more than once in a rollout"
         )
+    if config.data.ptx:
+        own, sources = replace(config, data=ptx_data(config.data)), replace(sources, sources=sources.ptx)
+        encoding = partial(ConversationEncoding, train_on=config.data.train_on)
+        ptx = prepare_rows(own, tokenizer, sources, instructions, encoding)
+        found.prepared.add_ptx(ptx.prepared)
     return PromptData(**vars(found), functions=functions, eval_functions=eval_functions)
 
 
@@ -204,13 +211,17 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     both.fused = torch.cuda.is_available()
 
     def loss(batch: Batch, completion: int) -> "torch.Tensor":
-        said = both(**batch, position_ids=batch["attention_mask"].cumsum(-1) - 1, completion=completion)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        positions = mask.cumsum(-1) - 1
+        ptx = (ids, mask, positions, ids.size(1) - 1) if stage.ptx_coef else None
+        said = both(**batch, position_ids=positions, completion=completion, instructions=ptx)
         total: torch.Tensor = said.logps.sum() + said.values.sum() + said.entropy.sum()
-        return total
+        return total if said.instructions is None else total + said.instructions.sum()
 
     def hidden_loss(batch: Batch) -> "torch.Tensor":
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        return policy_alone.hidden_loss(batch) + both.hidden(VALUE, ids, mask, mask.cumsum(-1) - 1).sum()
+        policy = policy_alone.hidden_loss(batch) + (policy_alone.hidden_loss(batch) if stage.ptx_coef else 0)
+        return policy + both.hidden(VALUE, ids, mask, mask.cumsum(-1) - 1).sum()
 
     return Holdings(both, [both], held, loss, hidden_loss)
 
@@ -249,12 +260,13 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
             say("reward model: has a tokenizer of its own; completions are decoded and put through its chat template")
         functions.insert(0, rewards.model_reward(score_rows, scoring.encoding_for(source)))
     scorer = RewardScorer(functions, stage.reward_weights or [1.0] * len(functions), data.eval_functions)
-    path = str(model.config._name_or_path)
+    path, ptx = str(model.config._name_or_path), data.prepared.ptx
     trainer = PPOTrainer(
         rows=PromptRows(data.train, data.prepared.columns),
         plan=rollouts,
         reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
         value=critic,
+        ptx=InstructionRows(ptx.dataset, tokenizer.pad_token_id, config.seed, rollouts) if ptx is not None else None,
         on_rollout=RolloutLog(context, rollouts),
         held_out=HeldOut(context, scorer),
         args=trl_config(PPOConfig, arguments),

@@ -45,7 +45,9 @@ def build(context: StageContext, model: "PreTrainedModel") -> "RewardModelTraine
     from posttrain.stages.trainers import RewardModelTrainer
 
     config, data = context.config, context.data
+    assert isinstance(config.stage, RewardStage)
     trainer = RewardModelTrainer(
+        label_smoothing=config.stage.label_smoothing,
         model=model,
         args=trl_config(RewardConfig, trainer_arguments(config, context.folder.path, data.test is not None)),
         train_dataset=data.train.dataset,

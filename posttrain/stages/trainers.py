@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trl
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trl.models import prepare_deepspeed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -23,6 +23,7 @@ from posttrain.values import JsonObject
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 Batch = dict[str, Tensor]
 
@@ -71,16 +72,38 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
         return mean
 
 
-class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
-    """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`."""
+def smoothing_loss(differences: Tensor, label_smoothing: float) -> Tensor:
+    """What is added to the mean of -log σ(d) for a share ε of wrong labels, from d (pairs): the mean of ε d.
 
-    def __init__(self, **options: Any) -> None:
+    Because log σ(d) - log σ(-d) = d, the sum is the mean of -(1 - ε) log σ(d) - ε log σ(-d): Mitchell 2023, equation 3,
+    https://ericmitchell.ai/cdpo.pdf
+    """
+    return label_smoothing * differences.mean()
+
+
+class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
+    """TRL's RewardTrainer on rows of `chosen_ids` and `rejected_ids`, whole conversations, and perhaps `margin`.
+
+    Held-out losses are without `label_smoothing`, so that they can be compared.
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, **options: Any) -> None:
+        self.label_smoothing = label_smoothing
         # of each held-out set, the scores of chosen and rejected of each pair at the last evaluation
         self.scores: dict[str, list[tuple[float, float]]] = {}
         super().__init__(**options)
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded and cut already
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> "Tensor | tuple[Tensor, SequenceClassifierOutput]":
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.label_smoothing and self.model.training:
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            loss = loss + smoothing_loss(chosen - rejected - inputs.get("margin", 0), self.label_smoothing)
+        return (loss, outputs) if return_outputs else loss
 
     def held_out_loss(self, inputs: Batch) -> Tensor:
         loss: Tensor

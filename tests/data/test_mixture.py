@@ -118,6 +118,32 @@ def test_what_is_wrong_is_told_before_anything_is_read(
         configure("stage=sft", *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["stage=sft", "data.ptx=a.jsonl"],
+            r"data\.ptx=a\.jsonl is read with stage=ppo; in a pipeline write ppo\.data",
+        ),
+        (["stage=ppo", "data.ptx=a.jsonl"], r"data\.ptx=a\.jsonl is read with stage\.ptx_coef above 0"),
+        (["stage=ppo", "stage.ptx_coef=0.5"], r"stage\.ptx_coef=0\.5 needs data\.ptx="),
+        (
+            ["stage=ppo", "stage.ptx_coef=1", "data.ptx=nope.jsonl", "stage.reward_functions=[a.b]"],
+            r"data\.ptx=nope\.jsonl: no such file",
+        ),
+        (["stage=ppo", "stage.ptx_coef=1", "data.ptx=[a.jsonl,3]"], r"data\.ptx\[1\]=3 must be a path"),
+        (["stage=ppo", "stage.ptx_coef=1", "data.ptx=[{name: a.jsonl, columns: {chosen: x}}]"], r"chosen is unknown"),
+    ],
+)
+def test_instruction_rows_beside_ppo_go_with_their_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("a.jsonl"), some("a", 3))
+    with pytest.raises(ConfigError, match=told):
+        configure("data.dataset_name=a.jsonl", *words)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_each_held_out_set_has_numbers_of_its_own(posttrain: Posttrain, tmp_path: Path, stage: str) -> None:
     for name, count in (("a", 30), ("b", 5), ("c", 9)):

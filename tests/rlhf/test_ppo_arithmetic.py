@@ -27,6 +27,14 @@ def test_advantages_and_returns() -> None:
     close(returns, [[2.375, 3.5, 3.0], [4.0, 0.0, 0.0]])
 
 
+def test_returns_by_a_lambda_of_their_own() -> None:
+    """As above; with λ = 1 the returns are the discounted rewards, 1 + 2/2 + 3/4, 2 + 3/2 and 3."""
+    case = (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3))
+    advantages, returns = losses.generalised_advantages(*case, gamma=0.5, lam=0.5, value_lam=1.0)
+    close(advantages, [[1.375, 1.5, 0.0]])
+    close(returns, [[2.75, 3.5, 3.0]])
+
+
 def test_with_gamma_and_lambda_1_the_return_is_the_sum_of_rewards() -> None:
     torch.manual_seed(0)
     rewards, values = torch.randn(4, 7), torch.randn(4, 7)
@@ -54,6 +62,34 @@ def test_clipped_policy_loss() -> None:
     found.loss.sum().backward()
     close(logps.grad, [[0.0, 0.0, -1.1, 0.0]])  # no gradient through what is clipped
     assert float(found.approx_kl[0, 0]) == pytest.approx(0.5 - math.log(1.5))
+
+
+def test_the_further_clips_change_nothing_where_they_are_not_set() -> None:
+    torch.manual_seed(0)
+    case = (torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 5), torch.ones(3, 5), 0.2)
+    for left, right in zip(losses.policy_loss(*case), losses.policy_loss(*case, 0.2, 1e9), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_clip_of_its_own_upwards() -> None:
+    """Ratios 1.25, 1.5 and 0.5 at clips of 0.2 and 0.3: 1.25 is free, 1.5 is cut at 1.3, and 0.5 at 0.8 as before."""
+    logps = torch.tensor([[1.25, 1.5, 0.5]]).log().requires_grad_()
+    found = losses.policy_loss(logps, torch.zeros(1, 3), torch.tensor([[2.0, 2.0, -2.0]]), torch.ones(1, 3), 0.2, 0.3)
+    close(found.loss.detach(), [[-2.5, -2.6, 1.6]])
+    close(found.clipped, [[0.0, 1.0, 1.0]])
+    found.loss.sum().backward()
+    close(logps.grad, [[-2.5, 0.0, 0.0]])
+
+
+def test_dual_clip() -> None:
+    """Bound 3: a ratio of 5 with advantage -2 costs 6 in place of 10, one of 2 costs 4; +2 keeps the plain clip."""
+    logps = torch.tensor([[5.0, 2.0, 5.0, 5.0]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[-2.0, -2.0, 2.0, -2.0]]), torch.tensor([[1, 1, 1, 0]])
+    found = losses.policy_loss(logps, torch.zeros(1, 4), advantages, mask, 0.2, dual_clip=3.0)
+    close(found.loss.detach(), [[6.0, 4.0, -2.4, 0.0]])
+    close(found.clipped, [[1.0, 0.0, 1.0, 0.0]])
+    found.loss.sum().backward()
+    close(logps.grad, [[0.0, 4.0, 0.0, 0.0]])
 
 
 def test_clipped_value_loss() -> None:
@@ -94,6 +130,13 @@ def test_importance_weights_of_tokens_that_another_policy_has_sampled() -> None:
     sampled = torch.tensor([[0.25, 0.125, 1.0, 0.5]]).log()
     weights = losses.importance_weights(torch.full((1, 4), 0.5).log(), sampled, torch.tensor([[1, 1, 1, 0]]), cap=3.0)
     close(weights, [[2.0, 3.0, 0.5, 0.0]])
+
+
+def test_the_loss_of_instruction_rows() -> None:
+    """Probabilities 1/2 and 1/4 in completions; prompt and padding do not count."""
+    logps = torch.tensor([[0.5, 0.25, 0.9], [0.9, 0.5, 0.9]]).log()
+    found = losses.instruction_loss(logps, torch.tensor([[1, 1, 0], [0, 1, 0]]))
+    close(found, [[math.log(2), math.log(4), 0.0], [0.0, math.log(2), 0.0]])
 
 
 def test_explained_variance() -> None:

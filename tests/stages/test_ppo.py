@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LORA, QLORA, REWARD, SHORT_PPO, Posttrain, logged, manifest, once, read_rows, write_rows
+from safetensors.torch import load_file
 
 PPO = Path("outputs/demo/ppo")
 
@@ -222,6 +223,8 @@ REFUSED = {
     "top_k": (("trainer.top_k=5",), "trainer.top_k cannot be set: completions are sampled"),
     "beta": (("trainer.beta=0.1",), "trainer.beta cannot be set: set stage.kl_coef"),
     "epsilon": (("trainer.epsilon=0.1",), "trainer.epsilon repeats stage.clip_ratio"),
+    "epsilon_high": (("trainer.epsilon_high=0.1",), "trainer.epsilon_high repeats stage.clip_ratio_high"),
+    "fp16": (("stage.target_kl=0.1", "precision=fp16"), "skips optimizer steps, which DeepSpeed and fp16 cannot"),
     "accumulation": (("trainer.gradient_accumulation_steps=2",), "it follows from stage.rollout_batch_size"),
     "estimator": (("stage.kl_estimator=k2",), "stage.kl_estimator=k2 is not one of k1, k3"),
 }
@@ -281,6 +284,9 @@ FLIPS = {
     "rollout_batch_size": ((), "stage.rollout_batch_size=16"),
     "max_new_tokens": ((), "stage.max_new_tokens=5"),
     "clip_ratio": (FAST, "stage.clip_ratio=0.01"),
+    "clip_ratio_high": (FAST, "stage.clip_ratio_high=0.01"),
+    "dual_clip": (FAST, "stage.dual_clip=1.0001"),
+    "value_lam": ((), "stage.value_lam=0.1"),
     "entropy_coef": ((), "stage.entropy_coef=1.0"),
     "gamma": ((), "stage.gamma=0.5"),
     "lam": ((), "stage.lam=0.1"),
@@ -325,6 +331,74 @@ def test_every_hyperparameter_reaches_the_computation(
     if flip == "seed=7":
         assert numbers("again") == BASES[base]  # the same seed: the same numbers to the last digit
     assert numbers("flip", flip) != BASES[base]
+
+
+def test_instruction_rows_are_learned_beside(posttrain: Posttrain, prompts: str, rows: Path) -> None:
+    """The first update's loss is that of transformers on the rows that seed and update give; then it falls."""
+    from transformers import AutoModelForCausalLM
+
+    from posttrain import configure
+    from posttrain.data.encode import labels_of
+    from posttrain.rlhf.rollout_plan import RolloutPlan, prompts_of_rollout
+    from posttrain.train import prepared
+
+    ptx = (
+        f"data.ptx=[{rows},{{name: more.jsonl, columns: {{text: text}}}}]",
+        "stage.ptx_coef=2",
+        "stage.temperature=0.7",
+        "stage.batch_size=2",
+    )
+    write_rows(Path("more.jsonl"), [{"text": "One and two are three."}])
+    words = (
+        "stage=ppo",
+        prompts,
+        *SHORT_PPO,
+        REWARD,
+        *ptx,
+        "stage.num_epochs=1",
+        "data.max_rows=20",
+        "data.test_size=0",
+    )
+    done = posttrain(*words)
+    assert done.code == 0, done
+    assert manifest(PPO)["data"]["counts"]["ptx"]["kept"] == 21
+    assert manifest(PPO)["data"]["rows_of"]["more.jsonl"] == {"train": 0, "test": 0, "ptx": 1}
+    losses = [line["ptx_loss"] for line in logged(PPO) if "ptx_loss" in line]
+    assert losses[-1] < losses[0] - 1
+    dataset = prepared(configure(*words, f"model.model_name_or_path={PPO}/base")).prepared.ptx.dataset
+    base = AutoModelForCausalLM.from_pretrained(PPO / "base")
+    summed, tokens = 0.0, 0
+    base.requires_grad_(False)
+    for row in dataset.select(prompts_of_rollout(RolloutPlan(21, 4, 4, 1, 1, 1, 4, 6), 42, 0)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([labels_of(row["input_ids"], row["spans"])])
+        count = int((labels[:, 1:] != -100).sum())
+        summed, tokens = summed + float(base(ids, labels=labels).loss) * count, tokens + count
+    assert losses[0] == pytest.approx(summed / tokens, rel=1e-5)
+    write_rows(rows, [{"instruction": "What is new?", "response": "This."}])
+    changed = posttrain(*words)
+    assert changed.code == 2, changed
+    assert "the content of a file that data names has changed" in changed.err
+
+
+def test_updates_beyond_the_target_kl_are_skipped(posttrain: Posttrain, prompts: str) -> None:
+    """A rollout's first update has a KL of 0, the second has not: those left move neither weights nor moments."""
+    saves = ("trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.save_total_limit=6", "trainer.max_steps=6")
+    more = ("stage.target_kl=1e-9", "stage.batch_size=2")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, *saves, *more)
+    assert done.code == 0, done
+    updates = [line for line in logged(PPO) if "skipped_updates" in line]
+    assert [line["skipped_updates"] for line in updates] == [0, 0, 1, 1, 0, 0]
+    assert [line.get("approx_kl", 0) > 0 for line in updates] == [False, True, False, False, False, True]
+    weights = [load_file(PPO / f"checkpoint-{step}/model.safetensors") for step in range(1, 7)]
+    states = [torch.load(PPO / f"checkpoint-{step}/optimizer.pt")["state"] for step in range(1, 7)]
+    for step, skipped in enumerate((False, True, True, False, False), start=1):
+        moved = any(not torch.equal(weights[step - 1][name], weights[step][name]) for name in weights[0])
+        stepped = any(
+            not torch.equal(states[step - 1][weight][name], states[step][weight][name])
+            for weight in states[0]
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        assert moved == stepped == (not skipped), step
 
 
 def test_the_critic_warms_up_alone(posttrain: Posttrain, prompts: str) -> None:

@@ -46,6 +46,17 @@ def pairs(tmp_path: Path) -> str:
     return f"data.dataset_name={write_rows(tmp_path / 'pairs.jsonl', rows)}"
 
 
+def test_smoothed_labels() -> None:
+    """One label in ten is wrong: d = 0 costs log 2, d = ln 3 costs 0.9 · log(4/3) + 0.1 · log 4."""
+    differences = torch.tensor([0.0, math.log(3)], requires_grad=True)
+    plain = -torch.nn.functional.logsigmoid(differences).mean()
+    found = plain + trainers.smoothing_loss(differences, 0.1)
+    assert float(found) == pytest.approx((math.log(2) + 0.9 * math.log(4 / 3) + 0.1 * math.log(4)) / 2)
+    found.backward()
+    assert differences.grad is not None
+    assert differences.grad.tolist() == pytest.approx([(0.5 - 0.9) / 2, (0.75 - 0.9) / 2])  # best where σ(d) is 0.9
+
+
 @pytest.mark.parametrize(
     "more", [pytest.param((), marks=pytest.mark.real_process), LORA, QLORA], ids=["full", "lora", "qlora"]
 )
@@ -122,7 +133,7 @@ def test_a_saved_reward_model_that_scores_otherwise_fails_the_run(
     assert not Path("outputs/demo/reward/posttrain.json").exists()
 
 
-def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path, pairs: str) -> None:
+def test_reward_takes_margins_centering_and_smoothed_labels(posttrain: Posttrain, tmp_path: Path, pairs: str) -> None:
 
     def first_loss(run: str) -> float:
         return next(float(line["loss"]) for line in logged(f"outputs/{run}/reward") if "loss" in line)
@@ -137,6 +148,12 @@ def test_reward_takes_margins_and_centering(posttrain: Posttrain, tmp_path: Path
     losses.append(first_loss("run2"))
     assert losses[1] > losses[0]
     assert losses[2] > losses[0] + 1  # -log σ(0 - 3) is 3.05 where -log σ(0) is 0.69
+    smoothed = (*FEW, "trainer.max_steps=1", "stage.label_smoothing=0.2", "run_name=run3")
+    assert posttrain("stage=reward", pairs, *smoothed).code == 0
+    [margin] = [line["margin"] for line in logged("outputs/run2/reward") if "loss" in line]
+    assert first_loss("run3") == pytest.approx(losses[2] + 0.2 * (margin - 3), rel=1e-5)
+    before = [manifest(f"outputs/run{number}/reward")["metrics"]["eval_loss_before"] for number in (2, 3)]
+    assert before[0] == before[1]  # of held-out pairs the loss is the plain one
 
 
 @pytest.mark.parametrize(
