@@ -15,7 +15,7 @@ from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
-from posttrain.rlhf.rollout import RolloutBuffer
+from posttrain.rlhf.rollout import RolloutBuffer, spread
 from posttrain.runs.sharding import tie
 from posttrain.values import JsonObject
 
@@ -107,14 +107,17 @@ class PPOTrainer(OnlineTrainer):
     def _compute_loss(self, model: nn.Module, inputs: JsonObject) -> Tensor:
         stage, buffer = self.args.stage, inputs["episodes"]
         mask = buffer.completion_mask
-        now = model(**self.inputs_of(buffer))
+        warming = self.state.global_step < stage.critic_warmup_steps
+        detached = stage.critic == "head" and (warming or stage.critic_stop_gradient)
+        said = model(**self.inputs_of(buffer), detached=detached)
+        now = Estimates(*(spread(each, mask) for each in said))
         policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, stage.clip_ratio)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
         # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens
         scale = self.accelerator.num_processes * self.plan.accumulation / inputs["tokens"]
         entropy = (now.entropy * mask).sum() * scale
         loss: Tensor = policy.loss.sum() * scale - stage.entropy_coef * entropy
-        if self.state.global_step < stage.critic_warmup_steps:
+        if warming:
             loss = loss * 0.0
         loss = loss + stage.vf_coef * value.sum() * scale
         with torch.no_grad():
@@ -122,7 +125,10 @@ class PPOTrainer(OnlineTrainer):
             means = self.summed(sums.detach()) * self.plan.accumulation / inputs["tokens"]
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
         for name, mean in zip(names, means.tolist(), strict=True):
-            self._metrics["train"][name].append(mean)
+            noted = self._metrics["train"][name]
+            if inputs["part"] == 0:
+                noted.append(0.0)
+            noted[-1] += mean
         return loss
 
     # -- checkpoints

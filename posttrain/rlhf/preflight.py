@@ -10,10 +10,11 @@ from posttrain.console import say
 from posttrain.data.prepared import column_of
 from posttrain.errors import PosttrainError
 from posttrain.rlhf import losses
-from posttrain.rlhf.critic import pad_left
+from posttrain.rlhf.critic import VALUE, PolicyAndValue, pad_left
 from posttrain.rlhf.diagnostics import VLLM_MEAN
 from posttrain.rlhf.ppo import PPOTrainer
-from posttrain.rlhf.rollout import RolloutBuffer
+from posttrain.rlhf.rollout import RolloutBuffer, laid_out
+from posttrain.values import JsonObject
 
 ROWS = 8
 NEW_TOKENS = 16
@@ -49,11 +50,10 @@ def check_start(trainer: PPOTrainer) -> None:
     buffer, generated = _complete_some(trainer)
     mask = buffer.completion_mask
     now = trainer.estimates(buffer)
-    first = buffer.take(range(min(trainer.plan.batch_size, ROWS)))  # the very batch that `estimates` began with
+    some = min(trainer.plan.batch_size, ROWS)
     with torch.enable_grad(), trainer.accelerator.autocast():
-        training = trainer.model(**trainer.inputs_of(first)).logps.detach()
-    estimated = now.logps[: len(training), : training.size(1)]
-    ratio = float(((training - estimated) * first.completion_mask).exp().sub(1).abs().max())
+        training = trainer.model(**trainer.inputs_of(buffer.take(range(some)))).logps.detach()
+    ratio = float((training - now.logps[:some][mask[:some].bool()]).exp().sub(1).abs().max())
     kl = float(((now.logps - trainer.reference_logps(buffer)) * mask).abs().max())
     worst = float(((now.logps - generated) * mask).abs().max())
     said, agrees = f"log-probabilities within {worst:.1e} of generation's", worst <= tolerance
@@ -66,11 +66,37 @@ def check_start(trainer: PPOTrainer) -> None:
             said += f", its tokens {unlikely:.1f} nats less likely than the policy's own"
     if ratio <= tolerance and kl <= tolerance and agrees:
         say(f"step 0: probability ratio within {ratio:.1e} of 1, KL within {kl:.1e} of 0, {said}")
+        _try_packing(trainer, buffer, now.logps, tolerance)
         return
     raise PosttrainError(
         f"PPO step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, {said}. "
         f"Cause: {_cause(trainer, buffer, generated, tolerance, agrees)}"
     )
+
+
+def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tolerance: float) -> None:
+    """Let the trainer pack episodes into one row, if in this model they then do not see each other."""
+    real = laid_out(buffer)["attention_mask"].bool()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        packed = trainer.model(**laid_out(buffer, packed=True)).logps
+        worst = float((packed - logps[buffer.completion_mask.bool()]).abs().max())
+        with trainer.policy_and_value() as both:
+            if both.value.trunk is not None:  # which may be of another kind, and whose head is still 0
+                plain, together = (_hidden(both, laid_out(buffer, each)) for each in (False, True))
+                scale = float(plain.abs().max())
+                worst = max(worst, float((together[0] - plain[real]).abs().max()) / scale)
+    trainer.packs = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance
+    found = f"log-probabilities of packed episodes within {worst:.1e} of padded ones"
+    so = (
+        "episodes are packed where that takes less work"
+        if trainer.packs
+        else "episodes are padded, like lengths together"
+    )
+    say(f"{found}: {so}")
+
+
+def _hidden(both: PolicyAndValue, inputs: JsonObject) -> Tensor:
+    return both.hidden(VALUE, *(inputs[name] for name in ("input_ids", "attention_mask", "position_ids")))
 
 
 def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:

@@ -3,6 +3,7 @@
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.config.stages import OnlineStage
@@ -86,3 +87,37 @@ def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, proce
     order = list(range(plan.per_process))
     random.Random(f"episodes {seed} {rollout} {number} {process}").shuffle(order)
     return order
+
+
+def fits(lengths: Sequence[int], room: int, packed: bool) -> bool:
+    """Whether episodes have room in one forward: `room` tokens, with the padding that they need unless `packed`."""
+    return (sum(lengths) if packed else len(lengths) * max(lengths)) <= room
+
+
+def split(episodes: Sequence[int], lengths: Sequence[int], room: int, packed: bool, least: int = 1) -> list[list[int]]:
+    """The episodes in groups that each have room in one forward, in order; at least `least` groups.
+
+    `lengths` has the tokens of every episode of the rollout.
+    """
+    groups: list[list[int]] = []
+    for episode in episodes:
+        if groups and fits([lengths[each] for each in (*groups[-1], episode)], room, packed):
+            groups[-1].append(episode)
+        else:
+            groups.append([episode])
+    while len(groups) < least:
+        most = max(range(len(groups)), key=lambda group: len(groups[group]))
+        half = len(groups[most]) // 2
+        groups[most : most + 1] = [groups[most][:half], groups[most][half:]]
+    return groups
+
+
+def packing_pays(lengths: Sequence[int], width: int, quadratic: bool) -> bool:
+    """Whether a row of all episodes takes less arithmetic than a padded row to each.
+
+    A token costs 24 · width² operations in the linear maps of a layer (four of width², and a feed-forward of eight) and
+    4 · width for each token that attention compares it with: all of its row where attention is `quadratic`.
+    """
+    tokens, longest = sum(lengths), max(lengths)
+    together = tokens * (6 * width + (tokens if quadratic else longest))
+    return together < len(lengths) * longest * (6 * width + longest)

@@ -18,7 +18,7 @@ from posttrain.data.encode import PromptEncoding, from_text
 from posttrain.data.formats import Prompt, prompts
 from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Example
-from posttrain.devices import on_all_processes, process_state
+from posttrain.devices import on_all_processes, process_state, sharding_engine
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
 from posttrain.metrics.comparison import REWARD
@@ -87,6 +87,16 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
         )
     if stage.vllm_importance_sampling_cap is not None and not stage.use_vllm:
         raise ConfigError("stage.vllm_importance_sampling_cap is read by stage.use_vllm=true only")
+    if stage.critic_stop_gradient and stage.critic != "head":
+        raise ConfigError("stage.critic_stop_gradient is read by stage.critic=head only")
+    if stage.micro_batch_tokens is not None:
+        if stage.micro_batch_tokens < stage.max_length:
+            raise ConfigError(
+                f"stage.micro_batch_tokens={stage.micro_batch_tokens} has no room for an episode of stage.max_length="
+                f"{stage.max_length} tokens; set at least that many"
+            )
+        if sharding_engine() == "DeepSpeed":
+            raise ConfigError("stage.micro_batch_tokens: DeepSpeed counts forward passes itself; set stage.batch_size")
     if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
@@ -185,14 +195,18 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     shared = source.adapter is not None if source is not None else settings.use_peft
     policy_size = policy.config.get_text_config().hidden_size
     with torch.device("meta"):
-        if not settings.use_peft:
+        if stage.critic == "head":
+            critic = ValueNetwork(policy_size, on_policy=True)
+            held.append(("critic (a head on the policy)", weight_bytes(critic, settings)))
+        elif not settings.use_peft:
             critic = ValueNetwork(policy_size, critic_trunk(meta_model(settings, False, len(tokenizer))))
             held.append(("critic (all weights)", weight_bytes(critic, settings)))
-            held.append(("reference (frozen copy)", held[0][1]))
         else:
             add_value_adapter(policy, policy.peft_config["default"], like=None)
             critic = ValueNetwork(policy_size)
             held.append(("critic (an adapter on the same base)", held[1][1]))
+    if not settings.use_peft:
+        held.append(("reference (frozen copy)", held[0][1]))
     if source is not None or not stage.reward_functions:
         if shared:
             held.append(("reward model (an adapter on the same base)", held[1][1]))
@@ -204,11 +218,15 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     both.fused = torch.cuda.is_available()
 
     def loss(batch: Batch, completion: int) -> "torch.Tensor":
-        said = both(**batch, position_ids=batch["attention_mask"].cumsum(-1) - 1, completion=completion)
+        rows, width = batch["input_ids"].shape
+        picked = (torch.arange(rows)[:, None] * width + torch.arange(width - completion, width)).flatten()
+        said = both(**batch, position_ids=batch["attention_mask"].cumsum(-1) - 1, picked=picked)
         total: torch.Tensor = said.logps.sum() + said.values.sum() + said.entropy.sum()
         return total
 
     def hidden_loss(batch: Batch) -> "torch.Tensor":
+        if critic.on_policy:
+            return policy_alone.hidden_loss(batch)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return policy_alone.hidden_loss(batch) + both.hidden(VALUE, ids, mask, mask.cumsum(-1) - 1).sum()
 
@@ -217,6 +235,7 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
 
 def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     """The trainer with policy, critic, reference and reward."""
+    from posttrain.rlhf.online import WIDER
     from posttrain.rlhf.ppo import PPOConfig, PPOTrainer
 
     config, data, tokenizer = context.config, context.data, context.tokenizer
@@ -271,7 +290,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     elif source is not None:
         with naming("stage.reward_model"):
             score = scoring.RewardModel.load(
-                source, config.seed, trainer.args.device, stage.batch_size, trainer.accelerator.autocast
+                source, config.seed, trainer.args.device, WIDER * stage.batch_size, trainer.accelerator.autocast
             )
     roles.print_roles(config, source, path)
     return trainer
