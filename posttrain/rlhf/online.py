@@ -25,13 +25,13 @@ from posttrain.config.stages import OnlineStage
 from posttrain.console import say
 from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
-from posttrain.models.generate import LOGITS, by_length
+from posttrain.models.generate import by_length
 from posttrain.models.lora import active_adapter, adapter_layers
 from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
 from posttrain.rlhf.diagnostics import VLLM_TOKEN
 from posttrain.rlhf.rollout import RolloutBuffer, laid_out, spread
-from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, packing_pays, prompts_of_rollout, split
+from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, packing_pays, prompts_of_rollout, split, wider
 from posttrain.runs.checkpoint import processes_of
 from posttrain.runs.safe_trainer import SafeTrainer
 from posttrain.values import JsonObject
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 LARGEST = 1e15  # of a reward: sums of squares over a million tokens stay below float32's 3e38
 BUFFER = "rollout_{}.safetensors"
-WIDER = 4  # times stage.batch_size: a forward without gradients keeps the activations of one layer, not of all
 PromptRow = JsonObject  # "prompt" (messages), "prompt_ids", and the columns for reward functions
 
 
@@ -423,10 +422,9 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
 
     @property
     def wider(self) -> int:
-        """Episodes in a forward without gradients; on a CPU, which holds all logits, no more than have room."""
-        numbers = self.args.stage.max_new_tokens * self.model.config.get_text_config().vocab_size
-        room = LOGITS // numbers if self.accelerator.device.type == "cpu" else WIDER * self.plan.batch_size
-        return max(self.plan.batch_size, min(room, WIDER * self.plan.batch_size))
+        """Episodes in a forward without gradients."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return wider(self.args.stage, vocabulary, self.accelerator.device.type == "cpu")
 
     def in_batches(self, buffer: RolloutBuffer, forward: Callable[[JsonObject], Sequence[Tensor]]) -> list[Tensor]:
         """What `forward` gives for the whole buffer, (E, C) each, computed for episodes of like lengths at a time."""

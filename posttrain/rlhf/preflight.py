@@ -10,11 +10,10 @@ from posttrain.console import say
 from posttrain.data.prepared import column_of
 from posttrain.errors import PosttrainError
 from posttrain.rlhf import losses
-from posttrain.rlhf.critic import VALUE, PolicyAndValue, pad_left
+from posttrain.rlhf.critic import VALUE, pad_left
 from posttrain.rlhf.diagnostics import VLLM_MEAN
 from posttrain.rlhf.ppo import PPOTrainer
 from posttrain.rlhf.rollout import RolloutBuffer, laid_out
-from posttrain.values import JsonObject
 
 ROWS = 8
 NEW_TOKENS = 16
@@ -82,21 +81,12 @@ def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tole
         worst = float((packed - logps[buffer.completion_mask.bool()]).abs().max())
         with trainer.policy_and_value() as both:
             if both.value.trunk is not None:  # which may be of another kind, and whose head is still 0
-                plain, together = (_hidden(both, laid_out(buffer, each)) for each in (False, True))
-                scale = float(plain.abs().max())
-                worst = max(worst, float((together[0] - plain[real]).abs().max()) / scale)
+                inputs = [[*laid_out(buffer, each).values()][:3] for each in (False, True)]
+                plain, together = (both.hidden(VALUE, *each) for each in inputs)
+                worst = max(worst, float((together[0] - plain[real]).abs().max() / plain.abs().max()))
     trainer.packs = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance
-    found = f"log-probabilities of packed episodes within {worst:.1e} of padded ones"
-    so = (
-        "episodes are packed where that takes less work"
-        if trainer.packs
-        else "episodes are padded, like lengths together"
-    )
-    say(f"{found}: {so}")
-
-
-def _hidden(both: PolicyAndValue, inputs: JsonObject) -> Tensor:
-    return both.hidden(VALUE, *(inputs[name] for name in ("input_ids", "attention_mask", "position_ids")))
+    so = "packed where that takes less work" if trainer.packs else "padded, like lengths together"
+    say(f"step 0: packed episodes within {worst:.1e} of padded ones: in updates they are {so}")
 
 
 def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from posttrain.config.stages import OnlineStage
 from posttrain.errors import ConfigError
+from posttrain.models.generate import LOGITS
+
+WIDER = 4  # times stage.batch_size: a forward without gradients keeps the activations of one layer, not of all
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,21 @@ def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, proce
     return order
 
 
-def fits(lengths: Sequence[int], room: int, packed: bool) -> bool:
-    """Whether episodes have room in one forward: `room` tokens, with the padding that they need unless `packed`."""
-    return (sum(lengths) if packed else len(lengths) * max(lengths)) <= room
+def wider(stage: OnlineStage, vocabulary: int, holds_logits: bool) -> int:
+    """Episodes in a forward without gradients; with the logits held at once, no more than these have room."""
+    numbers = stage.max_new_tokens * vocabulary if holds_logits else 1
+    return max(stage.batch_size, min(LOGITS // numbers, WIDER * stage.batch_size))
 
 
 def split(episodes: Sequence[int], lengths: Sequence[int], room: int, packed: bool, least: int = 1) -> list[list[int]]:
-    """The episodes in groups that each have room in one forward, in order; at least `least` groups.
+    """The episodes, in order, in groups of at most `room` tokens, padding counted unless `packed`; at least `least`.
 
     `lengths` has the tokens of every episode of the rollout.
     """
     groups: list[list[int]] = []
     for episode in episodes:
-        if groups and fits([lengths[each] for each in (*groups[-1], episode)], room, packed):
+        tokens = [lengths[each] for each in (*(groups[-1] if groups else ()), episode)]
+        if groups and (sum(tokens) if packed else len(tokens) * max(tokens)) <= room:
             groups[-1].append(episode)
         else:
             groups.append([episode])

@@ -18,7 +18,7 @@ from posttrain.data.encode import PromptEncoding, from_text
 from posttrain.data.formats import Prompt, prompts
 from posttrain.data.prepared import Encoded
 from posttrain.data.splits import Example
-from posttrain.devices import on_all_processes, process_state, sharding_engine
+from posttrain.devices import on_all_processes, process_state
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import GOLD
 from posttrain.metrics.comparison import REWARD
@@ -30,7 +30,7 @@ from posttrain.models.meta import Batch, Holdings, hold_model, meta_model, weigh
 from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.diagnostics import Alarms
-from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts
+from posttrain.rlhf.rollout_plan import WIDER, RolloutPlan, plan_rollouts
 from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.runs.checkpoint import writing
@@ -89,14 +89,11 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
         raise ConfigError("stage.vllm_importance_sampling_cap is read by stage.use_vllm=true only")
     if stage.critic_stop_gradient and stage.critic != "head":
         raise ConfigError("stage.critic_stop_gradient is read by stage.critic=head only")
-    if stage.micro_batch_tokens is not None:
-        if stage.micro_batch_tokens < stage.max_length:
-            raise ConfigError(
-                f"stage.micro_batch_tokens={stage.micro_batch_tokens} has no room for an episode of stage.max_length="
-                f"{stage.max_length} tokens; set at least that many"
-            )
-        if sharding_engine() == "DeepSpeed":
-            raise ConfigError("stage.micro_batch_tokens: DeepSpeed counts forward passes itself; set stage.batch_size")
+    if stage.micro_batch_tokens is not None and stage.micro_batch_tokens < stage.max_length:
+        raise ConfigError(
+            f"stage.micro_batch_tokens={stage.micro_batch_tokens} has no room for an episode of stage.max_length="
+            f"{stage.max_length} tokens; set at least that many"
+        )
     if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
@@ -235,7 +232,6 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
 
 def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     """The trainer with policy, critic, reference and reward."""
-    from posttrain.rlhf.online import WIDER
     from posttrain.rlhf.ppo import PPOConfig, PPOTrainer
 
     config, data, tokenizer = context.config, context.data, context.tokenizer
