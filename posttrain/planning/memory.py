@@ -15,7 +15,7 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.models.meta import Batch, Holdings, give_fake_content
 from posttrain.planning.machines import DDP, FSDP, ZERO, Machine, machine_of
-from posttrain.rlhf.rollout_plan import wider
+from posttrain.rlhf.rollout_plan import longest_episodes, wider
 from posttrain.stages.base import stage_named
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def plan_memory(
             give_fake_content(module, half if halved else None)
         accumulation = stage.plan(config, 10**6, machine.devices).accumulation
         sequences = config.stage.batch_size * STAGES[config.stage.name].sequences_per_row
+        if isinstance(config.stage, OnlineStage):
+            sequences = longest_episodes(config.stage, longest)
         steps = []
         losses = (lambda batch: holdings.loss(batch, completion), holdings.hidden_loss)
         for loss in losses[: 1 if peak_alone else 2]:

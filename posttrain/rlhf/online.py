@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
@@ -130,7 +130,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         self._buffer_number = -1
         self._tokens: list[list[float]] = []  # [pass][mini-batch]: tokens of its completions over all processes
         self._forwards: list[list[list[int]]] = []  # [micro-step of a rollout][forward]: the episodes
-        self.packs = False  # whether packed episodes are known not to see each other: see rlhf/preflight.py
+        self.keeps_apart = False  # whether packed episodes are known not to see each other: see rlhf/preflight.py
 
     def _prepare_frozen(self, model: "PreTrainedModel") -> "PreTrainedModel":
         from trl.models import prepare_deepspeed, prepare_fsdp
@@ -169,7 +169,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         episodes = [self._buffer.take(part) for part in self._forwards[within]]
         return {"episodes": episodes, "tokens": self._tokens[passes][place // plan.accumulation]}
 
-    def compute_loss(self, model: Any, inputs: JsonObject, *args: object, **kwargs: object) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: JsonObject, *args: object, **kwargs: object) -> Tensor:
         """The loss of the last forward; those before it (stage.micro_batch_tokens) have had their backward pass."""
         *earlier, last = (inputs | {"episodes": part, "part": each} for each, part in enumerate(inputs["episodes"]))
         done = torch.zeros((), device=self.accelerator.device)
@@ -415,10 +415,13 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
 
     def inputs_of(self, buffer: RolloutBuffer) -> JsonObject:
         """What a forward pass over the episodes takes: see `laid_out`; packed where that is less work."""
+        return laid_out(buffer, self.packs(buffer.lengths))
+
+    def packs(self, lengths: Sequence[int]) -> bool:
+        """Whether a forward over episodes of these lengths packs them into one row."""
         config = self.model.config
         quadratic = "flash" not in str(config._attn_implementation)
-        width = config.get_text_config().hidden_size
-        return laid_out(buffer, self.packs and packing_pays(buffer.lengths, width, quadratic))
+        return self.keeps_apart and packing_pays(lengths, config.get_text_config().hidden_size, quadratic)
 
     @property
     def wider(self) -> int:
@@ -455,7 +458,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         """And how far the passes over the rollout have come."""
         return super().running() | {
             "rollout": self._buffer_number,
-            "packs": self.packs,
+            "keeps_apart": self.keeps_apart,
             "kl_coef": self.kl_controller.coef,
             "trained_tokens": self.trained_tokens,
             "forward_passes": self._step,
@@ -464,7 +467,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
     def resume(self, running: JsonObject, checkpoint: Path) -> None:
         file = checkpoint / BUFFER.format(self.accelerator.process_index)
         self._buffer = RolloutBuffer.load(file, self.accelerator.device) if file.is_file() else None
-        self._buffer_number, self.packs = running["rollout"], running["packs"]
+        self._buffer_number, self.keeps_apart = running["rollout"], running["keeps_apart"]
         self.kl_controller.coef = running["kl_coef"]
         self.trained_tokens, self._step = running["trained_tokens"], running["forward_passes"]
         if self._buffer_number >= 0 and (wrote := processes_of(checkpoint)) != self.accelerator.num_processes:

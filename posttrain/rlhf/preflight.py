@@ -84,8 +84,8 @@ def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tole
                 inputs = [[*laid_out(buffer, each).values()][:3] for each in (False, True)]
                 plain, together = (both.hidden(VALUE, *each) for each in inputs)
                 worst = max(worst, float((together[0] - plain[real]).abs().max() / plain.abs().max()))
-    trainer.packs = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance
-    so = "packed where that takes less work" if trainer.packs else "padded, like lengths together"
+    trainer.keeps_apart = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance
+    so = "packed where that takes less work" if trainer.keeps_apart else "padded, like lengths together"
     say(f"step 0: packed episodes within {worst:.1e} of padded ones: in updates they are {so}")
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from posttrain.config.stages import OnlineStage
@@ -92,21 +92,33 @@ def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, proce
     return order
 
 
+def longest_episodes(stage: OnlineStage, longest: int) -> int:
+    """How many episodes of `longest` tokens a forward of an update holds."""
+    room = stage.micro_batch_tokens
+    return stage.batch_size if room is None else max(min(stage.batch_size, room // longest), 1)
+
+
 def wider(stage: OnlineStage, vocabulary: int, holds_logits: bool) -> int:
     """Episodes in a forward without gradients; with the logits held at once, no more than these have room."""
-    numbers = stage.max_new_tokens * vocabulary if holds_logits else 1
-    return max(stage.batch_size, min(LOGITS // numbers, WIDER * stage.batch_size))
+    numbers, most = stage.max_new_tokens * vocabulary if holds_logits else 1, longest_episodes(stage, stage.max_length)
+    return max(most, min(LOGITS // numbers, WIDER * most))
 
 
-def split(episodes: Sequence[int], lengths: Sequence[int], room: int, packed: bool, least: int = 1) -> list[list[int]]:
-    """The episodes, in order, in groups of at most `room` tokens, padding counted unless `packed`; at least `least`.
+def split(
+    episodes: Sequence[int],
+    lengths: Sequence[int],
+    room: int,
+    packs: Callable[[Sequence[int]], bool],
+    least: int = 1,
+) -> list[list[int]]:
+    """The episodes, in order, in at least `least` groups of at most `room` tokens, padding counted unless one `packs`.
 
     `lengths` has the tokens of every episode of the rollout.
     """
     groups: list[list[int]] = []
     for episode in episodes:
         tokens = [lengths[each] for each in (*(groups[-1] if groups else ()), episode)]
-        if groups and (sum(tokens) if packed else len(tokens) * max(tokens)) <= room:
+        if groups and (sum(tokens) if packs(tokens) else len(tokens) * max(tokens)) <= room:
             groups[-1].append(episode)
         else:
             groups.append([episode])

@@ -30,7 +30,7 @@ from posttrain.models.meta import Batch, Holdings, hold_model, meta_model, weigh
 from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.diagnostics import Alarms
-from posttrain.rlhf.rollout_plan import WIDER, RolloutPlan, plan_rollouts
+from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts, wider
 from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.runs.checkpoint import writing
@@ -286,7 +286,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     elif source is not None:
         with naming("stage.reward_model"):
             score = scoring.RewardModel.load(
-                source, config.seed, trainer.args.device, WIDER * stage.batch_size, trainer.accelerator.autocast
+                source, config.seed, trainer.args.device, wider(stage, 1, False), trainer.accelerator.autocast
             )
     roles.print_roles(config, source, path)
     return trainer

@@ -1,5 +1,6 @@
 """The forwards of an update: who stands beside whom, what is padded or packed, and that gradients do not notice."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,18 @@ def test_batches_of_like_lengths() -> None:
 
 
 def test_forwards_have_room_for_their_tokens() -> None:
+    def never(lengths: Sequence[int]) -> bool:
+        return False
+
+    def always(lengths: Sequence[int]) -> bool:
+        return True
+
     lengths = [10, 8, 4, 3, 2, 2]
-    assert split([0, 1, 2, 3, 4, 5], lengths, 20, packed=False) == [[0, 1], [2, 3, 4, 5]]
-    assert split([0, 1, 2, 3, 4, 5], lengths, 18, packed=False) == [[0], [1, 2], [3, 4, 5]]
-    assert split([0, 1, 2, 3, 4, 5], lengths, 18, packed=True) == [[0, 1], [2, 3, 4, 5]]
-    assert split([0, 1, 2, 3], lengths, 100, packed=True, least=3) == [[0], [1], [2, 3]]  # another process has three
-    assert split([4, 5], lengths, 100, packed=True) == [[4, 5]]
+    assert split([0, 1, 2, 3, 4, 5], lengths, 20, never) == [[0, 1], [2, 3, 4, 5]]
+    assert split([0, 1, 2, 3, 4, 5], lengths, 18, never) == [[0], [1, 2], [3, 4, 5]]
+    assert split([0, 1, 2, 3, 4, 5], lengths, 18, always) == [[0, 1], [2, 3, 4, 5]]
+    assert split([0, 1, 2, 3], lengths, 100, always, least=3) == [[0], [1], [2, 3]]  # another process has three
+    assert split([4, 5], lengths, 100, always) == [[4, 5]]
 
 
 def test_packing_saves_padding_and_pays_in_attention() -> None:
