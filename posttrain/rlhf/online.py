@@ -30,7 +30,7 @@ from posttrain.models.lora import active_adapter, adapter_layers
 from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
 from posttrain.rlhf.diagnostics import VLLM_TOKEN
-from posttrain.rlhf.rollout import RolloutBuffer, laid_out, spread
+from posttrain.rlhf.rollout import Inputs, RolloutBuffer, laid_out, spread
 from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, packing_pays, prompts_of_rollout, split, wider
 from posttrain.runs.checkpoint import processes_of
 from posttrain.runs.safe_trainer import SafeTrainer
@@ -413,7 +413,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         with self.reference() as model:
             return self.in_batches(buffer, lambda inputs: log_probs(model, **inputs, temperature=self.temperature))[0]
 
-    def inputs_of(self, buffer: RolloutBuffer) -> JsonObject:
+    def inputs_of(self, buffer: RolloutBuffer) -> Inputs:
         """What a forward pass over the episodes takes: see `laid_out`; packed where that is less work."""
         return laid_out(buffer, self.packs(buffer.lengths))
 
@@ -429,7 +429,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         vocabulary = self.model.config.get_text_config().vocab_size
         return wider(self.args.stage, vocabulary, self.accelerator.device.type == "cpu")
 
-    def in_batches(self, buffer: RolloutBuffer, forward: Callable[[JsonObject], Sequence[Tensor]]) -> list[Tensor]:
+    def in_batches(self, buffer: RolloutBuffer, forward: Callable[[Inputs], Sequence[Tensor]]) -> list[Tensor]:
         """What `forward` gives for the whole buffer, (E, C) each, computed for episodes of like lengths at a time."""
         mask, found = buffer.completion_mask, []
         batches = by_length(buffer.lengths, self.wider)

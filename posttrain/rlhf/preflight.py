@@ -75,14 +75,16 @@ def check_start(trainer: PPOTrainer) -> None:
 
 def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tolerance: float) -> None:
     """Let the trainer pack episodes into one row, if in this model they then do not see each other."""
-    real = laid_out(buffer)["attention_mask"].bool()
+    real = torch.cat([buffer.prompt_mask, buffer.completion_mask], dim=1).bool()
     with torch.no_grad(), trainer.accelerator.autocast():
         packed = trainer.model(**laid_out(buffer, packed=True)).logps
         worst = float((packed - logps[buffer.completion_mask.bool()]).abs().max())
         with trainer.policy_and_value() as both:
             if both.value.trunk is not None:  # which may be of another kind, and whose head is still 0
-                inputs = [[*laid_out(buffer, each).values()][:3] for each in (False, True)]
-                plain, together = (both.hidden(VALUE, *each) for each in inputs)
+                plain, together = (
+                    both.hidden(VALUE, each["input_ids"], each["attention_mask"], each["position_ids"])
+                    for each in (laid_out(buffer), laid_out(buffer, packed=True))
+                )
                 worst = max(worst, float((together[0] - plain[real]).abs().max() / plain.abs().max()))
     trainer.keeps_apart = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance
     so = "packed where that takes less work" if trainer.keeps_apart else "padded, like lengths together"

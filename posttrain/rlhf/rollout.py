@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from posttrain.values import JsonObject
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -89,12 +87,19 @@ def join(prompt_mask: "Tensor", completion_mask: "Tensor") -> tuple["Tensor", "T
     return mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def laid_out(buffer: RolloutBuffer, packed: bool = False) -> JsonObject:
-    """What a forward pass over the episodes takes: a row to an episode, or all `packed` into one row without padding.
+class Inputs(TypedDict):
+    """What a forward pass over episodes takes, (rows, tokens) each."""
 
-    `input_ids`, `attention_mask` and `position_ids` are (rows, tokens). A packed row has no attention mask: positions
-    begin again with each episode, which keeps them apart. `picked` (K) are the places, in all rows one after another,
-    of the completions' tokens, in the order of `completion_mask`.
+    input_ids: "Tensor"
+    attention_mask: "Tensor | None"
+    position_ids: "Tensor"
+    picked: "Tensor"  # (K), where the completions' tokens are in all rows, one after another, as in `completion_mask`
+
+
+def laid_out(buffer: RolloutBuffer, packed: bool = False) -> Inputs:
+    """A row to an episode, or all `packed` into one row without padding.
+
+    A packed row has no attention mask: positions begin again with each episode, which keeps them apart.
     """
     import torch
 
