@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from posttrain.console import say
 from posttrain.data.prepared import column_of
 from posttrain.errors import PosttrainError
+from posttrain.models.generate import by_length
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import VALUE, pad_left
 from posttrain.rlhf.diagnostics import VLLM_MEAN
@@ -49,10 +50,11 @@ def check_start(trainer: PPOTrainer) -> None:
     buffer, generated = _complete_some(trainer)
     mask = buffer.completion_mask
     now = trainer.estimates(buffer)
-    some = min(trainer.plan.batch_size, ROWS)
+    first = buffer.take(by_length(buffer.lengths, trainer.plan.batch_size)[0])  # as a pass without gradients has it
     with torch.enable_grad(), trainer.accelerator.autocast():
-        training = trainer.model(**trainer.inputs_of(buffer.take(range(some)))).logps.detach()
-    ratio = float((training - now.logps[:some][mask[:some].bool()]).exp().sub(1).abs().max())
+        training = trainer.model(**trainer.inputs_of(first)).logps.detach()
+    estimated = trainer.estimates(first).logps[first.completion_mask.bool()]
+    ratio = float((training - estimated).exp().sub(1).abs().max())
     kl = float(((now.logps - trainer.reference_logps(buffer)) * mask).abs().max())
     worst = float(((now.logps - generated) * mask).abs().max())
     said, agrees = f"log-probabilities within {worst:.1e} of generation's", worst <= tolerance
@@ -93,9 +95,9 @@ def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tole
 
 def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     """Short completions to a few prompts of different lengths, and log π of their tokens as generation had it."""
-    by_length = np.argsort(column_of(trainer.train_dataset, "length"), kind="stable")
-    last = len(by_length) - 1
-    rows = [trainer.rows[int(by_length[round(index * last / (ROWS - 1))])]["prompt_ids"] for index in range(ROWS)]
+    order = np.argsort(column_of(trainer.train_dataset, "length"), kind="stable")
+    last = len(order) - 1
+    rows = [trainer.rows[int(order[round(index * last / (ROWS - 1))])]["prompt_ids"] for index in range(ROWS)]
     device, padding = trainer.accelerator.device, trainer.processing_class.pad_token_id
     ids = pad_left(rows, padding).to(device)
     prompt_mask = pad_left([[1] * len(row) for row in rows], 0).to(device)
