@@ -8,7 +8,8 @@ reference is a random model. Trained through the real entry point,
 - DPO must reach pi*(y|x) proportional to pi_ref(y|x) exp(r(x,y) / beta)   (Rafailov et al. 2023, equation 4), and
 - the reward model must recover r up to a constant for each prompt, and
 - PPO with kl_coef = beta must reach the pi* over everything that two tokens can say (111 sequences; r = -2 for those
-  that are no answer): J = E[r] - beta KL(pi||pi_ref) falls short of J* by exactly beta KL(pi||pi*). With LoRA, too,
+  that are no answer): J = E[r] - beta KL(pi||pi_ref) falls short of J* by exactly beta KL(pi||pi*). With a critic
+  that is a head on the policy, too, with forwards bounded by their tokens in two processes, with LoRA,
   and with a reward model trained with LoRA as the third adapter of one base, whose own scores are then the r.
 Prints the distances, and draws the measured (KL, reward) points on the theoretical frontiers.
 """
@@ -295,7 +296,8 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     function = f"stage.reward_functions=[{folder / 'table.py'}:reward]"
     full = [*PPO, "stage.learning_rate=1e-3", function, "run_name=full"]
     train(folder, "-m", *full, f"stage.kl_coef={','.join(map(str, BETAS))}", data="prompts.jsonl")
-    two = [*full, "stage.batch_size=192", "stage.kl_coef=0.5", "run_name=two"]
+    train(folder, *full, "stage.kl_coef=0.5", "run_name=head", "stage.critic=head", data="prompts.jsonl")
+    two = [*full, "stage.batch_size=192", "stage.micro_batch_tokens=400", "stage.kl_coef=0.5", "run_name=two"]
     train(folder, *two, "accelerate=cpu2", data="prompts.jsonl")
     lora = [*PPO, *LORA, "stage.learning_rate=2e-3"]
     train(folder, *lora, "stage.kl_coef=0.5", function, "run_name=lora", data="prompts.jsonl")
@@ -304,6 +306,7 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     shared = [*lora, "stage.kl_coef=1", "stage.num_epochs=600", "stage.gate=warn", "run_name=shared"]
     train(folder, *shared, f"stage.reward_model={folder / 'outputs/shared/reward'}", data="prompts.jsonl")
     runs = [("full fine-tuning", beta, f"full/ppo/stage.kl_coef={beta}", table) for beta in BETAS]
+    runs.append(("critic=head", 0.5, "head/ppo", table))
     runs.append(("two processes", 0.5, "two/ppo", table))
     runs.append(("LoRA", 0.5, "lora/ppo", table))
     runs.append(("shared base", 1.0, "shared/ppo", model_rewards(folder / "outputs/shared/reward/model", tokenizer)))

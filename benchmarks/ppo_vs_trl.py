@@ -4,8 +4,9 @@
 
 Installs TRL 1.12.0 into an environment of its own in the folder, lets it and posttrain do the same work on the same
 random model, prompts and reward model, and prints ratios; then puts TRL's last rollout through posttrain's arithmetic.
-Answers never end by themselves, so that both learn from the same number of tokens, and because TRL puts the score of
-an answer that ends early one token behind its end (huggingface/trl#3750), which posttrain does not.
+In the first case completions never end by themselves, so that both learn from the same number of tokens, and because
+TRL puts the score of a completion that ends early one token behind its end (huggingface/trl#3750), which posttrain does
+not. In the second one prompts and completions have log-normal lengths (peers/lengths.py), the same ones for both.
 """
 
 import json
@@ -17,25 +18,30 @@ from pathlib import Path
 from typing import Any
 
 from peers import environment
+from peers.lengths import COMPLETION, PROMPT, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PEER = ["torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0"]
-ROLLOUTS, EPISODES, BATCH, TOKENS = 3, 32, 8, 32
+ROLLOUTS, EPISODES, BATCH = 3, 32, 8
+CASES = {"equal lengths": ("prompts", 32), "log-normal lengths": ("lengths", COMPLETION[-1])}
 LIMIT = 1e-5
 SIZES = {"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 50257, "n_positions": 128}
 SETTINGS = [
     *("stage=ppo", "stage.gate=warn", f"stage.rollout_batch_size={EPISODES}", f"stage.batch_size={BATCH}"),
-    *("stage.num_mini_batches=1", "stage.ppo_epochs=4", f"stage.max_new_tokens={TOKENS}", "stage.max_length=96"),
+    *("stage.num_mini_batches=1", "stage.ppo_epochs=4", "stage.max_length=128"),
     *("stage.learning_rate=1e-4", "stage.kl_coef=0.1", "data.test_size=0", "trainer.eval_strategy=no"),
     *("trainer.save_strategy=no", f"stage.num_epochs={ROLLOUTS}"),
 ]
 # posttrain.run in this process, with a note of time and memory when training ends: what comes after is no part of it
 WATCH = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from transformers import Trainer
 train = Trainer.train
 def watched(self, *arguments, **options):
+    if os.environ["PROMPTS"] == "lengths":
+        from peers.lengths import end_completions
+        end_completions()
     started = time.monotonic()
     result = train(self, *arguments, **options)
     noted = {"seconds": time.monotonic() - started, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -73,16 +79,22 @@ def prepare(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "reward")
     rows = [{"prompt": f"What is the word number {n} of this list?"} for n in range(EPISODES)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"{n}" + " a" * length} for n, length in enumerate(draw(EPISODES, 1, *PROMPT))]
+    (folder / "lengths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"no {n}"} for n in range(16)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
 
 
-def run(command: list[str], folder: Path, last: str = "stdout") -> dict[str, float]:
+def run(command: list[str], folder: Path, last: str = "stdout", prompts: str = "") -> dict[str, float]:
     """Run it and read the JSON that it prints on its last such line."""
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
+        env={
+            **os.environ,
+            **{"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "HF_HUB_OFFLINE": "1"},
+            **{"TRL_EXPERIMENTAL_SILENCE": "1", "PROMPTS": prompts},
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -134,8 +146,6 @@ def main() -> None:
         ],
         folder,
     )["peak"]
-    ours = [sys.executable, "-c", WATCH, *SETTINGS, f"model.model_name_or_path={folder / 'policy'}"]
-    ours += [f"data.dataset_name={folder / 'prompts.jsonl'}", "overwrite=true"]
     reward = [sys.executable, "-m", "posttrain.run", "stage=reward", "model.use_peft=true", "run_name=lora"]
     reward += [f"model.model_name_or_path={folder / 'policy'}", f"data.dataset_name={folder / 'pairs.jsonl'}"]
     subprocess.run(
@@ -145,27 +155,36 @@ def main() -> None:
         check=True,
         capture_output=True,
     )
-    peer = [python, str(ROOT / "benchmarks" / "peers" / "trl_ppo.py"), str(folder)]
-    sizes = [str(number) for number in (ROLLOUTS, EPISODES, BATCH, TOKENS)]
-    found = {
-        "TRL 1.12, full": run([*peer, "full", *sizes], folder),
-        "posttrain, full": run([*ours, f"stage.reward_model={folder / 'reward'}", "run_name=full"], folder, "stderr"),
-        "TRL 1.12, LoRA": run([*peer, "lora", *sizes], folder),
-        "posttrain, LoRA, shared base": run([*ours, "model.use_peft=true", "run_name=lora"], folder, "stderr"),
-    }
-    first = found["TRL 1.12, full"]
     print(f"idle, libraries imported: {idle:.2f} GiB")
-    for name, each in found.items():
-        speed, memory = ROLLOUTS * EPISODES / each["seconds"], each["peak"] - idle
-        print(
-            f"{name:<30} {speed:6.2f} episodes/s ({first['seconds'] / each['seconds']:.2f} ×)   "
-            f"{memory:5.2f} GiB above idle ({memory / (first['peak'] - idle):.2f} ×)"
-        )
+    full = [f"stage.reward_model={folder / 'reward'}", "run_name=full"]
+    lora = ["model.use_peft=true", "run_name=lora"]
+    runs: dict[str, dict[str, dict[str, float]]] = {}
+    for case, (prompts, tokens) in reversed(CASES.items()):  # the numbers of the last one are compared below
+        peer = [python, str(ROOT / "benchmarks" / "peers" / "trl_ppo.py"), str(folder)]
+        sizes = [str(number) for number in (ROLLOUTS, EPISODES, BATCH, tokens)]
+        ours = [sys.executable, "-c", WATCH, *SETTINGS, f"model.model_name_or_path={folder / 'policy'}"]
+        ours += [f"data.dataset_name={folder / prompts}.jsonl", f"stage.max_new_tokens={tokens}", "overwrite=true"]
+        found = runs[case] = {
+            "TRL 1.12, full": run([*peer, "full", *sizes], folder, "stdout", prompts),
+            "posttrain, full": run([*ours, *full], folder, "stderr", prompts),
+            "posttrain, full, critic=head": run([*ours, *full, "stage.critic=head"], folder, "stderr", prompts),
+            "TRL 1.12, LoRA": run([*peer, "lora", *sizes], folder, "stdout", prompts),
+            "posttrain, LoRA, shared base": run([*ours, *lora], folder, "stderr", prompts),
+        }
+        first = found["TRL 1.12, full"]
+        print(case)
+        for name, each in found.items():
+            speed, memory = ROLLOUTS * EPISODES / each["seconds"], each["peak"] - idle
+            print(
+                f"{name:<30} {speed:6.2f} episodes/s ({first['seconds'] / each['seconds']:.2f} ×)   "
+                f"{memory:5.2f} GiB above idle ({memory / (first['peak'] - idle):.2f} ×)",
+                flush=True,
+            )
     differences = parity(folder)
     print("on TRL's own rollout, largest differences:")
     for name, difference in differences.items():
         print(f"{name:<22} {difference:.1e}   limit {LIMIT:g}")
-    (folder / "ppo_vs_trl.json").write_text(json.dumps({"runs": found, "idle": idle, "parity": differences}, indent=1))
+    (folder / "ppo_vs_trl.json").write_text(json.dumps({"runs": runs, "idle": idle, "parity": differences}, indent=1))
     if max(differences.values()) > LIMIT:
         raise SystemExit("the arithmetic differs")
 

@@ -6,6 +6,7 @@ Prints seconds and the largest resident memory as JSON, and writes what it compu
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -24,7 +25,8 @@ def main() -> None:
     rollouts, episodes, batch, tokens = map(int, sys.argv[3:])
     torch.set_num_threads(2)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
-    rows = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    given = os.environ["PROMPTS"]
+    rows = [json.loads(line)["prompt"] for line in (folder / f"{given}.jsonl").read_text().splitlines()]
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         for text in rows
@@ -85,6 +87,10 @@ def main() -> None:
         train_dataset=data,
         peft_config=peft_config,
     )
+    if given == "lengths":
+        from peers.lengths import end_completions
+
+        end_completions()
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started

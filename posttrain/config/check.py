@@ -21,7 +21,7 @@ from posttrain.config.accelerate import accelerate_config
 from posttrain.config.machines import bytes_of
 from posttrain.config.reserved import ALWAYS
 from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
-from posttrain.config.stages import STAGES, InstructionColumns, PPOStage, StageSpec
+from posttrain.config.stages import STAGES, InstructionColumns, OnlineStage, PPOStage, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
 from posttrain.devices import sharding_engine
@@ -190,6 +190,8 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     if engine is not None:  # what needs the model as a whole before or after it is trained
         asked = {f"model.lora_init_weights={name}": model.lora_init_weights == name for name in CHANGE_BASE}
         asked["trainer.precompute_ref_log_probs=true"] = bool(config.trainer.get("precompute_ref_log_probs"))
+        tokens = isinstance(config.stage, OnlineStage) and config.stage.micro_batch_tokens
+        asked["stage.micro_batch_tokens"] = engine == "DeepSpeed" and bool(tokens)  # it counts forward passes itself
         for what in (what for what, wanted in asked.items() if wanted):
             yield f"{what} does not work under {engine}; leave it out, or take accelerate=ddp"
     for name, role in config.data.messages.roles.items():

@@ -43,6 +43,7 @@ class OnlineStage(StageConfig):
     rollout_batch_size: int = key(at_least=1, trl="generation_batch_size")
     num_mini_batches: int = key(at_least=1)
     ppo_epochs: int = key(at_least=1, trl="num_iterations")  # passes over each rollout
+    micro_batch_tokens: int | None = key(at_least=2)
     kl_coef: float = key(at_least=0, below=1e3)
     kl_controller: str = key(choices=("fixed", "adaptive"))
     kl_target: float = key(above=0)
@@ -79,6 +80,8 @@ class PPOStage(OnlineStage):
     ptx_coef: float = key(at_least=0)
     whiten_advantages: bool = key()
     whiten_rewards: bool = key()
+    critic: str = key(choices=("separate", "head"))
+    critic_stop_gradient: bool = key()
     value_learning_rate: float | None = key(above=0, below=1e3)
     critic_warmup_steps: int = key(at_least=0)
     kl_estimator: str = key(choices=("k1", "k3"))

@@ -147,6 +147,12 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> "torch.Tensor":
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
+def by_length(lengths: Sequence[int], size: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """The rows (all, or those given) in batches of `size` and of like lengths, the longest first."""
+    order = sorted(range(len(lengths)) if rows is None else rows, key=lambda row: -lengths[row])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 class _Batch(NamedTuple):
     rows: list[int]  # their places among all rows
     ids: "torch.Tensor"  # (rows, longest), prompt and completion, padded on the right
@@ -171,7 +177,7 @@ def _batches(
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
     room = LOGITS // model.config.get_text_config().vocab_size
     parts: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for [row] in by_length(lengths, 1):
         part = [*(parts[-1] if parts else []), row]
         kept = lengths[part[0]] - min(len(prompts[each]) for each in part)
         if parts and len(part) <= batch_size and len(part) * kept <= room:
@@ -249,11 +255,11 @@ def scores(model: "PreTrainedModel", rows: Sequence[Sequence[int]], pad: int, ba
     """The reward of each conversation, read by the model at its last token that is not padding."""
     import torch
 
-    found: list[float] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+    found = torch.empty(len(rows))
+    for places in by_length([*map(len, rows)], batch_size):
+        part = [rows[place] for place in places]
         ids = pad_right(part, pad).to(model.device)
         mask = pad_right([[1] * len(row) for row in part], 0).to(model.device)
         with torch.no_grad():
-            found += model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu().tolist()
-    return found
+            found[places] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()
+    return found.tolist()

@@ -15,6 +15,7 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
 from posttrain.models.meta import Batch, Holdings, give_fake_content
 from posttrain.planning.machines import DDP, FSDP, ZERO, Machine, machine_of
+from posttrain.rlhf.rollout_plan import longest_episodes, wider
 from posttrain.stages.base import stage_named
 
 if TYPE_CHECKING:
@@ -74,11 +75,19 @@ def plan_memory(
             give_fake_content(module, half if halved else None)
         accumulation = stage.plan(config, 10**6, machine.devices).accumulation
         sequences = config.stage.batch_size * STAGES[config.stage.name].sequences_per_row
+        if isinstance(config.stage, OnlineStage):
+            sequences = longest_episodes(config.stage, longest)
         steps = []
         losses = (lambda batch: holdings.loss(batch, completion), holdings.hidden_loss)
         for loss in losses[: 1 if peak_alone else 2]:
             with torch.autocast("cpu", half, enabled=precision != "no"):
                 steps.append(_step(config, holdings, loss, (sequences, longest), accumulation > 1, machine.gradients))
+        if isinstance(config.stage, OnlineStage):
+            rows = wider(
+                config.stage, holdings.trained.config.get_text_config().vocab_size, not torch.cuda.is_available()
+            )
+            with torch.no_grad(), torch.autocast("cpu", half, enabled=precision != "no"):
+                estimating = _step(config, holdings, losses[0], (rows, longest), False, 0.0).activations
         full = sum(weight.nbytes for weight in holdings.trained.parameters() if weight.requires_grad)
         buckets = full if machine.engine == DDP else 0
         passing = _passing(holdings.trained, machine)
@@ -95,6 +104,7 @@ def plan_memory(
         "at the optimizer's step": {"gradients": gradients},
     }
     if isinstance(config.stage, OnlineStage):
+        moments["in a forward without gradients"] = {"activations": estimating}
         generating = moments.setdefault("while completions are generated", {})
         if config.stage.use_vllm:
             trainer = config.trainer
@@ -198,7 +208,7 @@ def _step(
     accumulating: bool,
     share: float,
 ) -> _Peak:
-    """Forward and backward of one batch as the stage's trainer does it."""
+    """Forward of one batch as the stage's trainer does it, and backward where gradients are enabled."""
     import torch
 
     trained = holdings.trained
@@ -218,7 +228,8 @@ def _step(
     with _watched(parameters, share) as peak:
         total = loss({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         peak.forward, peak.backward = peak.backward, 0
-        total.backward()
+        if torch.is_grad_enabled():
+            total.backward()
     return peak
 
 

@@ -29,13 +29,14 @@ POLICY, VALUE, REWARD = "default", "critic", "reward"
 class ValueNetwork(nn.Module):
     """V before each token: a linear head on the hidden states of a trunk.
 
-    `trunk` is a model without a head (hidden states out), or None when the policy's base is shared. The head begins at
-    zero, so that the first advantages are the rewards themselves and not the noise of a random head.
+    `trunk` is a model without a head (hidden states out), or None when the policy's base is shared: under an adapter of
+    the critic's own, or as the policy itself runs on it (`on_policy`). The head begins at zero, so that the first
+    advantages are the rewards themselves and not the noise of a random head.
     """
 
-    def __init__(self, hidden_size: int, trunk: nn.Module | None = None) -> None:
+    def __init__(self, hidden_size: int, trunk: nn.Module | None = None, on_policy: bool = False) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.on_policy = trunk, on_policy
         self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -48,7 +49,7 @@ class ValueNetwork(nn.Module):
 
 
 class Estimates(NamedTuple):
-    """What policy and critic say about the tokens of completions, each (rows, C)."""
+    """What policy and critic say about the tokens of completions: (K) each, or spread out as (E, C)."""
 
     logps: Tensor
     entropy: Tensor
@@ -60,7 +61,7 @@ class PolicyAndValue(nn.Module):
     """Policy and critic, trained as one module; generation and all that is saved are the policy's.
 
     `policy` is a causal language model patched by TRL's `add_fused_lm_head`, or a PeftModel around one; `value`
-    without a trunk of its own runs on the policy's base under the adapter "critic".
+    without a trunk of its own runs on the policy's base under the adapter "critic", or reads the policy's own states.
     """
 
     def __init__(
@@ -72,37 +73,51 @@ class PolicyAndValue(nn.Module):
         self.policy: PreTrainedModel = policy
         self.value = value
         self.layers = adapter_layers(policy)
-        if value.trunk is None and not self.layers:
+        if value.trunk is None and not value.on_policy and not self.layers:
             raise ValueError("a critic without a trunk of its own needs a policy with adapters")
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         position_ids: Tensor,
-        completion: int,
-        instructions: tuple[Tensor, Tensor, Tensor, int] | None = None,
+        picked: Tensor,
+        detached: bool = False,
+        instructions: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     ) -> Estimates:
-        """Estimates for the last `completion` tokens of each row, from (rows, tokens); of `instructions` the same."""
+        """Estimates (K) for the `picked` tokens of (rows, tokens): see `laid_out`; of `instructions` log π alone.
+
+        `detached` keeps the critic's gradient out of a trunk that is the policy's.
+        """
         # in an update, entropy matters only to its bonus
         wanted = self.learn_entropy or not torch.is_grad_enabled()
+        states: list[Tensor] = []
+        watch = self.base.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         logps, entropy = log_probs(
-            self.policy, input_ids, attention_mask, position_ids, completion, self.temperature, wanted, self.fused
+            self.policy, input_ids, attention_mask, position_ids, picked, self.temperature, wanted, self.fused
         )
-        hidden = self.hidden(VALUE, input_ids, attention_mask, position_ids)
+        watch.remove()
+        if not self.value.on_policy:
+            states = [self.hidden(VALUE, input_ids, attention_mask, position_ids)]
         # the value of a state is read where the state ends: one token before the one that is chosen in it
-        values = self.value(hidden)[:, -completion - 1 : -1]
+        hidden = states[0][before(picked, input_ids)]
+        values = self.value(hidden.detach() if detached else hidden)
         if instructions is None:
             return Estimates(logps, entropy, values)
         fused = self.fused if self.temperature == 1 else False  # TRL's head has the temperature of sampling
         return Estimates(logps, entropy, values, log_probs(self.policy, *instructions, 1.0, False, fused)[0])
 
-    def hidden(self, role: str, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    @property
+    def base(self) -> "PreTrainedModel":
+        """The policy without what LoRA has wrapped around it."""
+        return self.policy.get_base_model() if self.layers else self.policy
+
+    def hidden(self, role: str, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """The last hidden states (rows, tokens, hidden) of the critic's trunk, or of the base under an adapter."""
         if self.value.trunk is not None and role == VALUE:
             return last_hidden(self.value.trunk, input_ids, attention_mask, position_ids)
         with self.active_adapter(role):
-            return last_hidden(self.policy.get_base_model().base_model, input_ids, attention_mask, position_ids)
+            return last_hidden(self.base.base_model, input_ids, attention_mask, position_ids)
 
     def active_adapter(self, adapter: str | None) -> AbstractContextManager[None]:
         """Run the base under another adapter, or under none."""
@@ -200,17 +215,29 @@ class PolicyAndValue(nn.Module):
         return found
 
 
-def _positions(model: "PreTrainedModel", position_ids: Tensor) -> dict[str, Tensor]:
-    """Positions for models that take them; those without (ALiBi) read the attention mask."""
+def _inside(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model itself, without accelerate's and LoRA's wrappers."""
     from accelerate.utils import extract_model_from_parallel
 
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)  # a wrapper's forward takes anything
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    takes = "position_ids" in inspect.signature(type(inner).forward).parameters
+    inner: PreTrainedModel = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _positions(model: "PreTrainedModel", position_ids: Tensor) -> dict[str, Tensor]:
+    """Positions for models that take them; those without (ALiBi) read the attention mask."""
+    # a wrapper's forward takes anything
+    takes = "position_ids" in inspect.signature(type(_inside(model)).forward).parameters
     return {"position_ids": position_ids} if takes else {}
 
 
-def last_hidden(trunk: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+def before(picked: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of the token before each of the `picked` ones, which is what predicts it."""
+    return picked // input_ids.size(1), picked % input_ids.size(1) - 1
+
+
+def last_hidden(
+    trunk: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor
+) -> Tensor:
     """(rows, tokens, hidden)."""
     output = trunk(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **_positions(trunk, position_ids)
@@ -222,14 +249,14 @@ def last_hidden(trunk: "PreTrainedModel", input_ids: Tensor, attention_mask: Ten
 def log_probs(
     model: "PreTrainedModel",
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor,
-    completion: int,
+    picked: Tensor,
     temperature: float,
     with_entropy: bool = False,
     fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log π of each of the last `completion` tokens, and the entropy of π there, (rows, C), both at `temperature`.
+    """log π of each of the `picked` tokens (see `laid_out`), and the entropy of π there, (K), both at `temperature`.
 
     Without `with_entropy`, entropy may be 0 throughout.
 
@@ -239,17 +266,20 @@ def log_probs(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_positions(model, position_ids)}
     if fused is None:
         fused = input_ids.device.type != "cpu"
+    places, targets = before(picked, input_ids), input_ids.flatten()[picked]
     if fused:
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :-completion] = -100
+        labels = torch.full_like(input_ids, -100)
+        labels.view(-1)[picked] = targets
         output = model(**inputs, labels=labels, fused_lm_head=True)
-        logps = output.log_probs[:, -completion:]
-        return logps, torch.zeros_like(logps) if output.entropy is None else output.entropy[:, -completion:]
-    logits = model(**inputs, use_cache=False, logits_to_keep=completion + 1).logits[:, :-1].float()
+        logps = output.log_probs[places]
+        return logps, torch.zeros_like(logps) if output.entropy is None else output.entropy[places]
+    # the head is handed the states that predict a picked token alone: `logits_to_keep` cannot choose in each row
+    hook = _inside(model).get_output_embeddings().register_forward_pre_hook(lambda _, given: given[0][places][None])
+    logits = model(**inputs, use_cache=False).logits[0].float()
+    hook.remove()
     every = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
-    mask = attention_mask[:, -completion:]
-    logps = every.gather(-1, input_ids[:, -completion:, None]).squeeze(-1) * mask
-    return logps, -(every.exp() * every).sum(-1) * mask if with_entropy else torch.zeros_like(logps)
+    logps = every.gather(-1, targets[:, None]).squeeze(-1)
+    return logps, -(every.exp() * every).sum(-1) if with_entropy else torch.zeros_like(logps)
 
 
 def is_of(name: str, adapter: str) -> bool:

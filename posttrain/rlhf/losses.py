@@ -151,14 +151,6 @@ def value_loss(
     return 0.5 * loss * mask
 
 
-def instruction_loss(logps: "Tensor", mask: "Tensor") -> "Tensor":
-    """-log π at each token of the completions of instruction rows, (rows, tokens); 0 elsewhere.
-
-    What PPO-ptx adds: Ouyang et al. 2022, equation 2, https://arxiv.org/abs/2203.02155
-    """
-    return -logps * mask
-
-
 def explained_variance(errors: "Tensor", returns: "Tensor") -> float:
     """1 - Var(R - V) / Var(R) from the `moments` of R - V and of R: 1 for a perfect critic, 0 for a constant one.
 

@@ -25,12 +25,13 @@ from posttrain.config.stages import OnlineStage
 from posttrain.console import say
 from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
+from posttrain.models.generate import by_length
 from posttrain.models.lora import active_adapter, adapter_layers
 from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
 from posttrain.rlhf.diagnostics import VLLM_TOKEN
-from posttrain.rlhf.rollout import RolloutBuffer, join
-from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, prompts_of_rollout
+from posttrain.rlhf.rollout import Inputs, RolloutBuffer, laid_out, spread
+from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, packing_pays, prompts_of_rollout, split, wider
 from posttrain.runs.checkpoint import processes_of
 from posttrain.runs.safe_trainer import SafeTrainer
 from posttrain.values import JsonObject
@@ -128,6 +129,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         self._buffer: RolloutBuffer | None = None
         self._buffer_number = self.ended_rollout = -1  # the rollout that is learned from, and one that is no longer
         self._tokens: list[list[float]] = []  # [pass][mini-batch]: tokens of its completions over all processes
+        self._forwards: list[list[list[int]]] = []  # [micro-step of a rollout][forward]: the episodes
+        self.keeps_apart = False  # whether packed episodes are known not to see each other: see rlhf/preflight.py
 
     def _prepare_frozen(self, model: "PreTrainedModel") -> "PreTrainedModel":
         from trl.models import prepare_deepspeed, prepare_fsdp
@@ -163,9 +166,20 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             self._roll_out(number)
         assert self._buffer is not None
         passes, place = divmod(within, plan.accumulation * plan.mini_batches)
-        order = episode_order(plan, self.args.seed, number, passes, self.accelerator.process_index)
-        episodes = order[place * plan.batch_size : (place + 1) * plan.batch_size]
-        return {"episodes": self._buffer.take(episodes), "tokens": self._tokens[passes][place // plan.accumulation]}
+        episodes = [self._buffer.take(part) for part in self._forwards[within]]
+        return {"episodes": episodes, "tokens": self._tokens[passes][place // plan.accumulation]}
+
+    def compute_loss(self, model: nn.Module, inputs: JsonObject, *args: object, **kwargs: object) -> Tensor:
+        """The loss of the last forward; those before it (stage.micro_batch_tokens) have had their backward pass."""
+        *earlier, last = (inputs | {"episodes": part, "part": each} for each, part in enumerate(inputs["episodes"]))
+        done = torch.zeros((), device=self.accelerator.device)
+        for part in earlier:
+            with self.accelerator.no_sync(model):
+                loss: Tensor = super().compute_loss(model, part, *args, **kwargs)
+                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            done = done + loss.detach()
+        loss = super().compute_loss(model, last, *args, **kwargs)
+        return loss + done
 
     def _roll_out(self, number: int) -> None:
         """Complete the rollout's prompts, score the completions and estimate their advantages."""
@@ -175,19 +189,30 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         with self.seeded(f"{self.args.seed} {number} {rank}"):
             self._buffer = self._generate_and_score_completions([self.rows[index] for index in chosen])
         self._buffer_number = number
-        self._count_tokens(number)
+        self._divide(number)
 
-    def _count_tokens(self, number: int) -> None:
-        """Each mini-batch's loss is a mean over its tokens, whatever the batch size and number of processes."""
+    def _divide(self, number: int) -> None:
+        """Divide the rollout's episodes into mini-batches, and these, sorted by length, into forwards.
+
+        Each mini-batch's loss is a mean over its tokens, whatever the batch size and number of processes; all processes
+        make equally many forwards.
+        """
         assert self._buffer is not None
-        lengths = self._buffer.completion_mask.sum(-1).tolist()
-        size = self.plan.per_process // self.plan.mini_batches
-        counts = []
-        for each in range(self.plan.passes):
-            order = episode_order(self.plan, self.args.seed, number, each, self.accelerator.process_index)
-            ordered = [lengths[episode] for episode in order]
-            counts.append([float(sum(ordered[start : start + size])) for start in range(0, len(ordered), size)])
+        plan, lengths = self.plan, self._buffer.lengths
+        said, size = self._buffer.completion_mask.sum(-1).tolist(), plan.accumulation * plan.batch_size
+        counts, batches = [], []
+        for each in range(plan.passes):
+            order = episode_order(plan, self.args.seed, number, each, self.accelerator.process_index)
+            parts = [order[start : start + size] for start in range(0, len(order), size)]
+            counts.append([float(sum(said[episode] for episode in part)) for part in parts])
+            batches += [batch for part in parts for batch in by_length(lengths, plan.batch_size, part)]
         self._tokens = self.summed(torch.tensor(counts)).tolist()
+        room = self.args.stage.micro_batch_tokens or plan.batch_size * max(lengths)
+        mine = torch.tensor([[len(split(batch, lengths, room, self.packs)) for batch in batches]])
+        most = self.accelerator.gather(mine.to(self.accelerator.device)).amax(0).tolist()
+        self._forwards = [
+            split(batch, lengths, room, self.packs, least) for batch, least in zip(batches, most, strict=True)
+        ]
 
     @contextmanager
     def seeded(self, seed: str) -> Iterator[None]:
@@ -388,23 +413,32 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         with self.reference() as model:
             return self.in_batches(buffer, lambda inputs: log_probs(model, **inputs, temperature=self.temperature))[0]
 
-    def inputs_of(self, buffer: RolloutBuffer) -> JsonObject:
-        """What a forward pass over the episodes takes: (E, P + C) each, and C as `completion`."""
-        mask, positions = join(buffer.prompt_mask, buffer.completion_mask)
-        ids = torch.cat([buffer.prompt_ids, buffer.completion_ids], dim=1)
-        width = buffer.completion_ids.size(1)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "completion": width}
+    def inputs_of(self, buffer: RolloutBuffer) -> Inputs:
+        """What a forward pass over the episodes takes: see `laid_out`; packed where that is less work."""
+        return laid_out(buffer, self.packs(buffer.lengths))
 
-    def in_batches(self, buffer: RolloutBuffer, forward: Callable[[JsonObject], Sequence[Tensor]]) -> list[Tensor]:
-        """What `forward` gives for the whole buffer, (E, C) each, computed a batch at a time on its own width."""
-        episodes, width = buffer.completion_mask.shape
-        found: list[list[Tensor]] = []
-        for start in range(0, episodes, self.plan.batch_size):
-            part = buffer.take(range(start, min(start + self.plan.batch_size, episodes)))
+    def packs(self, lengths: Sequence[int]) -> bool:
+        """Whether a forward over episodes of these lengths packs them into one row."""
+        config = self.model.config
+        quadratic = "flash" not in str(config._attn_implementation)
+        return self.keeps_apart and packing_pays(lengths, config.get_text_config().hidden_size, quadratic)
+
+    @property
+    def wider(self) -> int:
+        """Episodes in a forward without gradients."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return wider(self.args.stage, vocabulary, self.accelerator.device.type == "cpu")
+
+    def in_batches(self, buffer: RolloutBuffer, forward: Callable[[Inputs], Sequence[Tensor]]) -> list[Tensor]:
+        """What `forward` gives for the whole buffer, (E, C) each, computed for episodes of like lengths at a time."""
+        mask, found = buffer.completion_mask, []
+        batches = by_length(buffer.lengths, self.wider)
+        for batch in batches:
             with torch.no_grad(), self.accelerator.autocast():
-                output = forward(self.inputs_of(part))
-            found.append([nn.functional.pad(each.float(), (0, width - each.size(1))) for each in output])
-        return [torch.cat(each) for each in zip(*found, strict=True)]
+                output = forward(self.inputs_of(buffer.take(batch)))
+            found.append([spread(each.float(), mask[batch]) for each in output])
+        place = torch.tensor([episode for batch in batches for episode in batch]).argsort().to(mask.device)
+        return [torch.cat(each)[place] for each in zip(*found, strict=True)]
 
     def measure(self) -> dict[str, float]:
         """Numbers of completions sampled to held-out prompts."""
@@ -425,7 +459,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         return super().running() | {
             "rollout": self._buffer_number,
             "ended_rollout": self.ended_rollout,
-            "rollout_tokens": self._tokens,
+            "keeps_apart": self.keeps_apart,
             "kl_coef": self.kl_controller.coef,
             "trained_tokens": self.trained_tokens,
             "forward_passes": self._step,
@@ -434,7 +468,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
     def resume(self, running: JsonObject, checkpoint: Path) -> None:
         file = checkpoint / BUFFER.format(self.accelerator.process_index)
         self._buffer = RolloutBuffer.load(file, self.accelerator.device) if file.is_file() else None
-        self._buffer_number, self._tokens = running["rollout"], running["rollout_tokens"]
+        self._buffer_number, self.keeps_apart = running["rollout"], running["keeps_apart"]
         self.kl_controller.coef = running["kl_coef"]
         self.trained_tokens, self._step = running["trained_tokens"], running["forward_passes"]
         self.ended_rollout = running["ended_rollout"]
@@ -444,5 +478,6 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             start = self.accelerator.process_index * self.plan.per_process
             self._step = self.state.global_step * self.plan.accumulation
             self._buffer = whole.take(range(start, start + self.plan.per_process))
-            self._count_tokens(self._buffer_number)
+        if self._buffer is not None:
+            self._divide(self._buffer_number)
         super().resume(running, checkpoint)

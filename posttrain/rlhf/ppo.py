@@ -17,7 +17,7 @@ from posttrain.rlhf import losses
 from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
 from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
 from posttrain.rlhf.ptx import InstructionRows
-from posttrain.rlhf.rollout import RolloutBuffer
+from posttrain.rlhf.rollout import RolloutBuffer, spread
 from posttrain.runs.sharding import tie
 from posttrain.values import JsonObject
 
@@ -137,9 +137,14 @@ class PPOTrainer(OnlineTrainer):
         stage, buffer = self.args.stage, inputs["episodes"]
         mask = buffer.completion_mask
         processes, accumulation = self.accelerator.num_processes, self.plan.accumulation
-        part, parts = self._step % accumulation * processes + self.accelerator.process_index, accumulation * processes
-        ptx = None if self.ptx is None else self.ptx.batch(self.state.global_step, part, parts, mask.device)
-        now = model(**self.inputs_of(buffer), instructions=None if ptx is None else ptx.inputs)
+        warming = self.state.global_step < stage.critic_warmup_steps
+        detached = stage.critic == "head" and (warming or stage.critic_stop_gradient)
+        ptx = None
+        if self.ptx is not None and inputs["part"] == 0:
+            share = self._step % accumulation * processes + self.accelerator.process_index
+            ptx = self.ptx.batch(self.state.global_step, share, accumulation * processes, mask.device)
+        said = model(**self.inputs_of(buffer), detached=detached, instructions=None if ptx is None else ptx.inputs)
+        now = Estimates(*(spread(each, mask) for each in said[:3]))
         clips = (stage.clip_ratio, stage.clip_ratio_high, stage.dual_clip)
         policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, *clips)
         value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
@@ -150,16 +155,19 @@ class PPOTrainer(OnlineTrainer):
         each = {"policy_loss": policy.loss, "value_loss": value, "clip_fraction": policy.clipped}
         each["approx_kl"] = policy.approx_kl
         if ptx is not None:  # a mean over tokens of its own
-            each["ptx_loss"] = losses.instruction_loss(now.instructions, ptx.mask) * (inputs["tokens"] / ptx.tokens)
+            each["ptx_loss"] = -said.instructions * (inputs["tokens"] / ptx.tokens)
             loss = loss + stage.ptx_coef * each["ptx_loss"].sum() * scale
-        if self.state.global_step < stage.critic_warmup_steps:
+        if warming:
             loss = loss * 0.0
         loss = loss + stage.vf_coef * value.sum() * scale
         with torch.no_grad():
             sums = torch.stack([values.sum() for values in each.values()])
             means = self.summed(sums.detach()) * accumulation / inputs["tokens"]
         for name, mean in zip(each, means.tolist(), strict=True):
-            self._metrics["train"][name].append(mean)
+            noted = self._metrics["train"][name]
+            if inputs["part"] == 0:
+                noted.append(0.0)
+            noted[-1] += mean
         return loss
 
     # -- checkpoints

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from posttrain.console import say
 from posttrain.data.prepared import column_of
 from posttrain.errors import PosttrainError
+from posttrain.models.generate import by_length
 from posttrain.rlhf import losses
-from posttrain.rlhf.critic import pad_left
+from posttrain.rlhf.critic import VALUE, pad_left
 from posttrain.rlhf.diagnostics import VLLM_MEAN
 from posttrain.rlhf.ppo import PPOTrainer
-from posttrain.rlhf.rollout import RolloutBuffer
+from posttrain.rlhf.rollout import RolloutBuffer, laid_out
 
 ROWS = 8
 NEW_TOKENS = 16
@@ -49,11 +50,11 @@ def check_start(trainer: PPOTrainer) -> None:
     buffer, generated = _complete_some(trainer)
     mask = buffer.completion_mask
     now = trainer.estimates(buffer)
-    first = buffer.take(range(min(trainer.plan.batch_size, ROWS)))  # the very batch that `estimates` began with
+    first = buffer.take(by_length(buffer.lengths, trainer.plan.batch_size)[0])  # as a pass without gradients has it
     with torch.enable_grad(), trainer.accelerator.autocast():
         training = trainer.model(**trainer.inputs_of(first)).logps.detach()
-    estimated = now.logps[: len(training), : training.size(1)]
-    ratio = float(((training - estimated) * first.completion_mask).exp().sub(1).abs().max())
+    estimated = trainer.estimates(first).logps[first.completion_mask.bool()]
+    ratio = float((training - estimated).exp().sub(1).abs().max())
     kl = float(((now.logps - trainer.reference_logps(buffer)) * mask).abs().max())
     worst = float(((now.logps - generated) * mask).abs().max())
     said, agrees = f"log-probabilities within {worst:.1e} of generation's", worst <= tolerance
@@ -66,6 +67,7 @@ def check_start(trainer: PPOTrainer) -> None:
             said += f", its tokens {unlikely:.1f} nats less likely than the policy's own"
     if ratio <= tolerance and kl <= tolerance and agrees:
         say(f"step 0: probability ratio within {ratio:.1e} of 1, KL within {kl:.1e} of 0, {said}")
+        _try_packing(trainer, buffer, now.logps, tolerance)
         return
     raise PosttrainError(
         f"PPO step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, {said}. "
@@ -73,11 +75,29 @@ def check_start(trainer: PPOTrainer) -> None:
     )
 
 
+def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tolerance: float) -> None:
+    """Let the trainer pack episodes into one row, if in this model they then do not see each other."""
+    real = torch.cat([buffer.prompt_mask, buffer.completion_mask], dim=1).bool()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        packed = trainer.model(**laid_out(buffer, packed=True)).logps
+        worst = float((packed - logps[buffer.completion_mask.bool()]).abs().max())
+        with trainer.policy_and_value() as both:
+            if both.value.trunk is not None:  # which may be of another kind, and whose head is still 0
+                plain, together = (
+                    both.hidden(VALUE, each["input_ids"], each["attention_mask"], each["position_ids"])
+                    for each in (laid_out(buffer), laid_out(buffer, packed=True))
+                )
+                worst = max(worst, float((together[0] - plain[real]).abs().max() / plain.abs().max()))
+    trainer.keeps_apart = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance
+    so = "packed where that takes less work" if trainer.keeps_apart else "padded, like lengths together"
+    say(f"step 0: packed episodes within {worst:.1e} of padded ones: in updates they are {so}")
+
+
 def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     """Short completions to a few prompts of different lengths, and log π of their tokens as generation had it."""
-    by_length = np.argsort(column_of(trainer.train_dataset, "length"), kind="stable")
-    last = len(by_length) - 1
-    rows = [trainer.rows[int(by_length[round(index * last / (ROWS - 1))])]["prompt_ids"] for index in range(ROWS)]
+    order = np.argsort(column_of(trainer.train_dataset, "length"), kind="stable")
+    last = len(order) - 1
+    rows = [trainer.rows[int(order[round(index * last / (ROWS - 1))])]["prompt_ids"] for index in range(ROWS)]
     device, padding = trainer.accelerator.device, trainer.processing_class.pad_token_id
     ids = pad_left(rows, padding).to(device)
     prompt_mask = pad_left([[1] * len(row) for row in rows], 0).to(device)

@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 class InstructionBatch(NamedTuple):
-    """R rows of an update, padded on the right, whose last C tokens may be learned."""
+    """Rows of an update, padded on the right."""
 
-    inputs: "tuple[Tensor, Tensor, Tensor, int]"  # ids, attention mask and positions, (R, tokens) each, and C
-    mask: "Tensor"  # (R, C), 1 on the tokens of completions
+    inputs: "tuple[Tensor, Tensor, Tensor, Tensor]"  # ids, attention mask, positions; which tokens are of completions
     tokens: int  # of completions in all rows of the update, over all processes
 
 
@@ -37,11 +36,11 @@ class InstructionRows:
         numbers = prompts_of_rollout(self.plan, self.seed, update)
         spans = self.spans[numbers]["spans"]
         ids, mine = self.ids[numbers[part::parts]]["input_ids"], spans[part::parts]
-        first = max(min(each[0] for each in mine), 1)  # nothing comes before a text's first token, to say it from
         labels = pad([torch.tensor(labels_of(*row)) for row in zip(ids, mine, strict=True)], padding_value=IGNORED)
         mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], padding_value=0).to(device)
         inputs = pad([torch.tensor(row) for row in ids], padding_value=self.padding).to(device)
-        learned = (labels[:, first:] != IGNORED).long().to(device)
+        labels[:, 0] = IGNORED  # nothing comes before a text's first token, to say it from
+        picked = (labels != IGNORED).flatten().nonzero()[:, 0].to(device)
         pieces = (piece for each in spans for piece in zip(each[::2], each[1::2], strict=True))
         tokens = sum(end - max(start, 1) for start, end in pieces)
-        return InstructionBatch((inputs, mask, (mask.cumsum(-1) - 1).clamp(min=0), learned.size(1)), learned, tokens)
+        return InstructionBatch((inputs, mask, (mask.cumsum(-1) - 1).clamp(min=0), picked), tokens)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config, ModelConfig
-from posttrain.config.stages import OnlineStage
+from posttrain.config.stages import OnlineStage, PPOStage
 from posttrain.console import say
-from posttrain.models.generate import pad_right
+from posttrain.models.generate import by_length, pad_right
 from posttrain.models.load import hub_config, load_causal_lm, load_reward_model, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, parent_of, resolve_path, weight_hashes
 from posttrain.rlhf import rewards
@@ -68,11 +68,10 @@ def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[li
 
     from posttrain.rlhf.critic import REWARD
 
-    found: list[float] = []
-    padding, size = trainer.processing_class.pad_token_id, trainer.plan.batch_size
-    head = head.to(trainer.args.device)
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
+    found = torch.empty(len(rows))
+    padding, head = trainer.processing_class.pad_token_id, head.to(trainer.args.device)
+    for places in by_length([*map(len, rows)], trainer.wider):
+        part = [rows[place] for place in places]
         ids = pad_right(part, padding).to(head.device)
         mask = pad_right([[1] * len(row) for row in part], 0).to(head.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -80,8 +79,8 @@ def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[li
             hidden = both.hidden(REWARD, ids, mask, positions)
         numbers = torch.arange(ids.size(1), device=head.device)
         last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
-        found += (last.float() @ head.float().T)[:, 0].tolist()
-    return found
+        found[places] = (last.float() @ head.float().T)[:, 0].cpu()
+    return found.tolist()
 
 
 def build_critic(
@@ -100,7 +99,9 @@ def build_critic(
 
     from posttrain.rlhf import critic as value
 
-    size = policy.config.get_text_config().hidden_size
+    size, on_policy = policy.config.get_text_config().hidden_size, critic_is_head(config)
+    if not config.model.use_peft and on_policy:
+        return value.ValueNetwork(size, on_policy=True), None
     if not config.model.use_peft:
         if reward is not None and reward.same_tokenizer:
             with naming("stage.reward_model"):
@@ -115,20 +116,29 @@ def build_critic(
         settings = PeftConfig.from_pretrained(str(reward.adapter))
         state = load_file(reward.adapter / "adapter_model.safetensors")
         head = value.add_reward_adapter(policy, settings, state)
-        value.add_value_adapter(policy, settings, like=value.REWARD)
-    else:
+        if not on_policy:
+            value.add_value_adapter(policy, settings, like=value.REWARD)
+    elif not on_policy:
         value.add_value_adapter(policy, policy.peft_config[value.POLICY], like=None)
-    return value.ValueNetwork(size), head
+    return value.ValueNetwork(size, on_policy=on_policy), head
+
+
+def critic_is_head(config: Config) -> bool:
+    """Whether the critic reads the policy's own hidden states (stage.critic=head)."""
+    return isinstance(config.stage, PPOStage) and config.stage.critic == "head"
 
 
 def print_roles(config: Config, reward: RewardSource | None, path: str) -> None:
     lora = config.model.use_peft
     from_reward = reward is not None and (reward.adapter is not None if lora else reward.same_tokenizer)
-    models = 1 if lora else 3
+    on_policy = critic_is_head(config)
+    models = 1 if lora else 2 if on_policy else 3
     lines = [
         f"policy = {path}, {'a new adapter' if lora else 'all weights'}",
         f"reference = {path}, {'all adapters off' if lora else 'a frozen copy'}",
-        f"critic = {'the reward model' if from_reward else path}, "
+        "critic = a new head on the policy's own hidden states, which begins at 0"
+        if on_policy
+        else f"critic = {'the reward model' if from_reward else path}, "
         f"{'an adapter on the same base' if lora else 'all weights'}, with a new head that begins at 0",
     ]
     if reward is not None:

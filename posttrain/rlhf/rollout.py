@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,12 @@ class RolloutBuffer:
         return cls(**{name: torch.cat([padded(name, vars(part)[name]) for part in parts]) for name in names})
 
     @property
+    def lengths(self) -> list[int]:
+        """The tokens of each episode, prompt and completion together."""
+        found: list[int] = (self.prompt_mask.sum(-1) + self.completion_mask.sum(-1)).tolist()
+        return found
+
+    @property
     def tokens(self) -> int:
         """How many tokens the completions have."""
         return int(self.completion_mask.sum())
@@ -79,3 +85,39 @@ def join(prompt_mask: "Tensor", completion_mask: "Tensor") -> tuple["Tensor", "T
 
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
     return mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class Inputs(TypedDict):
+    """What a forward pass over episodes takes, (rows, tokens) each."""
+
+    input_ids: "Tensor"
+    attention_mask: "Tensor | None"
+    position_ids: "Tensor"
+    picked: "Tensor"  # (K), where the completions' tokens are in all rows, one after another, as in `completion_mask`
+
+
+def laid_out(buffer: RolloutBuffer, packed: bool = False) -> Inputs:
+    """A row to an episode, or all `packed` into one row without padding.
+
+    A packed row has no attention mask: positions begin again with each episode, which keeps them apart.
+    """
+    import torch
+
+    mask, positions = join(buffer.prompt_mask, buffer.completion_mask)
+    ids = torch.cat([buffer.prompt_ids, buffer.completion_ids], dim=1)
+    said = torch.cat([torch.zeros_like(buffer.prompt_mask), buffer.completion_mask], dim=1)
+    if packed:
+        ids, positions, said = (each[mask.bool()][None] for each in (ids, positions, said))
+    return {
+        "input_ids": ids,
+        "attention_mask": None if packed else mask,
+        "position_ids": positions,
+        "picked": said.flatten().nonzero()[:, 0],
+    }
+
+
+def spread(picked: "Tensor", mask: "Tensor") -> "Tensor":
+    """(K) values of the completions' tokens as (E, C), 0 on padding."""
+    import torch
+
+    return torch.zeros_like(mask, dtype=picked.dtype).masked_scatter(mask.bool(), picked)

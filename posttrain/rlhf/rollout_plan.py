@@ -3,10 +3,14 @@
 import functools
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from posttrain.config.stages import OnlineStage
 from posttrain.errors import ConfigError
+from posttrain.models.generate import LOGITS
+
+WIDER = 4  # times stage.batch_size: a forward without gradients keeps the activations of one layer, not of all
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,51 @@ def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, proce
     order = list(range(plan.per_process))
     random.Random(f"episodes {seed} {rollout} {number} {process}").shuffle(order)
     return order
+
+
+def longest_episodes(stage: OnlineStage, longest: int) -> int:
+    """How many episodes of `longest` tokens a forward of an update holds."""
+    room = stage.micro_batch_tokens
+    return stage.batch_size if room is None else max(min(stage.batch_size, room // longest), 1)
+
+
+def wider(stage: OnlineStage, vocabulary: int, holds_logits: bool) -> int:
+    """Episodes in a forward without gradients; with the logits held at once, no more than these have room."""
+    numbers, most = stage.max_new_tokens * vocabulary if holds_logits else 1, longest_episodes(stage, stage.max_length)
+    return max(most, min(LOGITS // numbers, WIDER * most))
+
+
+def split(
+    episodes: Sequence[int],
+    lengths: Sequence[int],
+    room: int,
+    packs: Callable[[Sequence[int]], bool],
+    least: int = 1,
+) -> list[list[int]]:
+    """The episodes, in order, in at least `least` groups of at most `room` tokens, padding counted unless one `packs`.
+
+    `lengths` has the tokens of every episode of the rollout.
+    """
+    groups: list[list[int]] = []
+    for episode in episodes:
+        tokens = [lengths[each] for each in (*(groups[-1] if groups else ()), episode)]
+        if groups and (sum(tokens) if packs(tokens) else len(tokens) * max(tokens)) <= room:
+            groups[-1].append(episode)
+        else:
+            groups.append([episode])
+    while len(groups) < least:
+        most = max(range(len(groups)), key=lambda group: len(groups[group]))
+        half = len(groups[most]) // 2
+        groups[most : most + 1] = [groups[most][:half], groups[most][half:]]
+    return groups
+
+
+def packing_pays(lengths: Sequence[int], width: int, quadratic: bool) -> bool:
+    """Whether a row of all episodes takes less arithmetic than a padded row to each.
+
+    A token costs 24 · width² operations in the linear maps of a layer (four of width², and a feed-forward of eight) and
+    4 · width for each token that attention compares it with: all of its row where attention is `quadratic`.
+    """
+    tokens, longest = sum(lengths), max(lengths)
+    together = tokens * (6 * width + (tokens if quadratic else longest))
+    return together < len(lengths) * longest * (6 * width + longest)

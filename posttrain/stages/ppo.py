@@ -32,7 +32,7 @@ from posttrain.models.resolve import beside, naming, parent_of, resolve_path
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.diagnostics import Alarms, over_optimisation
 from posttrain.rlhf.ptx import InstructionRows
-from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts
+from posttrain.rlhf.rollout_plan import RolloutPlan, plan_rollouts, wider
 from posttrain.rlhf.scoring import RewardScorer
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.runs.checkpoint import writing
@@ -89,6 +89,13 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
         )
     if stage.vllm_importance_sampling_cap is not None and not stage.use_vllm:
         raise ConfigError("stage.vllm_importance_sampling_cap is read by stage.use_vllm=true only")
+    if stage.critic_stop_gradient and stage.critic != "head":
+        raise ConfigError("stage.critic_stop_gradient is read by stage.critic=head only")
+    if stage.micro_batch_tokens is not None and stage.micro_batch_tokens < stage.max_length:
+        raise ConfigError(
+            f"stage.micro_batch_tokens={stage.micro_batch_tokens} has no room for an episode of stage.max_length="
+            f"{stage.max_length} tokens; set at least that many"
+        )
     if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
@@ -192,14 +199,18 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     shared = source.adapter is not None if source is not None else settings.use_peft
     policy_size = policy.config.get_text_config().hidden_size
     with torch.device("meta"):
-        if not settings.use_peft:
+        if stage.critic == "head":
+            critic = ValueNetwork(policy_size, on_policy=True)
+            held.append(("critic (a head on the policy)", weight_bytes(critic, settings)))
+        elif not settings.use_peft:
             critic = ValueNetwork(policy_size, critic_trunk(meta_model(settings, False, len(tokenizer))))
             held.append(("critic (all weights)", weight_bytes(critic, settings)))
-            held.append(("reference (frozen copy)", held[0][1]))
         else:
             add_value_adapter(policy, policy.peft_config["default"], like=None)
             critic = ValueNetwork(policy_size)
             held.append(("critic (an adapter on the same base)", held[1][1]))
+    if not settings.use_peft:
+        held.append(("reference (frozen copy)", held[0][1]))
     if source is not None or not stage.reward_functions:
         if shared:
             held.append(("reward model (an adapter on the same base)", held[1][1]))
@@ -212,13 +223,17 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
 
     def loss(batch: Batch, completion: int) -> "torch.Tensor":
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        rows, width = ids.shape
+        places = torch.arange(rows * width).view(rows, width)
         positions = mask.cumsum(-1) - 1
-        ptx = (ids, mask, positions, ids.size(1) - 1) if stage.ptx_coef else None
-        said = both(**batch, position_ids=positions, completion=completion, instructions=ptx)
+        ptx = (ids, mask, positions, places[:, 1:].flatten()) if stage.ptx_coef else None
+        said = both(**batch, position_ids=positions, picked=places[:, width - completion :].flatten(), instructions=ptx)
         total: torch.Tensor = said.logps.sum() + said.values.sum() + said.entropy.sum()
         return total if said.instructions is None else total + said.instructions.sum()
 
     def hidden_loss(batch: Batch) -> "torch.Tensor":
+        if critic.on_policy:
+            return policy_alone.hidden_loss(batch)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         policy = policy_alone.hidden_loss(batch) + (policy_alone.hidden_loss(batch) if stage.ptx_coef else 0)
         return policy + both.hidden(VALUE, ids, mask, mask.cumsum(-1) - 1).sum()
@@ -283,7 +298,7 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
     elif source is not None:
         with naming("stage.reward_model"):
             score = scoring.RewardModel.load(
-                source, config.seed, trainer.args.device, stage.batch_size, trainer.accelerator.autocast
+                source, config.seed, trainer.args.device, wider(stage, 1, False), trainer.accelerator.autocast
             )
     roles.print_roles(config, source, path)
     return trainer

@@ -5,10 +5,12 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 
 from posttrain.config.stages import PPOStage
 from posttrain.errors import ConfigError
 from posttrain.rlhf import losses
+from posttrain.rlhf.ptx import InstructionRows
 from posttrain.rlhf.rollout import RolloutBuffer, join
 from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, plan_rollouts, prompts_of_rollout
 
@@ -132,11 +134,16 @@ def test_importance_weights_of_tokens_that_another_policy_has_sampled() -> None:
     close(weights, [[2.0, 3.0, 0.5, 0.0]])
 
 
-def test_the_loss_of_instruction_rows() -> None:
-    """Probabilities 1/2 and 1/4 in completions; prompt and padding do not count."""
-    logps = torch.tensor([[0.5, 0.25, 0.9], [0.9, 0.5, 0.9]]).log()
-    found = losses.instruction_loss(logps, torch.tensor([[1, 1, 0], [0, 1, 0]]))
-    close(found, [[math.log(2), math.log(4), 0.0], [0.0, math.log(2), 0.0]])
+def test_of_instruction_rows_the_tokens_of_completions_are_learned() -> None:
+    """Of ids 1 2 3 the last two, of 4 5 the last, of 6 7 8 9 two apart; a text's first token has nothing before it."""
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5], [6, 7, 8, 9]], "spans": [[1, 3], [0, 2], [1, 2, 3, 4]]})
+    plan = RolloutPlan(9, 6, 3, mini_batches=2, passes=1, accumulation=1, batch_size=3, rollouts_per_epoch=1)
+    source = InstructionRows(rows, padding=0, seed=1, plan=plan)
+    shares = [source.batch(0, part, 2, torch.device("cpu")) for part in (0, 1)]
+    learned = [ids.flatten()[picked].tolist() for (ids, _, _, picked), _ in shares]
+    assert sorted(token for each in learned for token in each) == [2, 3, 5, 7, 9]
+    assert [tokens for _, tokens in shares] == [5, 5]
+    assert all((ids != 0).equal(mask.bool()) for (ids, mask, _, _), _ in shares)
 
 
 def test_explained_variance() -> None:

@@ -217,6 +217,8 @@ def test_ppo_without_a_reward_or_with_a_wrong_one_is_refused(
 
 
 REFUSED = {
+    "no room for an episode": (("stage.micro_batch_tokens=63",), "no room for an episode of stage.max_length=64"),
+    "a critic that cannot stop": (("stage.critic_stop_gradient=true",), "is read by stage.critic=head only"),
     "no room": (("stage.max_new_tokens=64",), "leaves no room for a prompt in stage.max_length=64"),
     "uneven": (("stage.rollout_batch_size=9",), "stage.rollout_batch_size=9 must be a multiple of"),
     "prompts too long": (("stage.max_length=10",), "no rows left to train on"),
@@ -295,6 +297,8 @@ FLIPS = {
     "vf_coef": ((), "stage.vf_coef=0.9"),
     "cliprange_value": (FAST, "stage.cliprange_value=null"),
     "value_learning_rate": ((), "stage.value_learning_rate=1e-1"),
+    "critic": ((), "stage.critic=head"),
+    "critic_stop_gradient": (("stage.critic=head",), "stage.critic_stop_gradient=true"),
     "critic_warmup_steps": ((), "stage.critic_warmup_steps=4"),
     "kl_coef": (FAST, "stage.kl_coef=5"),
     "kl_estimator": (FAST, "stage.kl_estimator=k3"),
