@@ -468,10 +468,10 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
     def resume(self, running: JsonObject, checkpoint: Path) -> None:
         file = checkpoint / BUFFER.format(self.accelerator.process_index)
         self._buffer = RolloutBuffer.load(file, self.accelerator.device) if file.is_file() else None
-        self._buffer_number, self.keeps_apart = running["rollout"], running["keeps_apart"]
+        self._buffer_number, self.keeps_apart = running["rollout"], running.get("keeps_apart", False)
         self.kl_controller.coef = running["kl_coef"]
         self.trained_tokens, self._step = running["trained_tokens"], running["forward_passes"]
-        self.ended_rollout = running["ended_rollout"]
+        self.ended_rollout = running.get("ended_rollout", -1)
         if self._buffer_number >= 0 and (wrote := processes_of(checkpoint)) != self.accelerator.num_processes:
             files = [checkpoint / BUFFER.format(process) for process in range(wrote)]
             whole = RolloutBuffer.joined([RolloutBuffer.load(file, self.accelerator.device) for file in files])
