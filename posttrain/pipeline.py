@@ -78,6 +78,9 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         try:
             with _in_words_of(stage):
                 config = read_command(given, stages[:place]).config
+                if config.data.ptx and (rows := _own_instructions(line.overrides, stage)):
+                    given.append(f"data.ptx={rows}")
+                    config = read_command(given, stages[:place]).config
                 has_own_rows = bool(steps) and steps[0].config.data.dataset_name is not None
                 if has_own_rows and config.data.dataset_name is None:
                     raise data_required(config)
@@ -107,6 +110,12 @@ def _command(overrides: Sequence[Override], stage: str, stages: Sequence[str]) -
     if named & {"recipes", "dataset_name", *FORMATS}:
         own.insert(1, "move_aside=true")
     return own, sweeps
+
+
+def _own_instructions(overrides: Sequence[Override], stage: str) -> str | None:
+    """SFT's rows on the command line, which a recipe's data.ptx gives way to; None where data.ptx is there as well."""
+    values = {override.key_or_group: str(override.input_line).partition("=")[2] for override in overrides}
+    return None if f"{stage}.data.ptx" in values else values.get(f"data.{INSTRUCTIONS.name}")
 
 
 @contextmanager

@@ -39,6 +39,13 @@ def test_what_goes_to_which_stage(tmp_path: Path) -> None:
     assert f"data.dataset_name={rows}" in found["reward"]
     assert "data.test_size=0.2" in found["ppo"]
     assert not any("dataset_name" in argument for argument in found["sft"] + found["ppo"])
+    assert f"data.ptx={rows}" not in found["ppo"]
+    # the recipe's PPO holds on to the rows of SFT: to one's own, where they are given
+    own = commands("recipes=quickstart", f"data.instructions={rows}")
+    assert (own["sft"][-1], own["ppo"][-1]) == (f"data.dataset_name={rows}", f"data.ptx={rows}")
+    assert (
+        f"data.ptx={rows}" not in commands("recipes=quickstart", f"data.instructions={rows}", "ppo.data.ptx=a")["ppo"]
+    )
     assert list(commands("stages=[dpo,sft]")) == ["sft", "dpo"]
     start = commands("model.model_name_or_path=posttrain/tiny")
     assert "model.model_name_or_path=posttrain/tiny" in start["sft"]
