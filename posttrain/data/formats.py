@@ -359,7 +359,7 @@ def preferences(data: DataConfig) -> Reader[Pair]:
     """Reads preference rows."""
     keys, tally = message_keys(data.messages), Tally()
     of_group = {"group": vars(data.columns)["group"]}
-    named_group = [name for name, path in of_group.items() if path is not None]
+    named_group = [name for name, path in of_group.items() if path not in (None, name)]  # another name than its own
 
     def make(row: Fields, where: str, others: Fields) -> Pair:
         margin = row.get("margin")
@@ -372,7 +372,9 @@ def preferences(data: DataConfig) -> Reader[Pair]:
         require_columns(row, named_group, "preference")
         group = row.get("group")
         if isinstance(group, (dict, list)):
-            raise ValueError(f"'group' must be a text or a number, got {kind(group)}")
+            raise ValueError(
+                f"'group' must be a text or a number, got {kind(group)}; data.columns.group=null leaves it out"
+            )
         prompt, chosen, rejected, differs = _preference(row, keys)
         if differs is not None:
             tally.told[_DIFFERS].add(where, differs)

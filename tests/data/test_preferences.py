@@ -187,6 +187,14 @@ def test_the_kind_of_a_pair_is_read_where_its_column_is_named(tmp_path: Path) ->
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     named = {"columns": {"group": "kind"}}
     assert [pair.group for pair in read(path, **named).train] == ["correct", "3", None]
+    own = write_rows(
+        tmp_path / "own.jsonl",
+        [
+            {"prompt": "a", "chosen": "b", "rejected": "c", "group": "x"},
+            {"prompt": "a", "chosen": "d", "rejected": "c"},
+        ],
+    )
+    assert [pair.group for pair in read(own).train] == ["x", None]
     unnamed = read(path)
     assert [pair.group for pair in unnamed.train] == [None] * 3
     assert [pair.content for pair in unnamed.train] == [pair.content for pair in read(path, **named).train]

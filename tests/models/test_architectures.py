@@ -72,7 +72,7 @@ def test_a_stage_starts_right_learns_and_saves_what_it_has_learned(
         return
     assert done.code == 0, done
     # the start: what the stage compares, in numbers
-    [said] = [line for line in done.out.splitlines() if line.startswith("step 0: ")] if stage != "sft" else [""]
+    [said, *_] = [line for line in done.out.splitlines() if line.startswith("step 0: ")] if stage != "sft" else [""]
     assert all(number <= 1e-3 for number in numbers(said)), said
     folder = Path(f"outputs/run/{stage}")
     first = next(line for line in logged(folder) if "loss" in line)
