@@ -15,6 +15,7 @@ REWARD = "reward"  # the score that PPO optimises; all others are reward functio
 COMPARED = ("kl", "kl_bound", "response_length", "ended_by_eos", "distinct_1", "distinct_2", "perplexity")
 ALPHA = 0.05  # above it, a difference may be chance
 NO_DIFFERENCE = "no difference seen"
+ROUNDING = 1e-5  # of the largest score: the same completion, scored in another batch, is a tie
 
 Scores = Sequence[float | None]  # of each prompt; None where a reward function does not apply
 
@@ -85,7 +86,8 @@ def _with_interval(name: str, metrics: Mapping[str, float], when: str = "") -> s
 def paired(mine: Scores, first: Scores) -> dict[str, float]:
     """One score of a policy against the first policy's, by prompt: means, wins (a tie is half a win), p-value."""
     pairs = [(a, b) for a, b in zip(mine, first, strict=True) if a is not None and b is not None]
-    better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    even = ROUNDING * max((abs(score) for pair in pairs for score in pair), default=0)
+    better, worse = sum(a - b > even for a, b in pairs), sum(b - a > even for a, b in pairs)
     wins = better + (len(pairs) - better - worse) / 2
     low, high = wilson(wins, len(pairs))
     means = (math.fsum(values) / len(pairs) if pairs else math.nan for values in zip(*pairs, strict=True))

@@ -55,3 +55,10 @@ def test_gold_functions_are_shown_apart() -> None:
     charts = charts_with_gold_apart([("kl", "eval_kl"), ("eval_gold/",)], sorted(metrics))
     assert charts == [("kl", "eval_kl"), ["eval_gold/correct"], ["eval_gold/low"]]
     assert charts_with_gold_apart([("eval_gold/",)], {"reward"}) == []
+
+
+def test_what_another_batch_rounds_is_a_tie() -> None:
+    found = paired([2.0, 1.0 + 1e-7, 0.5, 1e-7], [1.0, 1.0, 0.5 + 1e-7, 0.0])
+    assert (found["better"], found["worse"], found["prompts"], found["p"]) == (1, 0, 4, 1)
+    small = paired([2e-9, 1e-9], [1e-9, 2e-9])  # whatever unit the scores have
+    assert (small["better"], small["worse"]) == (1, 1)
