@@ -5,7 +5,7 @@ import math
 import pytest
 
 from posttrain.metrics.catalogue import charts_with_gold_apart, with_gold_apart
-from posttrain.metrics.comparison import before_and_after, change, mean_interval, measured, over_optimised
+from posttrain.metrics.comparison import before_and_after, change, mean_interval, measured, over_optimised, paired
 
 
 def test_the_normal_interval_of_a_mean() -> None:
