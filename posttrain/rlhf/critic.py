@@ -92,13 +92,16 @@ class PolicyAndValue(nn.Module):
         # in an update, entropy matters only to its bonus
         wanted = self.learn_entropy or not torch.is_grad_enabled()
         states: list[Tensor] = []
-        watch = self.base.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
+        watch = None
+        if self.value.on_policy:
+            watch = self.base.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         logps, entropy = log_probs(
             self.policy, input_ids, attention_mask, position_ids, picked, self.temperature, wanted, self.fused
         )
-        watch.remove()
-        if not self.value.on_policy:
-            states = [self.hidden(VALUE, input_ids, attention_mask, position_ids)]
+        if watch is not None:
+            watch.remove()
+        else:
+            states.append(self.hidden(VALUE, input_ids, attention_mask, position_ids))
         # the value of a state is read where the state ends: one token before the one that is chosen in it
         hidden = states[0][before(picked, input_ids)]
         values = self.value(hidden.detach() if detached else hidden)

@@ -78,14 +78,14 @@ def check_start(trainer: PPOTrainer) -> None:
 def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tolerance: float) -> None:
     """Let the trainer pack episodes into one row, if in this model they then do not see each other."""
     real = torch.cat([buffer.prompt_mask, buffer.completion_mask], dim=1).bool()
+    padded, packed = laid_out(buffer), laid_out(buffer, packed=True)
     with torch.no_grad(), trainer.accelerator.autocast():
-        packed = trainer.model(**laid_out(buffer, packed=True)).logps
-        worst = float((packed - logps[buffer.completion_mask.bool()]).abs().max())
+        worst = float((trainer.model(**packed).logps - logps[buffer.completion_mask.bool()]).abs().max())
         with trainer.policy_and_value() as both:
             if both.value.trunk is not None:  # which may be of another kind, and whose head is still 0
                 plain, together = (
                     both.hidden(VALUE, each["input_ids"], each["attention_mask"], each["position_ids"])
-                    for each in (laid_out(buffer), laid_out(buffer, packed=True))
+                    for each in (padded, packed)
                 )
                 worst = max(worst, float((together[0] - plain[real]).abs().max() / plain.abs().max()))
     trainer.keeps_apart = float(trainer.accelerator.gather(torch.tensor(worst, device=logps.device)).max()) <= tolerance

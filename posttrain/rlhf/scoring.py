@@ -111,14 +111,26 @@ def score_answers(
     **extra: object,
 ) -> list[ScoredCompletion]:
     """Sample a completion to each prompt, BATCH at a time, and score it; `extra` is handed to the reward functions."""
-    if len(rows) > BATCH:
-        return [
-            each
-            for part in (slice(BATCH), slice(BATCH, None))
-            for each in score_answers(
-                policy, reference, encoder, rows[part], scorer, new_tokens, temperature, seeds[part], **extra
-            )
-        ]
+    found: list[ScoredCompletion] = []
+    for start in range(0, len(rows), BATCH):
+        part = slice(start, start + BATCH)
+        found += _score_batch(
+            policy, reference, encoder, rows[part], scorer, new_tokens, temperature, seeds[part], extra
+        )
+    return found
+
+
+def _score_batch(
+    policy: "PreTrainedModel",
+    reference: Opened | None,
+    encoder: ChatEncoder,
+    rows: Sequence[Prompt],
+    scorer: RewardScorer,
+    new_tokens: int,
+    temperature: float,
+    seeds: Sequence[int],
+    extra: Mapping[str, object],
+) -> list[ScoredCompletion]:
     made = generate(policy, encoder, rows, new_tokens, temperature, seeds)
     pad = encoder.tokenizer.pad_token_id
     kl: Sequence[float | None] = [None] * len(rows)

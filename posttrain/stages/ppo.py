@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -276,14 +276,15 @@ def build(context: StageContext, model: "PreTrainedModel") -> "PPOTrainer":
         functions.insert(0, rewards.model_reward(score_rows, scoring.encoding_for(source)))
     scorer = RewardScorer(functions, stage.reward_weights or [1.0] * len(functions), data.eval_functions)
     path, ptx = str(model.config._name_or_path), data.prepared.ptx
+    earlier = read_lines(context.folder.metrics)  # what was logged before a resume
     trainer = PPOTrainer(
         rows=PromptRows(data.train, data.prepared.columns),
         plan=rollouts,
         reference=None if config.model.use_peft else load_causal_lm(config.model, tokenizer, path),
         value=critic,
         ptx=InstructionRows(ptx.dataset, tokenizer.pad_token_id, config.seed, rollouts) if ptx is not None else None,
-        on_rollout=RolloutLog(context, rollouts),
-        held_out=HeldOut(context, scorer),
+        on_rollout=RolloutLog(context, rollouts, earlier),
+        held_out=HeldOut(context, scorer, earlier),
         args=trl_config(PPOConfig, arguments),
         model=model,
         reward_funcs=functions,
@@ -322,12 +323,12 @@ class PromptRows(Sequence["PromptRow"]):
 class RolloutLog:
     """Writes samples of each rollout to rollouts.jsonl, and warns of what its numbers say."""
 
-    def __init__(self, context: StageContext, rollouts: RolloutPlan) -> None:
+    def __init__(self, context: StageContext, rollouts: RolloutPlan, earlier: Sequence[Mapping[str, float]]) -> None:
         self.file = context.folder.rollouts
         steps = plan(context.config, rollouts.prompts, process_state().num_processes).steps
         self.alarms = Alarms(_stage(context.config), planned=math.ceil(steps / rollouts.steps_per_rollout))
-        for entry in read_lines(context.folder.metrics):
-            if "kl_error" in entry:  # a rollout before a resume
+        for entry in earlier:
+            if "kl_error" in entry:  # a rollout
                 self.alarms(entry)
 
     def __call__(self, trainer: "PPOTrainer", rollout: "Rollout") -> None:
@@ -347,10 +348,9 @@ class HeldOut:
     Scores have intervals, and are compared prompt by prompt with those before the first step.
     """
 
-    def __init__(self, context: StageContext, scorer: RewardScorer) -> None:
+    def __init__(self, context: StageContext, scorer: RewardScorer, earlier: Sequence[Mapping[str, float]]) -> None:
         self.context, self.scorer = context, scorer
         self.scores: dict[str, dict[str, list[float | None]]] = {}  # of the newest evaluation, see EvalResult
-        earlier = read_lines(context.folder.metrics)  # before a resume
         self.warned = {name for entry in earlier for name in over_optimised(entry, "eval_")}
 
     def __call__(self, trainer: "PPOTrainer") -> dict[str, float]:
