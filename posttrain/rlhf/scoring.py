@@ -112,44 +112,28 @@ def score_answers(
 ) -> list[ScoredCompletion]:
     """Sample a completion to each prompt, BATCH at a time, and score it; `extra` is handed to the reward functions."""
     found: list[ScoredCompletion] = []
-    for start in range(0, len(rows), BATCH):
-        part = slice(start, start + BATCH)
-        found += _score_batch(
-            policy, reference, encoder, rows[part], scorer, new_tokens, temperature, seeds[part], extra
-        )
-    return found
-
-
-def _score_batch(
-    policy: "PreTrainedModel",
-    reference: Opened | None,
-    encoder: ChatEncoder,
-    rows: Sequence[Prompt],
-    scorer: RewardScorer,
-    new_tokens: int,
-    temperature: float,
-    seeds: Sequence[int],
-    extra: Mapping[str, object],
-) -> list[ScoredCompletion]:
-    made = generate(policy, encoder, rows, new_tokens, temperature, seeds)
     pad = encoder.tokenizer.pad_token_id
-    kl: Sequence[float | None] = [None] * len(rows)
-    if reference is not None:
-        kl = completion_kl(policy, reference, made.prompts, made.completions, pad, 16).tolist()
-    texts = [str(text) for text in encoder.tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
-    scored = scorer(
-        {
-            **columns_of(rows),
-            "prompts": [row.prompt for row in rows],
-            "completions": [[{"role": "assistant", "content": text}] for text in texts],
-            "completion_ids": made.completions,
-            "prompt_ids": made.prompts,
-            **extra,
-        }
-    )
-    by_row = [{name: values[index] for name, values in scored.items()} for index in range(len(rows))]
-    columns = (texts, map(len, made.completions), made.ended, by_row, kl)
-    return [ScoredCompletion(*each) for each in zip(*columns, strict=True)]
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        made = generate(policy, encoder, part, new_tokens, temperature, seeds[start : start + BATCH])
+        kl: Sequence[float | None] = [None] * len(part)
+        if reference is not None:
+            kl = completion_kl(policy, reference, made.prompts, made.completions, pad, 16).tolist()
+        texts = [str(text) for text in encoder.tokenizer.batch_decode(made.completions, skip_special_tokens=True)]
+        scored = scorer(
+            {
+                **columns_of(part),
+                "prompts": [row.prompt for row in part],
+                "completions": [[{"role": "assistant", "content": text}] for text in texts],
+                "completion_ids": made.completions,
+                "prompt_ids": made.prompts,
+                **extra,
+            }
+        )
+        by_row = [{name: values[index] for name, values in scored.items()} for index in range(len(part))]
+        columns = (texts, map(len, made.completions), made.ended, by_row, kl)
+        found += [ScoredCompletion(*each) for each in zip(*columns, strict=True)]
+    return found
 
 
 def encoding_for(source: RewardSource) -> Encode:
