@@ -36,14 +36,13 @@ SETTINGS = [
 # posttrain.run in this process, with a note of time and memory when training ends: what comes after is no part of it
 WATCH = """
 import json, os, resource, sys, time
+from peers.lengths import ended_completions
 from transformers import Trainer
 train = Trainer.train
 def watched(self, *arguments, **options):
-    if os.environ["PROMPTS"] == "lengths":
-        from peers.lengths import end_completions
-        end_completions()
     started = time.monotonic()
-    result = train(self, *arguments, **options)
+    with ended_completions(os.environ["PROMPTS"] == "lengths"):
+        result = train(self, *arguments, **options)
     noted = {"seconds": time.monotonic() - started, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     print(json.dumps(noted), file=sys.stderr)
     return result
@@ -164,16 +163,18 @@ def main() -> None:
         sizes = [str(number) for number in (ROLLOUTS, EPISODES, BATCH, tokens)]
         ours = [sys.executable, "-c", WATCH, *SETTINGS, f"model.model_name_or_path={folder / 'policy'}"]
         ours += [f"data.dataset_name={folder / prompts}.jsonl", f"stage.max_new_tokens={tokens}", "overwrite=true"]
-        found = runs[case] = {
-            "TRL 1.12, full": run([*peer, "full", *sizes], folder, "stdout", prompts),
-            "posttrain, full": run([*ours, *full], folder, "stderr", prompts),
-            "posttrain, full, critic=head": run([*ours, *full, "stage.critic=head"], folder, "stderr", prompts),
-            "TRL 1.12, LoRA": run([*peer, "lora", *sizes], folder, "stdout", prompts),
-            "posttrain, LoRA, shared base": run([*ours, *lora], folder, "stderr", prompts),
+        commands = {
+            "TRL 1.12, full": [*peer, "full", *sizes],
+            "posttrain, full": [*ours, *full],
+            "posttrain, full, critic=head": [*ours, *full, "stage.critic=head"],
+            "TRL 1.12, LoRA": [*peer, "lora", *sizes],
+            "posttrain, LoRA, shared base": [*ours, *lora],
         }
-        first = found["TRL 1.12, full"]
+        found = runs.setdefault(case, {})
         print(case)
-        for name, each in found.items():
+        for name, command in commands.items():
+            each = found[name] = run(command, folder, "stdout" if command[0] == python else "stderr", prompts)
+            first = found["TRL 1.12, full"]
             speed, memory = ROLLOUTS * EPISODES / each["seconds"], each["peak"] - idle
             print(
                 f"{name:<30} {speed:6.2f} episodes/s ({first['seconds'] / each['seconds']:.2f} ×)   "

@@ -1,5 +1,7 @@
 """Log-normal lengths of prompts and completions, the same ones for posttrain and for TRL's PPO."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 COMPLETION = (20.0, 0.7, 64)  # median, σ of the logarithm, the most; tokens
@@ -14,8 +16,9 @@ def draw(count: int, seed: int, median: float, sigma: float, most: int) -> list[
     return [min(max(int(length), 2), most) for length in found]
 
 
-def end_completions() -> None:
-    """Let whatever GPT-2 generates from now on end with its EOS after drawn numbers of tokens, row by row."""
+@contextmanager
+def ended_completions(at_all: bool) -> Iterator[None]:
+    """Let whatever GPT-2 generates meanwhile end with its EOS after drawn numbers of tokens, row by row."""
     import torch
     from transformers import GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
@@ -35,4 +38,7 @@ def end_completions() -> None:
         ending = LogitsProcessorList([End(*input_ids.shape)])
         return generate(self, input_ids=input_ids, logits_processor=ending, **options)
 
-    GPT2LMHeadModel.generate = ended
+    if at_all:
+        GPT2LMHeadModel.generate = ended
+    yield
+    GPT2LMHeadModel.generate = generate

@@ -18,6 +18,7 @@ def main() -> None:
     import numpy as np
     import torch
     from datasets import Dataset
+    from peers.lengths import ended_completions
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -87,12 +88,9 @@ def main() -> None:
         train_dataset=data,
         peft_config=peft_config,
     )
-    if given == "lengths":
-        from peers.lengths import end_completions
-
-        end_completions()
     started = time.monotonic()
-    trainer.train()
+    with ended_completions(given == "lengths"):
+        trainer.train()
     seconds = time.monotonic() - started
     np.savez(folder / "trl.npz", **{name: value.float().numpy() for name, value in seen.items()})
     print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))

@@ -62,6 +62,11 @@ class OnlineStage(StageConfig):
     vllm_importance_sampling_cap: float | None = key(above=0)
     use_transformers_continuous_batching: bool = key(trl="use_transformers_continuous_batching")
 
+    @property
+    def needs_kl(self) -> bool:
+        """Whether KL of a rollout is paid for, or stops the run; else the reference is asked at evaluations alone."""
+        return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.kl_ceiling is not None
+
 
 @dataclass
 class PPOStage(OnlineStage):

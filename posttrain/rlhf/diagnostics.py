@@ -41,7 +41,7 @@ class Alarms:
         self.rollouts += 1
         below = numbers["explained_variance"] < 0
         self.worse_than_constant = self.worse_than_constant + 1 if below else 0
-        stage, kl = self.stage, numbers["kl"]
+        stage, kl = self.stage, numbers.get("kl", 0.0)
         if stage.kl_ceiling is not None and kl > stage.kl_ceiling:
             raise PosttrainError(
                 f"KL from the reference is {kl:.2f} nats per completion, above stage.kl_ceiling={stage.kl_ceiling:g}; "
@@ -54,10 +54,11 @@ class Alarms:
 
     def _check(self, now: Mapping[str, float], first: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         stage = self.stage
-        if now["kl"] < -3 * now["kl_error"] - 1e-3:
+        kl, kl_error = now.get("kl", 0.0), now.get("kl_error", 0.0)  # 0 where it is not measured
+        if kl < -3 * kl_error - 1e-3:
             yield (
                 "negative KL",
-                f"KL from the reference is {now['kl']:.3f} nats per completion, below 0 by more than chance: "
+                f"KL from the reference is {kl:.3f} nats per completion, below 0 by more than chance: "
                 "completions are sampled from another distribution than the one they are scored under. Look at "
                 "model.dtype and precision (precision=fp32 tells), and leave generation to TRL's plain path: "
                 "stage.use_vllm=false",
@@ -78,10 +79,10 @@ class Alarms:
                 f"{now['kl_k3']:.4f} nats per completion, reward {first['reward']:.4f} then, {now['reward']:.4f} now. "
                 f"Nothing is being learned; try stage.learning_rate={stage.learning_rate * 10:.0e}",
             )
-        if now["kl"] > KL_HIGH and stage.kl_ceiling is None:
+        if kl > KL_HIGH and stage.kl_ceiling is None:
             yield (
                 "high KL",
-                f"KL from the reference is {now['kl']:.1f} nats per completion: the policy is far from what the reward "
+                f"KL from the reference is {kl:.1f} nats per completion: the policy is far from what the reward "
                 f"model has seen. {_hold(stage)} holds it closer, stage.kl_controller=adaptive "
                 f"keeps it near stage.kl_target, stage.kl_ceiling={KL_HIGH:g} stops the run",
             )
@@ -142,8 +143,8 @@ class Alarms:
     def _is_still(self, now: Mapping[str, float], first: Mapping[str, float]) -> bool:
         """Half of the run and the critic's warm-up are over, or the last rollout is here, and nothing has changed.
 
-        k3 is the estimate of KL that varies least; what is left of k1 and of the reward must be chance (two standard
-        errors).
+        Said where KL is measured. k3 is the estimate of it that varies least; what is left of k1 and of the reward must
+        be chance (two standard errors).
         """
         stage = self.stage
         learned = self.rollouts - 1 - stage.critic_warmup_steps / (stage.num_mini_batches * stage.ppo_epochs)
@@ -152,6 +153,7 @@ class Alarms:
         return (
             late
             and learned >= 1
+            and "kl" in now
             and now["kl_k3"] < STILL_KL
             and abs(now["kl"]) <= 2 * now["kl_error"] + STILL_KL
             and abs(now["reward"] - first["reward"]) <= chance

@@ -247,8 +247,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         mask = buffer.completion_mask
         # 2. what the policy and the reference make of each token
         entropy = self.estimate(buffer)
-        reference = self.reference_logps(buffer)
-        k1, k3 = (losses.kl_estimate(buffer.logps, reference * mask, kind) * mask for kind in ("k1", "k3"))
+        reference = self.reference_logps(buffer) * mask if self.args.stage.needs_kl else buffer.logps
+        k1, k3 = (losses.kl_estimate(buffer.logps, reference, kind) * mask for kind in ("k1", "k3"))
         # 3. what the completions are worth
         prompts = [row["prompt"] for row in inputs]
         per_function = self.rewards_of(inputs, prompts, completions, completion_ids)
@@ -351,10 +351,6 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             "reward": float(score.mean()),
             "reward_std": float(score.std(unbiased=False)),
             "shaped_reward": float(shaped.mean()),
-            "kl": float(k1.mean()),
-            "kl_error": float(k1.std(unbiased=False)) / len(k1) ** 0.5,
-            "kl_k3": float(k3.mean()),
-            "kl_coef": self.kl_controller.coef,
             "entropy": float(entropy.sum() / length.sum()),
             "response_length": float(length.mean()),
             "ended_by_eos": float(ended.mean()),
@@ -362,8 +358,15 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         if len(self.reward_func_names) > 1:
             means = by_function.nanmean(0).tolist()
             numbers |= {f"reward/{name}": mean for name, mean in zip(self.reward_func_names, means, strict=True)}
+        if self.args.stage.needs_kl:
+            numbers |= {
+                "kl": float(k1.mean()),
+                "kl_error": float(k1.std(unbiased=False)) / len(k1) ** 0.5,
+                "kl_k3": float(k3.mean()),
+                "kl_coef": self.kl_controller.coef,
+            }
+            self.kl_controller.update(numbers["kl"], len(gathered))
         self.trained_tokens += int(length.sum())
-        self.kl_controller.update(numbers["kl"], len(gathered))
         return numbers
 
     def _finish_rollout(
@@ -379,7 +382,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
                 "prompt": prompt,
                 "answer": completion[0]["content"],
                 "reward": float(row[0]),
-                "kl": float(row[2]),
+                "kl": float(row[2]) if self.args.stage.needs_kl else None,
                 "tokens": int(row[4]),
                 "ended": bool(row[5]),
             }

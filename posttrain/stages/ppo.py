@@ -328,7 +328,7 @@ class RolloutLog:
         steps = plan(context.config, rollouts.prompts, process_state().num_processes).steps
         self.alarms = Alarms(_stage(context.config), planned=math.ceil(steps / rollouts.steps_per_rollout))
         for entry in earlier:
-            if "kl_error" in entry:  # a rollout
+            if "shaped_reward" in entry:  # a rollout
                 self.alarms(entry)
 
     def __call__(self, trainer: "PPOTrainer", rollout: "Rollout") -> None:

@@ -78,6 +78,7 @@ def test_points_fail_alone_and_finished_ones_are_skipped(posttrain: Posttrain, p
     assert "rows are not the same" in changed.err
 
 
+@pytest.mark.slow
 def test_gpus_are_shared_out_and_the_objective_reaches_hydras_sweeper(
     posttrain: Posttrain, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,10 +119,14 @@ def test_a_swept_list_is_one_value(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_each_point_under_accelerate(posttrain: Posttrain, prompts: Path) -> None:
     done = posttrain("-m", *PPO, "stage.max_new_tokens=3", "accelerate=cpu2")
     assert done.code == 0, done
     assert {tuple(line[:3]) for line in seen(prompts)} == {("3", "None", "2")}
+
+
+def test_a_wrong_accelerate_is_told_before_the_points(posttrain: Posttrain, prompts: Path) -> None:
     wrong = posttrain("-m", *PPO, "stage.max_new_tokens=3,4", "accelerate=cpu")
     assert wrong.code == 2
     assert "did you mean cpu2?" in wrong.err
