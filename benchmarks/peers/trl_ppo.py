@@ -18,9 +18,10 @@ def main() -> None:
     import numpy as np
     import torch
     from datasets import Dataset
-    from peers.lengths import ended_completions
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    from peers.lengths import ended_completions
 
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     rollouts, episodes, batch, tokens = map(int, sys.argv[3:])
