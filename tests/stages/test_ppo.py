@@ -142,7 +142,12 @@ def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts:
     assert done.code == 0, done
     metrics = manifest(PPO)["metrics"]
     assert metrics["reward"] > metrics["reward_before"] + 1
+    # without a price, KL is measured on held-out completions alone
     assert metrics["kl"] > 1
+    rollouts = [line for line in logged(PPO) if "shaped_reward" in line]
+    assert rollouts
+    assert not {"kl", "kl_k3", "kl_coef"} & {key for line in rollouts for key in line}
+    assert {sample["kl"] for sample in read_rows(PPO / "rollouts.jsonl")} == {None}
     # and what the reward has risen at the cost of is told once, with remedies
     assert metrics["gold/odd"] == -metrics["reward"]
     assert (metrics["reward_better"], metrics["gold/odd_worse"], metrics["gold/constant_worse"]) == (8, 8, 0)
