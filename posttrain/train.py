@@ -52,6 +52,7 @@ from posttrain.rlhf.rewards import load_function
 from posttrain.runs.arguments import with_the_same_updates
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
+from posttrain.runs.early_stopping import early_stopping, has_lost_patience
 from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
 from posttrain.stages.base import (
@@ -299,7 +300,7 @@ def _run(
     context = StageContext(config, data, shown, panels, base, folder)
     trainer = stage.build(context, stage.load(config, tokenizer, base))
     show_progress(trainer, folder.metrics, checkpoint)
-    for callback in callbacks:
+    for callback in (*early_stopping(config), *callbacks):
         trainer.add_callback(callback)
     _check_start(resolved, identity)
     folder.trains = True
@@ -406,7 +407,7 @@ def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
 
         reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         say(f"resuming from {checkpoint.name}")
-        if reached.global_step >= reached.max_steps:
+        if reached.global_step >= reached.max_steps or has_lost_patience(reached):
             trainer.finish(checkpoint)
             _tell_best(trainer)
             return 0.0
@@ -425,6 +426,8 @@ def _train(trainer: "SafeTrainer", checkpoint: Path | None) -> float:
 def _tell_best(trainer: "SafeTrainer") -> None:
     if trainer.args.load_best_model_at_end:
         best, name = Path(trainer.state.best_model_checkpoint).name, trainer.args.metric_for_best_model
+        if trainer.state.global_step < trainer.state.max_steps:
+            say(f"ended early, at step {trainer.state.global_step} of {trainer.state.max_steps}: no better {name} came")
         say(f"the result is the best checkpoint: {best}, {name} {trainer.state.best_metric:.4g}")
 
 

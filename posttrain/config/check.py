@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from posttrain import paths
 from posttrain.config.accelerate import accelerate_config
 from posttrain.config.machines import bytes_of
-from posttrain.config.reserved import ALWAYS
+from posttrain.config.reserved import ALWAYS, PATIENCE
 from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
 from posttrain.config.stages import STAGES, InstructionColumns, OnlineStage, PPOStage, StageSpec
 from posttrain.config.suggest import nearest, one_of
@@ -122,12 +122,20 @@ def _check_trainer(stage: StageConfig, trainer: JsonObject) -> typing.Iterator[s
     own = [f"stage.{item.name}" for item in dataclasses.fields(stage)]
     for name, value in trainer.items():
         path = f"trainer.{name}"
-        if name in ours:
+        if name == PATIENCE:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"{path}={value!r} must be a number of evaluations, 1 or more"
+            if not trainer.get("load_best_model_at_end"):
+                yield (
+                    f"{path}={value} waits for a better checkpoint: it needs trainer.load_best_model_at_end=true, "
+                    "trainer.metric_for_best_model=… and trainer.save_steps as trainer.eval_steps"
+                )
+        elif name in ours:
             yield f"{path} repeats stage.{ours[name]}; set stage.{ours[name]} only"
         elif name in reserved:
             yield f"{path} cannot be set: {reserved[name]}"
         elif name not in fields:
-            known = [f"trainer.{other}" for other in fields if other not in ours and other not in reserved]
+            known = [f"trainer.{other}" for other in (*fields, PATIENCE) if other not in {**ours, **reserved}]
             close = nearest(path, known + own)
             yield f"{path} is unknown for stage={stage.name}{close}"
         elif isinstance(value, float) and not math.isfinite(value):

@@ -5,6 +5,8 @@ _EVALUATION = (
 )
 _PREPARED = "the data is prepared by posttrain; see data.*"
 _RESUMES = "start the same command again and it resumes"
+# evaluations without a better one that end the training: of the keys of `trainer` the one that is no argument of TRL's
+PATIENCE = "early_stopping_patience"
 ALWAYS = {
     "output_dir": "set output_dir and run_name",
     "run_name": "set run_name",

@@ -447,6 +447,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         """Numbers of completions sampled to held-out prompts."""
         metrics = {f"eval_{name}": value for name, value in self.held_out(self).items()}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # -- checkpoints

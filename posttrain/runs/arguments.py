@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from posttrain.config.reserved import PATIENCE
 from posttrain.config.schema import Config, renamed
 from posttrain.config.stages import STAGES
 from posttrain.console import say
@@ -43,6 +44,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObjec
     return {
         "per_device_eval_batch_size": config.stage.batch_size,
         "include_num_input_tokens_seen": "non_padding",
+        "restore_callback_states_from_checkpoint": given.pop(PATIENCE, None) is not None,
         "project": "posttrain",
         **given,
         **ours,

@@ -172,6 +172,12 @@ def test_choices_are_read_from_the_sources() -> None:
     assert problem == (
         "trainer.label_smoothing is read by trainer.loss_type=robust, exo_pair, aot, aot_unpaired only, not by sigmoid"
     )
+    [problem] = problems("stage=dpo", "trainer.early_stopping_patience=3")
+    assert "it needs trainer.load_best_model_at_end=true" in problem
+    [problem] = problems("trainer.early_stopping_patience=0", "trainer.load_best_model_at_end=true")
+    assert problem.startswith("trainer.early_stopping_patience=0 must be a number of evaluations")
+    [problem] = problems("trainer.early_stoping_patience=3")
+    assert problem.endswith("did you mean trainer.early_stopping_patience?")
     [problem] = problems("stage=dpo", "trainer.sync_ref_model=true")
     assert "the reference stays what the stage starts from" in problem
 

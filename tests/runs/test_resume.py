@@ -561,3 +561,28 @@ def test_the_best_checkpoint_is_the_result_after_a_kill_too(
     done = posttrain(*command)
     assert done.code == 1, done
     assert f"checkpoint-{best} was the best checkpoint and cannot be loaded" in done.err
+
+
+def test_early_stopping_goes_on_waiting_after_a_resume(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
+    """The best evaluation is the one after step 4; two worse ones end the run at step 12, interrupted or not."""
+    command, metric, _ = BEST_OF["sft"]
+    waits = (*command, *BEST, f"trainer.metric_for_best_model={metric}", "trainer.early_stopping_patience=2")
+    done = posttrain(*waits, "output_dir=straight")
+    assert done.code == 0, done
+    straight = Path("straight/demo/sft")
+    steps = manifest(straight)["metrics"]["steps"]
+    assert steps == 12
+    assert "ended early, at step 12 of 26: no better eval_loss came" in done.out
+
+    process = start(*waits, cwd=tmp_path)
+    wait_for(Path("outputs/demo/sft/checkpoint-8/checkpoint.json"), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert posttrain(*waits).code == 0
+    assert manifest(SFT)["metrics"]["steps"] == 12
+    assert same_weights(straight / "model", SFT / "model")
+
+    (SFT / "posttrain.json").unlink()  # killed before it was called finished
+    done = posttrain(*waits)
+    assert done.code == 0, done
+    assert manifest(SFT)["metrics"]["steps"] == 12
