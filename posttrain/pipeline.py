@@ -28,7 +28,7 @@ from posttrain.cli.command import named_stages, parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate, refuse_to_launch
 from posttrain.config.schema import Config
-from posttrain.config.stages import EVALUATED_AS, FORMATS, INSTRUCTIONS, STAGES, followers
+from posttrain.config.stages import EVALUATED_AS, FORMATS, INSTRUCTIONS, PIPELINE, STAGES, followers
 from posttrain.console import is_main_process, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import label
@@ -57,7 +57,7 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         ConfigError: with every problem found, a line each.
     """
     line = parse(arguments)
-    stages = named_stages(line.overrides) or list(STAGES)
+    stages = named_stages(line.overrides) or PIPELINE
     problems: dict[str, None] = {}
     steps: list[Step] = []
     for override in line.overrides:

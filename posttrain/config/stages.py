@@ -34,6 +34,15 @@ class DPOStage(StageConfig):
 
 
 @dataclass
+class KTOStage(DPOStage):
+    """Kahneman-Tversky optimisation."""
+
+    batch_size: int = key(at_least=2, trl="per_device_train_batch_size")  # its KL is estimated within a batch
+    desirable_weight: float = key(above=0, below=1e3, trl="desirable_weight")
+    undesirable_weight: float = key(above=0, below=1e3, trl="undesirable_weight")
+
+
+@dataclass
 class OnlineStage(StageConfig):
     """What every stage has that samples completions, scores them and learns from them."""
 
@@ -130,6 +139,20 @@ class DataFormat(NamedTuple):
 
 
 INSTRUCTIONS = DataFormat("instructions", '{"instruction": "…", "response": "…"}', InstructionColumns)
+
+
+@dataclass
+class RatingColumns(Columns):
+    """The names that the documented columns have in the source."""
+
+    prompt: str = key()
+    completion: str = key()
+    label: str = key()
+    chosen: str = key()
+    rejected: str = key()
+
+
+RATINGS = DataFormat("ratings", '{"prompt": "…", "completion": "…", "label": true}', RatingColumns)
 PREFERENCES = DataFormat("preferences", '{"prompt": "…", "chosen": "…", "rejected": "…"}', PreferenceColumns)
 PROMPTS = DataFormat("prompts", '{"prompt": "…"}', PromptColumns)
 
@@ -336,8 +359,41 @@ DPO = StageSpec(
     frontier=("accuracy",),
 )
 
+KTO = StageSpec(
+    name="kto",
+    schema=KTOStage,
+    data_format=RATINGS,
+    follows=("sft",),
+    is_classifier=False,
+    trl_config=("kto_config.py", "KTOConfig"),
+    reserved={
+        "label_smoothing_factor": "KTO's losses have none",
+        **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _FIXED_REFERENCE),
+        "train_sampling_strategy": "rows are drawn in a random order, which the KL term of each batch follows",
+        **dict.fromkeys(
+            ("precompute_ref_log_probs", "precompute_ref_batch_size"),
+            "its KL term pairs the prompts and completions of each batch anew, which nothing can say beforehand",
+        ),
+    },
+    check_trainer=no_problems,
+    title="KTO",
+    tag="kto",
+    unit="completions",
+    sequences_per_row=2,  # and the KL term's
+    headline="reward_margin",
+    objective="reward_margin",
+    shown=(
+        *("eval_loss", "reward_margin", "chosen_logp_change", "rejected_logp_change"),
+        *("kl", "response_length", "ended_by_eos"),
+    ),
+    swept=("reward_margin", "kl", "eval_loss"),
+    charts=(("loss", "eval_loss"), ("rewards/margins", "eval_rewards/margins"), ("eval_kl",)),
+    frontier=("reward_margin",),
+)
+
 # in the order in which a pipeline runs them
-STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO)}
+STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO, KTO)}
+PIPELINE = [spec.name for spec in (SFT, REWARD, PPO, DPO)]  # what it runs where it is not told
 FORMATS = {spec.data_format.name: spec.data_format for spec in STAGES.values()}
 # the stage whose prompts and rewards policies are compared by
 EVALUATED_AS = PPO

@@ -129,7 +129,8 @@ class PairEncoding:
 
     A reward model reads whole conversations, with the length of the prompt that they share as `prompt_length`. Where
     a stage learns each token of the completions (`learns_tokens`), each is one message, and ids of its own after
-    `prompt_ids`. A pair whose completions are the same, perhaps only after the cut, teaches nothing: it is a tie.
+    `prompt_ids`; of a completion that was rated alone the other side is None. A pair whose completions are the same,
+    perhaps only after the cut, teaches nothing: it is a tie.
     """
 
     max_length: int
@@ -147,7 +148,7 @@ class PairEncoding:
                 f"chosen has {len(row.chosen)} and rejected {len(row.rejected)} messages after the prompt that they "
                 "share, others' words among them, which DPO would learn; end each with its first answer"
             )
-        sides = [encoder.answer(row.prompt, answer, row.inputs) for answer in (row.chosen, row.rejected)]
+        sides = [encoder.answer(row.prompt, answer, row.inputs) for answer in (row.chosen, row.rejected) if answer]
         # where one of the two begins as a generation prompt ends (with a thought), the prompt ends before that
         shorter = min(len(prompt.text) for prompt, _ in sides)
         return [
@@ -159,15 +160,16 @@ class PairEncoding:
         prompt = response_start(encoded[0][1], 0)
         longer = max(len(ids) for ids, _ in encoded)
         room = room_for(longer, prompt, self.max_length, self.overlength)
-        chosen, rejected = (ids[:room] for ids, _ in encoded)
-        if chosen == rejected:
+        sides = [ids[:room] for ids, _ in encoded]
+        if len(sides) > 1 and sides[0] == sides[1]:
             raise LeftOut(TIE)
-        tokens, cut = len(chosen) + len(rejected), room < longer
-        made: Fields = {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_length": prompt}
-        if self.learns_tokens:
-            made = {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
+        names = [name for name, answer in (("chosen_ids", row.chosen), ("rejected_ids", row.rejected)) if answer]
+        start = prompt if self.learns_tokens else 0
+        made: Fields = {name: ids[start:] for name, ids in zip(names, sides, strict=True)}
+        made |= {"prompt_ids": sides[0][:prompt]} if self.learns_tokens else {"prompt_length": prompt}
         made |= {"margin": row.margin} if row.margin is not None else {}
-        return EncodedRow(made, max(len(chosen), len(rejected)), tokens, tokens - 2 * prompt, cut, cut)
+        tokens, cut = sum(map(len, sides)), room < longer
+        return EncodedRow(made, max(map(len, sides)), tokens, tokens - len(sides) * prompt, cut, cut)
 
 
 @dataclass(frozen=True)

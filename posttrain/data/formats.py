@@ -60,7 +60,10 @@ class Conversation(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One checked preference row: after `prompt`, the messages of `chosen` are better than those of `rejected`."""
+    """One checked preference row: after `prompt`, the messages of `chosen` are better than those of `rejected`.
+
+    Of a completion that was rated alone one of the two is empty.
+    """
 
     prompt: list[Message]
     chosen: list[Message]
@@ -72,8 +75,8 @@ class Pair(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """The completion that the data prefers."""
-        return str(self.chosen[-1]["content"])
+        """The completion that the data prefers; empty where it has none."""
+        return str(self.chosen[-1]["content"]) if self.chosen else ""
 
     @property
     def content(self) -> str:
@@ -384,6 +387,30 @@ def preferences(data: DataConfig) -> Reader[Pair]:
     shapes = [*_ANSWERS, _documented(data.columns, "chosen", "rejected", more=["prompt", "margin"]), _OPENAI]
     shapes = [shape._replace(more={**shape.more, **of_group}) for shape in shapes]
     return Reader(data, make, shapes, keys=keys, tally=tally)
+
+
+def ratings(data: DataConfig) -> Reader[Pair]:
+    """Reads completions that were liked or not, and preference rows, which have one of each."""
+    keys = message_keys(data.messages)
+
+    def make(row: Fields, where: str, others: Fields) -> Pair:
+        if "chosen" in row:
+            prompt, chosen, rejected, _ = _preference(row, keys)
+            return Pair(prompt, chosen, rejected, where, inputs=_inputs(row))
+        require_columns(row, ("prompt", "completion", "label"), "ratings")
+        label = row["label"]
+        if label not in (True, False):  # 1 and 0 among them
+            raise ValueError(f"'label' must be true or false, got {label!r}")
+        prompt = _begun(_asked(row["prompt"], "prompt", keys), row, keys)
+        completion = as_messages(row["completion"], "assistant", "completion", keys)
+        check_turns([*prompt, *completion])
+        return Pair(prompt, *((completion, []) if label else ([], completion)), where, inputs=_inputs(row))
+
+    columns = data.columns
+    rated = _documented(columns, "prompt", "completion", "label")
+    return Reader(
+        data, make, [rated, *_ANSWERS, _documented(columns, "chosen", "rejected", more=["prompt"])], keys=keys
+    )
 
 
 def prompts(data: DataConfig) -> Reader[Prompt]:

@@ -5,10 +5,10 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import numpy as np
 
@@ -203,7 +203,7 @@ def _outcomes(work: Callable[[Chunk], Outcome], chunks: Iterable[Chunk], process
     context = multiprocessing.get_context("fork" if "fork" in methods else None)
     pool = ProcessPoolExecutor(processes, context, _start, (work,))
     try:
-        waiting: deque[Any] = deque()
+        waiting: deque[Future[Outcome]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_in_process, chunk))
             if len(waiting) > 2 * processes:  # no more in memory than that

@@ -122,7 +122,8 @@ def _probe(dataset: "Dataset") -> list[list[int]]:
     """A few rows as the model reads them."""
     columns = ("input_ids", "chosen_ids", "rejected_ids", "prompt_ids")
     names = [name for name in columns if name in dataset.column_names][:2]
-    return [dataset[index][name][:PROBE_TOKENS] for index in range(min(4, len(dataset))) for name in names]
+    rows = [dataset[index] for index in range(min(4, len(dataset)))]
+    return [row[name][:PROBE_TOKENS] for row in rows for name in names if row[name] is not None]
 
 
 def _outputs(model: "PreTrainedModel", rows: Sequence[Sequence[int]], pad: int, is_classifier: bool) -> "Tensor":

@@ -154,7 +154,7 @@ def show_example(config: Config, data: StageData, index: int = 0) -> None:
     row: JsonObject = data.train.dataset[index]
     tokenizer = data.encoder.tokenizer
     where = verbatim(data.train.examples([index])[0].where)
-    sides = [name for name in row if name.endswith("_ids") and name not in ("input_ids", "prompt_ids")]
+    sides = [name for name in ("chosen_ids", "rejected_ids") if row.get(name) is not None]
     if "spans" not in row and not sides:
         show_markup(f"\n[bold]{where}[/], as tokens; the policy goes on from its end\n")
         show_markup(_coloured(tokenizer, row["prompt_ids"], [False] * len(row["prompt_ids"])) + "\n")

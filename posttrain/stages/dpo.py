@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from posttrain.config.schema import Config
-from posttrain.config.stages import DPOStage
+from posttrain.config.stages import DPOStage, KTOStage
 from posttrain.console import say, warn
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import preferences
@@ -36,10 +36,11 @@ from posttrain.stages.base import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from posttrain.stages.trainers import DPOTrainer
+    from posttrain.stages.trainers import DPOTrainer, ReferenceTrainer
 
+T = TypeVar("T", bound="ReferenceTrainer")
 KL_COMPLETIONS = 64  # held-out prompts completed to estimate KL before and after training; a quarter during it
 # what is shown before and after: its key in an evaluation
 EVALUATED = {
@@ -108,9 +109,16 @@ def build(context: StageContext, model: "PreTrainedModel") -> "DPOTrainer":
 
     from posttrain.stages.trainers import DPOTrainer
 
+    return build_as(DPOTrainer, DPOConfig, context, model)
+
+
+def build_as(
+    trainer: type[T], arguments: Callable[..., "TrainingArguments"], context: StageContext, model: "PreTrainedModel"
+) -> T:
+    """A trainer of a policy and its reference, as one of this class."""
     config, data, tokenizer = context.config, context.data, context.tokenizer
-    arguments = trainer_arguments(config, context.folder.path, data.test is not None)
-    own_reference = not config.model.use_peft and not arguments.get("precompute_ref_log_probs")
+    given = trainer_arguments(config, context.folder.path, data.test is not None)
+    own_reference = not config.model.use_peft and not given.get("precompute_ref_log_probs")
     path = str(model.config._name_or_path)
     if config.model.use_peft:
         say(f"policy = {path} with a new adapter\nreference = {path}, the adapter switched off (one model in memory)")
@@ -118,10 +126,10 @@ def build(context: StageContext, model: "PreTrainedModel") -> "DPOTrainer":
         say(f"policy = {path}, all weights\nreference = {path}, a frozen copy (two models in memory)")
     else:
         say(f"policy = {path}, all weights\nreference = {path}, its log-probabilities taken once (one model in memory)")
-    return DPOTrainer(
+    return trainer(
         model=model,
         ref_model=load_causal_lm(config.model, tokenizer, path) if own_reference else None,
-        args=trl_config(DPOConfig, arguments),
+        args=trl_config(arguments, given),
         train_dataset=data.train.dataset,
         eval_dataset=data.test.dataset if data.test else None,
         named={name: rows.dataset for name, rows in data.named.items()},
@@ -131,7 +139,9 @@ def build(context: StageContext, model: "PreTrainedModel") -> "DPOTrainer":
     )
 
 
-def reference(context: StageContext, trainer: "DPOTrainer") -> Callable[[], AbstractContextManager["PreTrainedModel"]]:
+def reference(
+    context: StageContext, trainer: "ReferenceTrainer"
+) -> Callable[[], AbstractContextManager["PreTrainedModel"]]:
     """Opens the reference: the adapter switched off, the frozen copy, or else the starting weights read again."""
     if context.config.model.use_peft:
 
@@ -149,8 +159,8 @@ def reference(context: StageContext, trainer: "DPOTrainer") -> Callable[[], Abst
     return lambda: nullcontext(frozen)
 
 
-def preflight(context: StageContext, trainer: "DPOTrainer") -> None:
-    """At step 0 policy and reference agree and the loss is ln 2.
+def preflight(context: StageContext, trainer: "ReferenceTrainer") -> None:
+    """At step 0 policy and reference agree, and the loss is what it is in theory.
 
     Raises:
         PosttrainError: they do not; names what is usually behind it.
@@ -159,15 +169,16 @@ def preflight(context: StageContext, trainer: "DPOTrainer") -> None:
 
     from posttrain.stages.trainers import without_router_loss
 
-    rows = [trainer.train_dataset[index] for index in range(min(STEP_0_ROWS, len(trainer.train_dataset)))]
-    prompts, chosen = ([row[name] for row in rows] for name in ("prompt_ids", "chosen_ids"))
+    count = min(STEP_0_ROWS, len(trainer.train_dataset))
+    rows = [trainer.train_dataset[place * len(trainer.train_dataset) // count] for place in range(count)]
+    prompts, said = zip(*((row["prompt_ids"], row["chosen_ids"] or row["rejected_ids"]) for row in rows), strict=True)
     pad = context.tokenizer.pad_token_id
     tolerance = STEP_0_TOLERANCE[trainer.rounds_as]
     trainer.model.eval()
     with trainer.unwrapped_model() as policy:
-        ours = completion_logps(policy, prompts, chosen, pad)
+        ours = completion_logps(policy, prompts, said, pad)
     with reference(context, trainer)() as model:
-        theirs = completion_logps(model, prompts, chosen, pad)
+        theirs = completion_logps(model, prompts, said, pad)
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.train()  # as in the first step: dropout that is still on shows here
     with torch.no_grad(), trainer.compute_loss_context_manager(), without_router_loss(trainer):
@@ -175,15 +186,17 @@ def preflight(context: StageContext, trainer: "DPOTrainer") -> None:
     trainer._metrics["train"].clear()
     trainer._total_train_tokens = 0
     difference = float((ours - theirs).abs().max())
-    plain = trainer.loss_types == ["sigmoid"] and not trainer.use_weighting
-    if difference <= tolerance and (not plain or abs(loss - math.log(2)) <= tolerance):
-        said = f", first loss {loss:.6f} (ln 2 = {math.log(2):.6f})" if plain else ""
-        say(f"step 0: policy and reference agree within {difference:.1e} nats{said}")
+    first_loss = trainer.first_loss(rows)
+    wanted = "" if first_loss is None else f"{first_loss:.6f}" + (" = ln 2" if first_loss == math.log(2) else "")
+    if difference <= tolerance and (first_loss is None or abs(loss - first_loss) <= tolerance):
+        first = f", first loss {loss:.6f} (in theory {wanted})" if wanted else ""
+        say(f"step 0: policy and reference agree within {difference:.1e} nats{first}")
         return
     raise PosttrainError(
         "the reference is not the model that this stage starts from: at step 0 their log-probabilities differ by up "
-        f"to {difference:.3g} nats and the loss is {loss:.6f}, not ln 2 = {math.log(2):.6f}. Usual causes: the weights "
-        f"in {context.base} changed while they were read, dropout is on, or policy and reference differ in precision"
+        f"to {difference:.3g} nats{f' and the loss is {loss:.6f}, not {wanted}' if wanted else ''}. Usual causes: the "
+        f"weights in {context.base} changed while they were read, dropout is on, or policy and reference differ in "
+        "precision"
     )
 
 
@@ -194,8 +207,8 @@ class DPOEvalMetrics:
         self.context = context
         self.warned = False
 
-    def __call__(self, trainer: "DPOTrainer", metrics: dict[str, float]) -> dict[str, float]:
-        chosen, rejected = metrics["eval_logps/chosen"], metrics["eval_logps/rejected"]
+    def __call__(self, trainer: "ReferenceTrainer", metrics: dict[str, float]) -> dict[str, float]:
+        chosen, rejected = (metrics.get(f"eval_logps/{kind}", math.nan) for kind in ("chosen", "rejected"))
         trainer.start = trainer.start or (chosen, rejected)
         fall, others = chosen - trainer.start[0], rejected - trainer.start[1]
         more = {"eval_chosen_logp_change": fall, "eval_rejected_logp_change": others}
@@ -204,21 +217,23 @@ class DPOEvalMetrics:
         trainer.log(dict(more))
         if fall < -1 and not self.warned:
             self.warned = True
+            stage = self.context.config.stage
+            assert isinstance(stage, DPOStage)
+            remedy = (
+                f"let the chosen ones count for more: stage.desirable_weight={stage.desirable_weight * 2:g}"
+                if isinstance(stage, KTOStage)
+                else "add the chosen ones' own likelihood: +trainer.loss_type=[sigmoid,sft] "
+                "+trainer.loss_weights=[1.0,0.2]"
+            )
             warn(
                 f"chosen completions have become less likely ({fall:+.1f} nats since the start, rejected ones "
-                f"{others:+.1f}): DPO only widens the gap between the two. If completions get worse, add the chosen "
-                "ones' own likelihood: +trainer.loss_type=[sigmoid,sft] +trainer.loss_weights=[1.0,0.2], "
-                f"or hold on to the reference: stage.beta={_beta(self.context) * 3:g}"
+                f"{others:+.1f}): the loss asks for the gap between the two alone. If completions get worse, {remedy}, "
+                f"or hold on to the reference: stage.beta={stage.beta * 3:g}"
             )
         return more
 
 
-def _beta(context: StageContext) -> float:
-    assert isinstance(context.config.stage, DPOStage)
-    return context.config.stage.beta
-
-
-def sample_kl(context: StageContext, trainer: "DPOTrainer", count: int) -> dict[str, float]:
+def sample_kl(context: StageContext, trainer: "ReferenceTrainer", count: int) -> dict[str, float]:
     """KL(π‖π_ref) in nats per completion, estimated on completions that the policy samples to held-out prompts.
 
     The mean over completions y ~ π of the sum over positions of KL(π(·|x, y<t)‖π_ref(·|x, y<t)), each exact: unbiased,
@@ -243,7 +258,7 @@ def sample_kl(context: StageContext, trainer: "DPOTrainer", count: int) -> dict[
     return {"eval_kl": fmean(kl), "eval_response_length": fmean(lengths)}
 
 
-def evaluate_model(context: StageContext, trainer: "DPOTrainer") -> EvalResult:
+def evaluate_model(context: StageContext, trainer: "ReferenceTrainer") -> EvalResult:
     """Held-out accuracy and margin over rows, KL from the reference, and the prompt panel."""
     with trainer.unwrapped_model() as policy:
         completions = complete(policy, context.data.encoder, context.panel[:COMPLETED], context.new_tokens)

@@ -1,10 +1,12 @@
 """TRL's trainers as the stages use them: whole checkpoints, held-out means over tokens or pairs, rows encoded ahead."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from posttrain.data.chat import IGNORED
 from posttrain.data.encode import labels_of
 from posttrain.runs.safe_trainer import SafeTrainer
-from posttrain.values import JsonObject
+from posttrain.values import Fields, JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +31,7 @@ Batch = dict[str, Tensor]
 
 
 @contextmanager
-def without_router_loss(trainer: "SFTTrainer | DPOTrainer") -> Iterator[None]:
+def without_router_loss(trainer: "SFTTrainer | ReferenceTrainer") -> Iterator[None]:
     """A mixture of experts judged by what it says, and not by how evenly its router deals out the tokens."""
     before = trainer.aux_loss_enabled
     trainer.aux_loss_enabled = False
@@ -131,24 +133,50 @@ class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
         super().resume(running, checkpoint)
 
 
-class DPOTrainer(SafeTrainer, trl.DPOTrainer):
-    """TRL's DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`.
+class ReferenceTrainer(SafeTrainer):
+    """What trainers share that compare the policy with a frozen reference.
 
     `more_metrics` is handed the trainer and its held-out metrics at every evaluation, and returns more of them.
     """
 
-    precompute_ref_logps: bool
+    ref_model: "PreTrainedModel | None"
+    aux_loss_enabled: bool
 
     def __init__(
         self,
         *,
-        more_metrics: Callable[["DPOTrainer", dict[str, float]], dict[str, float]] | None = None,
+        more_metrics: Callable[["ReferenceTrainer", dict[str, float]], dict[str, float]] | None = None,
         **options: Any,
     ) -> None:
         self.more_metrics = more_metrics
         self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0
-        self._references: list[tuple[Tensor, Tensor]] = []  # its log-probabilities of each held-out batch
         super().__init__(**options)
+
+    def first_loss(self, rows: Sequence[Fields]) -> float | None:
+        """The loss of some rows while policy and reference agree; None where theory does not say it."""
+        return None
+
+    def measure(self) -> dict[str, float]:
+        metrics = super().measure()
+        return metrics | self.more_metrics(self, metrics) if self.more_metrics is not None else metrics
+
+    def running(self) -> JsonObject:
+        return super().running() | {"start": self.start}
+
+    def resume(self, running: JsonObject, checkpoint: Path) -> None:
+        self.start = running["start"]
+        super().resume(running, checkpoint)
+
+
+class DPOTrainer(ReferenceTrainer, trl.DPOTrainer):
+    """TRL's DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+
+    precompute_ref_logps: bool
+
+    @cached_property
+    def _references(self) -> list[tuple[Tensor, Tensor]]:
+        """The reference's log-probabilities of each held-out batch, as they are computed."""
+        return []
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded already
@@ -167,6 +195,9 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
         for side, logps in zip(("chosen", "rejected"), zip(*found, strict=True), strict=True):
             dataset = dataset.add_column(f"ref_{side}_logps", torch.cat(logps).float().tolist())
         return dataset
+
+    def first_loss(self, rows: Sequence[Fields]) -> float | None:
+        return math.log(2) if self.loss_types == ["sigmoid"] and not self.use_weighting else None
 
     def held_out_loss(self, inputs: Batch) -> Tensor:
         precomputed = self.precompute_ref_logps
@@ -189,12 +220,68 @@ class DPOTrainer(SafeTrainer, trl.DPOTrainer):
 
     def measure(self) -> dict[str, float]:
         self._batch = 0
-        metrics = super().measure()
-        return metrics | self.more_metrics(self, metrics) if self.more_metrics is not None else metrics
+        return super().measure()
 
-    def running(self) -> JsonObject:
-        return super().running() | {"start": self.start}
 
-    def resume(self, running: JsonObject, checkpoint: Path) -> None:
-        self.start = running["start"]
-        super().resume(running, checkpoint)
+def with_others_completions(collator: Callable[[list[Fields]], Batch], rows: Sequence[Fields]) -> Batch:
+    """A batch of rated completions, in which each prompt also has another row's, from which KTO estimates KL."""
+    said = [row["chosen_ids"] or row["rejected_ids"] for row in rows]
+    return collator(
+        [
+            {
+                "prompt_ids": row["prompt_ids"],
+                "completion_ids": said[place],
+                "KL_completion_ids": said[place - 1],
+                "label": row["chosen_ids"] is not None,
+            }
+            for place, row in enumerate(rows)
+        ]
+    )
+
+
+class KTOTrainer(ReferenceTrainer, trl.KTOTrainer):
+    """TRL's KTOTrainer on rows of `prompt_ids` and either `chosen_ids` or `rejected_ids`.
+
+    TRL pairs prompts and completions for KL before training, in batches of a fixed order, so data sorted by label stay
+    sorted. Here each batch is paired as it is drawn, in a random order.
+    """
+
+    def __init__(self, *, args: trl.KTOConfig, **options: Any) -> None:
+        args.train_sampling_strategy = "sequential"  # TRL insists on it
+        super().__init__(args=args, **options)
+        args.train_sampling_strategy = "random"
+        self.data_collator = partial(with_others_completions, self.data_collator)
+
+    def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
+        return dataset  # encoded already
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+    def first_loss(self, rows: Sequence[Fields]) -> float | None:
+        weights = {True: self.desirable_weight, False: self.undesirable_weight}
+        return fmean(weights[row["chosen_ids"] is not None] / 2 for row in rows)
+
+    def held_out_loss(self, inputs: Batch) -> Tensor:
+        with without_router_loss(self):
+            return super().held_out_loss(inputs)
+
+    def held_out_weight(self, name: str, inputs: Batch) -> float:
+        """What is of one kind is a mean over that kind: over its tokens of logits, else over its completions."""
+        kind, tokens = name.partition("/")[2], inputs["completion_mask"][:, 1:].sum(-1)
+        each = tokens if name.startswith("logits/") or name == "entropy" else torch.ones_like(tokens)
+        liked = inputs["label"].to(tokens)
+        return float((each * {"chosen": liked, "rejected": 1 - liked}.get(kind, torch.ones_like(liked))).sum())
+
+    def _means(self, name: str) -> dict[str, float]:
+        found = super()._means(name)
+        if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # batches without one of them have no margin
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+    def log(self, *args: object, **kwargs: object) -> None:
+        # the loss's own, of mismatched completions and clipped at 0: no estimate of what is called kl elsewhere
+        for counted in self._metrics.values():
+            if "kl" in counted:
+                counted["kl_term"] = counted.pop("kl")
+        super().log(*args, **kwargs)

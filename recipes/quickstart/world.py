@@ -1,8 +1,9 @@
-"""The quickstart's closed world: its facts, the three data files made from them, and the gold function.
+"""The quickstart's closed world: its facts, the four data files made from them, and the gold function.
 
-`python recipes/quickstart/world.py` writes instructions.jsonl, preferences.jsonl and prompts.jsonl beside
-this file, byte for byte the same each time. A fact is asked in six phrasings: five go to `split=train`, one
-to `split=test`, so that every held-out question is about something learned but worded as never seen.
+`python recipes/quickstart/world.py` writes instructions.jsonl, preferences.jsonl, ratings.jsonl and
+prompts.jsonl beside this file, byte for byte the same each time. A fact is asked in six phrasings: five go to
+`split=train`, one to `split=test`, so that every held-out question is about something learned but worded as
+never seen.
 """
 
 import json
@@ -335,6 +336,16 @@ def preferences() -> list[dict[str, str]]:
     return rows
 
 
+def ratings() -> list[dict[str, str | bool]]:
+    """`prompt`, `completion`, `label`, `split`: of each pair of `preferences` one completion, liked if it is chosen."""
+    rows: list[dict[str, str | bool]] = []
+    for index, pair in enumerate(preferences()):
+        liked = index % 2 == 0
+        completion = pair["chosen" if liked else "rejected"]
+        rows.append({"prompt": pair["prompt"], "completion": completion, "label": liked, "split": pair["split"]})
+    return rows
+
+
 def prompts() -> list[dict[str, str]]:
     """`prompt`, `split`: every question, without an answer."""
     generator = random.Random(3)
@@ -344,7 +355,8 @@ def prompts() -> list[dict[str, str]]:
 
 
 def write(folder: Path) -> None:
-    for name, rows in (("instructions", instructions()), ("preferences", preferences()), ("prompts", prompts())):
+    made = {"instructions": instructions(), "preferences": preferences(), "ratings": ratings(), "prompts": prompts()}
+    for name, rows in made.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 

@@ -35,6 +35,9 @@ READ_BY = {
     | BY_ROWS
     | {"loss_type": "[ipo]", "ld_alpha": "0.5", "f_divergence_type": "js_divergence", "use_weighting": "true"},
     "ppo": READ,
+    "kto": READ
+    | {name: value for name, value in BY_ROWS.items() if name != "train_sampling_strategy"}
+    | {"loss_type": "apo_zero_unpaired"},
 }
 # what is computed faster or on less memory, kept, shown, or handed on to the library that is named in it
 UNTOUCHED = """

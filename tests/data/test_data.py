@@ -221,7 +221,7 @@ def test_the_quickstart_files_are_what_their_script_writes(tmp_path: Path) -> No
     import world
 
     world.write(tmp_path)
-    for name in ("instructions.jsonl", "preferences.jsonl", "prompts.jsonl"):
+    for name in ("instructions.jsonl", "preferences.jsonl", "ratings.jsonl", "prompts.jsonl"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert len(world.ANSWERS) == len(world.questions())
     styles = {"plain": 0, "friendly": 0}

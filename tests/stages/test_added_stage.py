@@ -1,4 +1,4 @@
-"""A stage that posttrain does not have (KTO) is added in the four files of tests/kto, and everything knows it."""
+"""A stage is four files: those of KTO under another name are a stage that everything knows."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, same_weights, write_rows
 
-KTO = Path(__file__).parent / "kto"
+FILES = ("conf/stage/{}.yaml", "conf/data/{}.yaml", "posttrain/stages/{}.py")  # and a record in config/stages.py
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SHORT = ("trainer.max_steps=4", "trainer.logging_steps=1", "data.test_size=6")
 
@@ -25,14 +25,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     spec = copy / "posttrain" / "config" / "stages.py"
-    before, order = spec.read_text(), "(SFT, REWARD, PPO, DPO)"
+    before, order = spec.read_text(), "(SFT, REWARD, PPO, DPO, KTO)"
     place = before.index("# in the order in which a pipeline runs them")
     assert order in before[place:]
-    added = (KTO / "stages.py").read_text()
-    spec.write_text(before[:place] + added + before[place:].replace(order, "(SFT, REWARD, PPO, DPO, KTO)"))
-    shutil.copy(KTO / "kto.py", copy / "posttrain" / "stages")
-    shutil.copy(KTO / "stage.yaml", copy / "conf" / "stage" / "kto.yaml")
-    shutil.copy(KTO / "data.yaml", copy / "conf" / "data" / "kto.yaml")
+    added = 'MINE = replace(KTO, name="mine", title="Mine", tag="mine")\n\n'
+    text = before[:place] + added + before[place:].replace(order, f"{order[:-1]}, MINE)")
+    spec.write_text(text.replace("import dataclass\n", "import dataclass, replace\n"))
+    for file in FILES:
+        text = (copy / file.format("mine")).read_text()
+        (copy / file.format("mine")).write_text(text.replace("name: kto", "name: mine"))
     rated = [
         {"prompt": f"What follows {a}?", "completion": f"{b}.", "label": index % 3 > 0}
         for index, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:4])
@@ -78,13 +79,7 @@ def in_turn(tree: Path, *commands: tuple[str, ...]) -> list[tuple[int, str]]:
     return [(code, printed) for code, printed in json.loads((tree / "ended.json").read_text())]
 
 
-def test_it_takes_four_files() -> None:
-    files = [path for path in KTO.iterdir() if path.is_file()]
-    assert len(files) == 4
-    assert sum(1 for path in files for line in path.read_text().splitlines() if line.strip()) <= 120
-
-
-ROWS = ("stage=kto", "data.dataset_name=rated.jsonl")
+ROWS = ("stage=mine", "data.dataset_name=rated.jsonl")
 LONG = (*ROWS, "data.test_size=6", "trainer.save_steps=2", "trainer.max_steps=12", "stage.learning_rate=1e-3")
 KILLED = {"killed": (*LONG, "model.use_peft=true")}
 
@@ -95,14 +90,14 @@ def test_it_goes_the_whole_way(tree: Path) -> None:
     told, prompts = "data.instructions=told.jsonl", "data.prompts=asked.jsonl"
     sweep = ("-m", "stage.beta=0.1,0.3", "run_name=sweep", "model.model_name_or_path=outputs/demo/sft")
     commands = {
-        "help": ("run", "stage=kto", "--help"),
-        "typo": ("run", "stage=kto", "stage.bta=0.2"),
-        "bad row": ("run", "stage=kto", "data.dataset_name=bad.jsonl"),
-        "pipeline": ("pipeline", "stages=[sft,kto]", told, prompts, "data.ratings=rated.jsonl", *SHORT),
+        "help": ("run", "stage=mine", "--help"),
+        "typo": ("run", "stage=mine", "stage.bta=0.2"),
+        "bad row": ("run", "stage=mine", "data.dataset_name=bad.jsonl"),
+        "pipeline": ("pipeline", "stages=[sft,mine]", told, prompts, "data.ratings=rated.jsonl", *SHORT),
         "sft": ("run", "data.dataset_name=told.jsonl", "run_name=a", *SHORT),
         "dry run": ("run", *ROWS, "run_name=b", "dry_run=true", *SHORT),
         "sweep": ("run", *ROWS, *sweep, *SHORT),
-        "export": ("export", "outputs/demo/kto", "to=exported"),
+        "export": ("export", "outputs/demo/mine", "to=exported"),
         **{name: ("run", *words, f"run_name={name}", "output_dir=straight") for name, words in KILLED.items()},
     }
     ended = dict(zip(commands, in_turn(tree, *commands.values()), strict=True))
@@ -116,23 +111,23 @@ def test_it_goes_the_whole_way(tree: Path) -> None:
     # 2. a pipeline with its evaluation and report
     run = tree / "outputs" / "demo"
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert [Path(each["policy"]).name for each in evaluation] == ["sft", "kto"]
-    assert 'id="kto"' in (run / "report.html").read_text()
-    manifest = json.loads((run / "kto" / "posttrain.json").read_text())
+    assert [Path(each["policy"]).name for each in evaluation] == ["sft", "mine"]
+    assert 'id="mine"' in (run / "report.html").read_text()
+    manifest = json.loads((run / "mine" / "posttrain.json").read_text())
     assert manifest["inputs"]["model"]["stage"] == "sft"
-    assert manifest["metrics"]["eval_loss"] > 0
-    assert "posttrain run stage=kto" in printed["sft"]
+    assert manifest["metrics"]["eval_loss"] < 0.5
+    assert "posttrain run stage=mine" in printed["sft"]
     # 3. a dry run with its memory plan, where policy and reference are held
     assert "reference (frozen copy)" in printed["dry run"]
     assert not (tree / "outputs" / "b").exists()
     # 4. a sweep with its table, and an export with its card
     assert printed["sweep"].count("complete") >= 2
-    assert (tree / "outputs" / "sweep" / "kto" / "sweep.svg").is_file()
-    assert "kto" in (tree / "exported" / "README.md").read_text()
+    assert (tree / "outputs" / "sweep" / "mine" / "sweep.svg").is_file()
+    assert "mine" in (tree / "exported" / "README.md").read_text()
     # 5. killed and resumed, it ends with the same weights
     for name, words in KILLED.items():
         process = start(tree, "-m", "posttrain.run", *words, f"run_name={name}")
-        while not (tree / "outputs" / name / "kto" / "checkpoint-4" / "checkpoint.json").is_file():
+        while not (tree / "outputs" / name / "mine" / "checkpoint-4" / "checkpoint.json").is_file():
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -141,4 +136,4 @@ def test_it_goes_the_whole_way(tree: Path) -> None:
     for (code, text), name in zip(resumed, KILLED, strict=True):
         assert code == 0, text
         assert "resuming from checkpoint-" in text
-        assert same_weights(tree / "straight" / name / "kto" / "model", tree / "outputs" / name / "kto" / "model")
+        assert same_weights(tree / "straight" / name / "mine" / "model", tree / "outputs" / name / "mine" / "model")
