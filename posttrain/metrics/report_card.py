@@ -17,6 +17,7 @@ THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlatio
 CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
+GROUP = "group: "  # how the kind of a pair begins that the data name
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ScoredPair:
         one, other = (Counter(text.split()) for text in (self.chosen, self.rejected))
         words = max((one - other).total(), (other - one).total())
         return [
-            *([f"group: {self.group}"] if self.group is not None else []),
+            *([f"{GROUP}{self.group}"] if self.group is not None else []),
             f"lengths: {'0 to 10 %' if apart <= 0.1 else '10 to 50 %' if apart <= 0.5 else 'over 50 %'} apart",
             f"words that differ: {'0 or 1' if words <= 1 else '2 to 5' if words <= 5 else 'over 5'}",
         ]
@@ -137,6 +138,14 @@ def slices(pairs: Sequence[ScoredPair]) -> Iterator[Slice]:
     for kind, right in sorted(found.items()):
         if len(right) < len(pairs):
             yield Slice(kind, len(right), fmean(right), *wilson(sum(right), len(right)))
+
+
+def section_rows(pairs: Sequence[ScoredPair]) -> list[tuple[str, str]]:
+    """Of pairs in several groups: each group and its accuracy, and the mean over the groups, as they are."""
+    sections = [each for each in slices(pairs) if each.kind.startswith(GROUP)]
+    rows = [(each.kind.removeprefix(GROUP), str(each)) for each in sections]
+    mean = [("mean of the sections", f"{fmean(each.accuracy for each in sections):.1%}")] if sections else []
+    return rows + mean
 
 
 def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> JsonObject:
