@@ -58,7 +58,7 @@ from posttrain.devices import on_all_processes, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
 from posttrain.metrics.report_card import card_table, report_card, section_rows
-from posttrain.models.benchmarks import Benchmarks, find_benchmarks, run_benchmarks
+from posttrain.models.benchmarks import find_tasks, run_benchmarks
 from posttrain.models.generate import completion_logps, panel
 from posttrain.models.load import load_model_and_tokenizer, load_tokenizer, max_positions
 from posttrain.models.resolve import all_reward_functions, beside, input_hashes, naming, resolve_path, with_data
@@ -70,6 +70,7 @@ from posttrain.stages.base import PANEL_SIZE, check_length, data_sources, prepar
 from posttrain.stages.reward import score_pairs
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -248,7 +249,7 @@ def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) 
     return math.exp(-math.fsum(on_all_processes(pairs, share)) / sum(len(response) for _, response in pairs))
 
 
-def add_benchmarks(config: Config, found: Sequence[Evaluated], asked: Benchmarks) -> None:
+def add_benchmarks(config: Config, found: Sequence[Evaluated], asked: "Asked", manager: "TaskManager") -> None:
     """Run benchmarks on each policy, through its chat template where it brings one."""
     from transformers import AutoTokenizer
 
@@ -261,7 +262,8 @@ def add_benchmarks(config: Config, found: Sequence[Evaluated], asked: Benchmarks
         as_saved = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
         use_template = bool(as_saved.chat_template)  # a model without one was given posttrain's plain one just now
         model = model.to(setup_device()).eval()
-        each.benchmarks = run_benchmarks(asked, model, tokenizer, use_template, config.stage.batch_size)
+        settled = (use_template, config.stage.batch_size, asked.limit, asked.num_fewshot)
+        each.benchmarks = run_benchmarks(model, tokenizer, asked.tasks, manager, *settled)
         say(f"benchmarks: {each.policy}, {'with its' if use_template else 'without a'} chat template")
         del model
 
@@ -367,17 +369,15 @@ def _main(arguments: Sequence[str]) -> None:
     if not asked.policies:
         _evaluate_reward_model(config, asked, file)
         return
-    benchmarks = None
-    if asked.tasks:
-        benchmarks = find_benchmarks(asked.tasks, asked.tasks_folder, asked.limit, asked.num_fewshot)
+    manager = find_tasks(asked.tasks, asked.tasks_folder) if asked.tasks else None
     if any(spec.startswith(judges.__name__) for spec in all_reward_functions(config)):
-        judges.from_environment()
+        judges.shipped.endpoint()
     found = [Evaluated(path, {}, [], [], {}, {}) for path in asked.policies]
     if asked.completes:
         all_rows = any(argument.startswith("data.dataset_name=") for argument in arguments)
         found = compare(with_data(config), asked.policies, all_rows=all_rows, best_of=asked.best_of)
-    if benchmarks is not None:
-        add_benchmarks(config, [each for each in found if each.policy in asked.policies], benchmarks)
+    if manager is not None:
+        add_benchmarks(config, [each for each in found if each.policy in asked.policies], asked, manager)
     show_evaluation(found, file)
     judges.print_costs()
 

@@ -30,7 +30,6 @@ from jinja2 import Environment, FileSystemLoader
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.config.stages import STAGES
-from posttrain.config.suggest import one_of
 from posttrain.console import say
 from posttrain.data.chat import ChatEncoder
 from posttrain.errors import ConfigError, PosttrainError
@@ -46,7 +45,6 @@ TOLERANCE = 1e-3
 CARD = "README.md"
 OPTIONS = ("to", "to_gguf", "llama_cpp", "push_to_hub", "private", "license")
 CONVERT = "convert_hf_to_gguf.py"  # of llama.cpp
-GGUF = ("f32", "f16", "bf16", "q8_0", "auto")
 # architectures whose safetensors every version of `ollama create` takes as they are
 # (https://docs.ollama.com/import)
 OLLAMA = ("LlamaForCausalLM", "MistralForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM")
@@ -72,8 +70,6 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
     if ("to_gguf" in options) != ("llama_cpp" in options) or ("to_gguf" in options and "to" not in options):
         raise ConfigError("to_gguf=q8_0 goes with llama_cpp=<folder of llama.cpp> and to=<folder>")
     if "to_gguf" in options:
-        if options["to_gguf"] not in GGUF:
-            raise ConfigError(one_of("to_gguf", options["to_gguf"], GGUF))
         if not (script := Path(options["llama_cpp"], CONVERT)).is_file():
             raise ConfigError(
                 f"llama_cpp={options['llama_cpp']}: no {script}; name a clone of https://github.com/ggml-org/llama.cpp"

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,47 +14,38 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGE = "lm-eval>=0.4.13"
+NEEDED = "lm-eval>=0.4.13"
 
 
-@dataclass(frozen=True)
-class Benchmarks:
-    """Which tasks to run, and on how much of them."""
-
-    tasks: Sequence[str]
-    limit: int | None  # rows of each task; None: all
-    num_fewshot: int | None  # None: as the task says
-    manager: "TaskManager"
-
-
-def find_benchmarks(tasks: Sequence[str], folder: str | None, limit: int | None, num_fewshot: int | None) -> Benchmarks:
-    """Look the tasks up, those of a folder of the user's own among them; nothing is loaded or downloaded.
+def find_tasks(tasks: Sequence[str], folder: str | None) -> "TaskManager":
+    """What knows the tasks, those of a folder of the user's own among them; nothing is loaded or downloaded.
 
     Raises:
         ConfigError: lm-evaluation-harness is not installed, or there is no such task or folder.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f'tasks= needs lm-evaluation-harness, which is not installed: pip install "{PACKAGE}"')
+        raise ConfigError(f'tasks= needs lm-evaluation-harness, which is not installed: pip install "{NEEDED}"')
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"tasks_folder={folder}: no such folder; it holds a yaml file for each task")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder)
-    missing = [name for name in tasks if not manager.match_tasks([name])]
-    if missing:
-        more = "; `lm-eval ls tasks` lists them, and tasks_folder= adds a folder of your own"
-        raise ConfigError(
-            *(f"tasks: there is no task {name}{nearest(name, manager.all_tasks) or more}" for name in missing)
-        )
-    return Benchmarks(tasks, limit, num_fewshot, manager)
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            known = nearest(name, manager.all_tasks) or "; `lm-eval ls tasks` lists those that come with it"
+            raise ConfigError(f"tasks: there is no task {name}{known}")
+    return manager
 
 
 def run_benchmarks(
-    asked: Benchmarks,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str],
+    manager: "TaskManager",
     use_template: bool,
     batch_size: int,
+    limit: int | None,
+    num_fewshot: int | None,
 ) -> dict[str, dict[str, float]]:
     """Task -> metric -> value, and metric_stderr -> its standard error; a group has the mean of its tasks."""
     from lm_eval import simple_evaluate
@@ -63,10 +53,10 @@ def run_benchmarks(
 
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(asked.tasks),
-        task_manager=asked.manager,
-        limit=asked.limit,
-        num_fewshot=asked.num_fewshot,
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
         apply_chat_template=use_template,
         log_samples=False,
     )

@@ -124,7 +124,7 @@ def test_a_reward_model_is_evaluated_on_pairs_by_sections(entry: Posttrain, tmp_
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(tokenizer), intermediate_size=64, num_labels=1, **sizes, **special)
+    config = Qwen2Config(vocab_size=len(tokenizer) + 3, intermediate_size=64, num_labels=1, **sizes, **special)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     model.save_pretrained(tmp_path / "reward")
     tokenizer.save_pretrained(tmp_path / "reward")

@@ -82,9 +82,9 @@ def test_a_score_is_read_counted_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
         assert judge.score(PROMPTS, COMPLETIONS) == [3.0, 10.0, None]
         other = Judge("m", endpoint.url, rubric="Be harsh.", cache=tmp_path)
         assert other.score(PROMPTS[:1] * 2, COMPLETIONS[:1] * 2) == [3.0, 3.0]
-    assert (judge.requests, judge.cached, judge.prompt_tokens, judge.completion_tokens) == (3, 3, 30, 6)
-    assert judge.unread == 2
-    assert other.requests == 1  # another rubric is another request, and two equal ones are one
+    counts = {"requests": 3, "replies from the cache": 3, "prompt tokens": 30, "completion tokens": 6}
+    assert judge.counts == {**counts, "replies that could not be read": 2}
+    assert other.counts["requests"] == 1  # another rubric is another request, and two equal ones are one
     assert set(endpoint.paths) == {"/v1/chat/completions"}
     assert set(endpoint.keys) == {"Bearer secret"}
     assert "[user]\nSay 0." in endpoint.bodies[0]["messages"][0]["content"]
@@ -98,7 +98,7 @@ def test_a_win_holds_in_both_orders(tmp_path: Path) -> None:
     with served(prefers_longer) as endpoint:
         judge = Judge("m", endpoint.url, cache=tmp_path)
         assert judge.pairwise(PROMPTS, COMPLETIONS, reference=reference) == [0.0, 1.0, 0.5]
-        assert judge.requests == 4  # equal completions are a tie that nobody is asked about
+        assert judge.counts["requests"] == 4  # equal completions are a tie that nobody is asked about
         assert judge.pairwise(PROMPTS, COMPLETIONS, reference=[None, "short", None]) == [None, 1.0, None]
         assert judge.pairwise(PROMPTS, COMPLETIONS, first_completion=[None] * 3) == [0.5] * 3
         with pytest.raises(PosttrainError, match="reference"):
@@ -129,13 +129,14 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_not(tmp_path: Path) -> 
 
 
 def test_a_judge_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    judges.from_environment.cache_clear()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     monkeypatch.delenv("JUDGE_MODEL", raising=False)
     with pytest.raises(ConfigError, match="JUDGE_MODEL"):
         judges.score(PROMPTS, COMPLETIONS)
-    with pytest.raises(ConfigError, match="http"):
-        Judge("m", "localhost:8000/v1")
+    with pytest.raises(ConfigError, match="'localhost:8000/v1'"):
+        Judge("m", "localhost:8000/v1").score(PROMPTS, COMPLETIONS)
+    monkeypatch.setenv("JUDGE_MODEL", "m")
+    assert judges.shipped.endpoint() == ("http://127.0.0.1:1/v1/chat/completions", "m")
 
 
 def test_an_evaluation_is_judged(entry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,6 @@ def test_an_evaluation_is_judged(entry: Any, tmp_path: Path, monkeypatch: pytest
 
     from posttrain import evaluate
 
-    judges.from_environment.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     monkeypatch.setenv("JUDGE_MODEL", "m")
     policies = [save_architecture(tmp_path / name, name) for name in ("qwen3", "llama3")]
