@@ -383,12 +383,12 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _evaluate_reward_model(config: Config, asked: Asked, file: Path) -> None:
-    assert isinstance(config.stage, RewardStage)
-    positions = max_positions(config.model)
+    stage, positions = config.stage, max_positions(config.model)
+    assert isinstance(stage, RewardStage)
     if positions is not None and not any(word.startswith("stage.max_length=") for word in asked.words):
-        config = replace(config, stage=replace(config.stage, max_length=positions))
-    pairs = score_pairs(config)
-    card = report_card(pairs, config.stage.best_accuracy)
+        stage = replace(stage, max_length=positions)
+    pairs = score_pairs(replace(config, stage=stage))
+    card = report_card(pairs, stage.best_accuracy)
     show_table("report card", ("", ""), card_table(card), headed=False)
     if sections := section_rows(pairs):
         show_table("sections", ("", "accuracy (95 % interval)"), sections)

@@ -69,11 +69,9 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
         raise ConfigError(f"to={options['to']} is there already")
     if ("to_gguf" in options) != ("llama_cpp" in options) or ("to_gguf" in options and "to" not in options):
         raise ConfigError("to_gguf=q8_0 goes with llama_cpp=<folder of llama.cpp> and to=<folder>")
-    if "to_gguf" in options:
-        if not (script := Path(options["llama_cpp"], CONVERT)).is_file():
-            raise ConfigError(
-                f"llama_cpp={options['llama_cpp']}: no {script}; name a clone of https://github.com/ggml-org/llama.cpp"
-            )
+    script = Path(options.get("llama_cpp", ""), CONVERT)
+    if "to_gguf" in options and not script.is_file():
+        raise ConfigError(f"llama_cpp: no {script}; name a clone of https://github.com/ggml-org/llama.cpp")
     return folder, options
 
 
@@ -113,7 +111,7 @@ def model_card(folder: Path, manifest: JsonObject, licence: str | None, encoder:
 
 
 def evaluations(folder: Path) -> Iterator[tuple[str, str, int, list[tuple[str, str]]]]:
-    """Of each evaluation beside a stage that has this model: file, first policy, number of prompts, labels and cells."""
+    """Of each evaluation beside a stage that has its model: file, first policy, number of prompts, labels and cells."""
     for file in sorted(folder.absolute().parent.glob(f"{Path(comparison.FILE).stem}*.json")):
         found = read_json(file, "delete it to leave it out of the card")
         for each in found:

@@ -29,7 +29,7 @@ class Endpoint:
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # noqa: N802, http.server's own name
+            def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 endpoint.bodies.append(body)
                 endpoint.paths.append(self.path)
@@ -87,7 +87,7 @@ def test_a_score_is_read_counted_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert other.counts["requests"] == 1  # another rubric is another request, and two equal ones are one
     assert set(endpoint.paths) == {"/v1/chat/completions"}
     assert set(endpoint.keys) == {"Bearer secret"}
-    assert "[user]\nSay 0." in endpoint.bodies[0]["messages"][0]["content"]
+    assert {asked(body, "conversation") for body in endpoint.bodies} == {f"[user]\nSay {n}." for n in range(3)}
     kept = list(tmp_path.iterdir())
     assert len(kept) == 4
     assert not any("secret" in file.read_text() for file in kept)
