@@ -57,7 +57,7 @@ from posttrain.data.formats import Conversation, Prompt, prompts
 from posttrain.devices import on_all_processes, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
-from posttrain.metrics.report_card import card_table, report_card, section_rows
+from posttrain.metrics.report_card import card_table, report_card
 from posttrain.models.benchmarks import find_tasks, run_benchmarks
 from posttrain.models.generate import completion_logps, panel
 from posttrain.models.load import load_model_and_tokenizer, load_tokenizer, max_positions
@@ -387,11 +387,8 @@ def _evaluate_reward_model(config: Config, asked: Asked, file: Path) -> None:
     assert isinstance(stage, RewardStage)
     if positions is not None and not any(word.startswith("stage.max_length=") for word in asked.words):
         stage = replace(stage, max_length=positions)
-    pairs = score_pairs(replace(config, stage=stage))
-    card = report_card(pairs, stage.best_accuracy)
+    card = report_card(score_pairs(replace(config, stage=stage)), stage.best_accuracy)
     show_table("report card", ("", ""), card_table(card), headed=False)
-    if sections := section_rows(pairs):
-        show_table("sections", ("", "accuracy (95 % interval)"), sections)
     _write(file, card)
 
 

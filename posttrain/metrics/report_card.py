@@ -18,6 +18,7 @@ CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
 GROUP = "group: "  # how the kind of a pair begins that the data name
+FEW_GROUPS = 30
 
 
 @dataclass
@@ -140,14 +141,6 @@ def slices(pairs: Sequence[ScoredPair]) -> Iterator[Slice]:
             yield Slice(kind, len(right), fmean(right), *wilson(sum(right), len(right)))
 
 
-def section_rows(pairs: Sequence[ScoredPair]) -> list[tuple[str, str]]:
-    """Of pairs in several groups: each group and its accuracy, and the mean over the groups, as they are."""
-    sections = [each for each in slices(pairs) if each.kind.startswith(GROUP)]
-    rows = [(each.kind.removeprefix(GROUP), str(each)) for each in sections]
-    mean = [("mean of the sections", f"{fmean(each.accuracy for each in sections):.1%}")] if sections else []
-    return rows + mean
-
-
 def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None) -> JsonObject:
     """Judge a reward model by its scores of held-out pairs.
 
@@ -226,8 +219,13 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
     for name, each in card.get("named", {}).items():
         interval = f"{each['accuracy']:.1%} ({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
         rows.append((f"{name}: accuracy", f"{interval} of {each['pairs']:,} pairs"))
-    by_kind = (Slice(**each) for each in card.get("slices", ()))
-    rows += [(each.kind, f"accuracy {each}") for each in by_kind if each.pairs >= ENOUGH]
+    by_kind = [Slice(**each) for each in card.get("slices", ())]
+    groups = [each for each in by_kind if each.kind.startswith(GROUP)]
+    few = groups if len(groups) <= FEW_GROUPS else []  # the sections of a benchmark: each is shown
+    rows += [(each.kind, f"accuracy {each}") for each in by_kind if each.pairs >= ENOUGH or each in few]
+    if groups:
+        mean = fmean(each.accuracy for each in groups)
+        rows.append(("mean of the groups", f"accuracy {mean:.1%} of {len(groups)} groups, each counted once"))
     base = card["baselines"]
     rows += [
         ("the longer completion wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),

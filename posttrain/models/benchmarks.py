@@ -1,6 +1,7 @@
 """Benchmarks of lm-evaluation-harness, run on a model that is loaded already."""
 
 import importlib.util
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def run_benchmarks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # warns that it is handed a model that is loaded, which is what is meant
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
