@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers_for_tests as made
+from architectures import save_architecture
 from conftest import Outcome, Posttrain, ended, start
 
 from posttrain import export
@@ -36,6 +39,21 @@ def test_a_conversation_with_two_models(posttrain: Posttrain, rows: Path, tmp_pa
     assert done.out.count("outputs/demo/sft") == 4  # two questions, two models
     assert done.out.count("> ") == 9
     assert done.out.count("/system <text>") == 3  # at the start, of /help, and of what is no command
+
+
+def test_ctrl_c_ends_a_completion_and_not_the_conversation(tmp_path: Path) -> None:
+    model = save_architecture(tmp_path / "model", "qwen3")  # its weights are random, and it never ends by itself
+    words = (str(model), "max_new_tokens=20000", "temperature=0")
+    talk = start(*words, cwd=tmp_path, module="posttrain.chat", typed="What is one?\n/help\n/quit\n")
+    end = time.monotonic() + 120
+    while talk.files[0].read_text().count("> ") < 1 or len(talk.files[0].read_text().partition("> ")[2]) < 20:
+        assert talk.poll() is None, talk.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    talk.send_signal(signal.SIGINT)
+    done = ended(talk)
+    assert done.code == 0, done
+    assert done.out.count("/system <text>") == 2
 
 
 def test_a_chat_is_refused() -> None:
