@@ -15,10 +15,10 @@ import http.client
 import json
 import os
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +164,7 @@ class Judge:
                 f"the judge's endpoint {url} gave no chat completion: {content[:300]!r}; {NEXT}"
             ) from error
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        part = file.with_suffix(f".{uuid.uuid4().hex}")
         part.write_text(text, encoding="utf-8")
         part.replace(file)
         return text, {REQUESTS: 1, **{name.replace("_", " "): usage.get(name) or 0 for name in TOKENS}}

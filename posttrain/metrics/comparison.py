@@ -107,15 +107,12 @@ def rows(policies: Sequence[JsonObject]) -> list[tuple[str, list[str]]]:
         for name in scores
         if any(name in each["against_first"] for each in policies)
     ]
-    return (
-        found
-        + [
-            (_label(name), [formatted(name, each["metrics"].get(name)) for each in policies])
-            for name in COMPARED
-            if any(name in each["metrics"] for each in policies)
-        ]
-        + _benchmarks([each.get("benchmarks", {}) for each in policies])
-    )
+    found += _benchmarks([each.get("benchmarks", {}) for each in policies])
+    return found + [
+        (_label(name), [formatted(name, each["metrics"].get(name)) for each in policies])
+        for name in COMPARED
+        if any(name in each["metrics"] for each in policies)
+    ]
 
 
 def _benchmarks(policies: Sequence[Mapping[str, Mapping[str, float]]]) -> list[tuple[str, list[str]]]:

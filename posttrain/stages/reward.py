@@ -19,7 +19,7 @@ from posttrain.models.generate import scores
 from posttrain.models.load import load_reward_model, load_tokenizer
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import hold_model
-from posttrain.models.resolve import input_hashes, naming, resolve_path
+from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import (
     DataSources,
@@ -122,21 +122,24 @@ def score_pairs(config: Config) -> list[ScoredPair]:
     Raises:
         ConfigError, DataError: the model is no reward model or has changed since its run wrote it; rows cannot be used.
     """
+    data = replace(config.data, test_size=0.0)
+    config = replace(config, data=data, model=beside(config.model, config.model.start))
     with naming("reward_model"):
         path = resolve_path(config.model)
         input_hashes(Path(path))
         tokenizer, _ = load_tokenizer(config.model)
         model = load_reward_model(config.model, tokenizer, path, config.seed, quantised=False, new_head=False)
     model = model.to(setup_device()).eval()
-    whole = replace(config, data=replace(config.data, test_size=0.0))
-    prepared = prepare(whole, tokenizer, data_sources(whole)).prepared
-    found = []
+    prepared = prepare(config, tokenizer, data_sources(config)).prepared
+    found: list[ScoredPair] = []
     for part in (prepared.train, prepared.test):
         if part is not None:
             chosen, rejected = (
                 scores(model, part.dataset[name][:], tokenizer.pad_token_id) for name in ("chosen_ids", "rejected_ids")
             )
             found += _pairs(part, list(zip(chosen, rejected, strict=True)))
+    read, cut = (sum(vars(each)[name] for each in prepared.counts.values()) for name in ("read", "truncated"))
+    say(f"{len(found):,} of {read:,} pairs are scored, {cut:,} of them cut to {config.stage.max_length} tokens")
     return found
 
 

@@ -158,6 +158,9 @@ def test_a_reward_model_is_evaluated_on_pairs_by_sections(entry: Posttrain, tmp_
     mean = (sum(right[:4]) / 4 + sum(right[4:]) / 8) / 2
     assert f"{mean:.1%}" in done.out
     # a second time to another file, and never over one that is there
-    assert entry(evaluate.main, *words, "max_length=64").code == 0
+    assert "12 of 12 pairs are scored, 0 of them cut" in done.out
+    cut: Outcome = entry(evaluate.main, *words, "max_length=64")
+    assert cut.code == 0
+    assert "0 of them cut" not in cut.out
     assert Path("outputs/demo/report_card-pairs-2.json").is_file()
     assert entry(evaluate.main, *words, "out=outputs/demo/report_card-pairs.json").code == 2
