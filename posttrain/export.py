@@ -36,7 +36,7 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics import comparison
 from posttrain.metrics.catalogue import label, with_gold_apart
 from posttrain.models.resolve import adapter_base, input_hashes, parent_of
-from posttrain.paths import PACKAGE
+from posttrain.paths import EMBEDDED, PACKAGE
 from posttrain.runs.checkpoint import modes_by_umask
 from posttrain.runs.folder import MANIFEST, PARTS, RunFolder, read_json
 from posttrain.values import JsonObject
@@ -77,8 +77,10 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
 
 def model_card(folder: Path, manifest: JsonObject, licence: str | None, encoder: ChatEncoder) -> str:
     """A card in the Hub's format: metadata, lineage, data, an example, numbers, settings, versions."""
-    base, metrics, data = manifest["config"]["model"]["base_model"], manifest["metrics"], manifest["data"]
-    spec, is_local = STAGES[manifest["stage"]], Path(base).exists()
+    base, metrics, data = manifest["inputs"]["model"]["path"], manifest["metrics"], manifest["data"]
+    while (earlier := parent_of(Path(base) / "model")) is not None:  # a run of ours: what that one started from
+        base = earlier["inputs"]["model"]["path"]
+    spec, rows_of = STAGES[manifest["stage"]], data.get("rows_of", {})
     if licence is None and (card := Path(base, CARD)).is_file():
         from huggingface_hub import ModelCard
 
@@ -89,15 +91,12 @@ def model_card(folder: Path, manifest: JsonObject, licence: str | None, encoder:
     return environment.get_template("model_card.md.jinja").render(
         manifest=manifest,
         stage=manifest["stage"],
-        base=None if base.startswith("posttrain/") or is_local else base,
-        begun_from=base,
+        base=base,
+        is_on_hub=base != EMBEDDED and not Path(base).exists(),
         licence=licence,
         spec=spec,
         # a path of this machine says nothing elsewhere
-        sources=[
-            (Path(name).name if Path(name).exists() else name, data.get("rows_of", {}).get(name, {}))
-            for name in data["sources"]
-        ],
+        sources=[(Path(name).name if Path(name).exists() else name, rows) for name, rows in rows_of.items()],
         numbers=[
             (label(key), *comparison.before_and_after(key, metrics))
             for key in with_gold_apart(spec.shown, metrics)
@@ -115,7 +114,8 @@ def evaluations(folder: Path) -> Iterator[tuple[str, str, int, list[tuple[str, s
     for file in sorted(folder.absolute().parent.glob(f"{Path(comparison.FILE).stem}*.json")):
         found = read_json(file, "delete it to leave it out of the card")
         for each in found:
-            if Path(each["policy"]).absolute() == folder.absolute():
+            ours = isinstance(each, dict) and {"policy", "prompts", "scores", "against_first", "metrics"} <= each.keys()
+            if ours and Path(each["policy"]).absolute() == folder.absolute():
                 first = found[0]["policy"] if each is not found[0] else ""
                 rows = [(name, cells[0]) for name, cells in comparison.rows([each])]
                 yield file.name, first, len(each["prompts"]), rows
@@ -206,11 +206,11 @@ def _main() -> None:
         shutil.copytree(folder / "model", target)
         (target / CARD).write_text(card, encoding="utf-8")
         shutil.copyfile(folder / MANIFEST, target / MANIFEST)
+        modes_by_umask(target)
         if "to_gguf" in options:
             convert(target, options["to_gguf"], Path(options["llama_cpp"]))
         if not STAGES[manifest["stage"]].is_classifier:
             say("\n  ".join(["serve it:", *serving(target)]))
-        modes_by_umask(target)
         say(f"exported: {target}")
     if "push_to_hub" in options:
         from huggingface_hub import HfApi

@@ -82,6 +82,7 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     for name in ("sft", "other"):
         content = [{"policy": f"outputs/demo/{name}", **each}]
         Path(f"outputs/demo/evaluation-{name}.json").write_text(json.dumps(content))
+    Path("outputs/demo/evaluation-of-mine.json").write_text('{"a": 1}')  # a file of somebody else's
     Path("llama.cpp").mkdir()
     (Path("llama.cpp") / export.CONVERT).write_text(LLAMA_CPP)
     Path("outputs/demo/sft/model/config.json").chmod(0o600)
@@ -111,6 +112,7 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     assert "evaluation-sft.json" in card
     assert "evaluation-other.json" not in card
     assert "license" not in card
+    assert "| base model | posttrain/tiny |" in card
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     found: dict[str, str] = {}
     exec(code, {"path": "exported"}, found)
