@@ -11,7 +11,8 @@ usage: posttrain evaluate policies=[<folder or Hub id>,...] [key=value ...]
   data.dataset_name=f.jsonl    complete all rows of it; without it, the held-out
                                prompts of the recipe
   reward_model=...             scores the completions, and so do reward_functions=[...]
-                               and eval_reward_functions=[...]
+                               and eval_reward_functions=[...]; a language model does
+                               as posttrain.judges:pairwise or posttrain.judges:score
   best_of=8                    as one more column, the best of 8 completions of the
                                first policy by the reward: what training has to beat
   out=<file>                   where the numbers go; default: a new file
@@ -387,7 +388,7 @@ def _evaluate_reward_model(config: Config, asked: Asked, file: Path) -> None:
     assert isinstance(stage, RewardStage)
     if positions is not None and not any(word.startswith("stage.max_length=") for word in asked.words):
         stage = replace(stage, max_length=positions)
-    card = report_card(score_pairs(replace(config, stage=stage)), stage.best_accuracy)
+    card = report_card(score_pairs(replace(config, stage=stage), data_sources(config)), stage.best_accuracy)
     show_table("report card", ("", ""), card_table(card), headed=False)
     _write(file, card)
 

@@ -21,16 +21,7 @@ from posttrain.models.lora import lora_config
 from posttrain.models.meta import hold_model
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 from posttrain.runs.arguments import trainer_arguments, trl_config
-from posttrain.stages.base import (
-    DataSources,
-    EvalResult,
-    Stage,
-    StageContext,
-    StageData,
-    data_sources,
-    plan_steps,
-    prepare_rows,
-)
+from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, plan_steps, prepare_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,8 +107,8 @@ def _pairs(part: Encoded, scores: Sequence[tuple[float, float]]) -> list[ScoredP
     ]
 
 
-def score_pairs(config: Config) -> list[ScoredPair]:
-    """The scores that a finished reward model gives to all rows of a configuration.
+def score_pairs(config: Config, sources: DataSources) -> list[ScoredPair]:
+    """The scores that a finished reward model, the configuration's model, gives to all rows.
 
     Raises:
         ConfigError, DataError: the model is no reward model or has changed since its run wrote it; rows cannot be used.
@@ -130,7 +121,7 @@ def score_pairs(config: Config) -> list[ScoredPair]:
         tokenizer, _ = load_tokenizer(config.model)
         model = load_reward_model(config.model, tokenizer, path, config.seed, quantised=False, new_head=False)
     model = model.to(setup_device()).eval()
-    prepared = prepare(config, tokenizer, data_sources(config)).prepared
+    prepared = prepare(config, tokenizer, sources).prepared
     found: list[ScoredPair] = []
     for part in (prepared.train, prepared.test):
         if part is not None:
