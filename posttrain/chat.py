@@ -6,8 +6,9 @@ usage: posttrain chat <folder or Hub id> [<another>] [key=value ...]
   max_new_tokens=256
   system="..."         the system message
 
-The model's own template and generation settings are used. /new begins another
-conversation, /quit or Ctrl-D ends.
+The model's own template and generation settings are used. In the conversation:
+/reset or /new begins another one, /system <text> too, with that system message (or
+none), /help lists these, /quit or Ctrl-D ends. Ctrl-C ends a completion.
 
 examples:
   posttrain chat outputs/demo/dpo
@@ -28,6 +29,10 @@ from posttrain.models.load import load_model_and_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 from posttrain.values import JsonObject
 
+HELP = (
+    "/reset or /new: another conversation; /system <text>: another one with this system message (none without a text); "
+    "Ctrl-C: end this completion; /quit or Ctrl-D: end"
+)
 NUMBERS = {"temperature": 0.7, "max_new_tokens": 256.0}
 
 
@@ -67,12 +72,18 @@ class Talker:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, text: str, numbers: dict[str, float]) -> str:
-        """Ask, write the completion to standard output as it is made, and keep both in the conversation."""
+        """Ask, write the completion to standard output as it is made, and keep both in the conversation.
+
+        Ctrl-C ends it early; what was written by then is kept.
+        """
         import torch
         from transformers import TextStreamer
 
+        written: list[str] = []
+
         class Streamer(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                written.append(text)
                 super().on_finalized_text(tame(text), stream_end)
 
         self.messages.append({"role": "user", "content": text})
@@ -82,16 +93,19 @@ class Talker:
         sampled: JsonObject = {"do_sample": False}
         if numbers["temperature"] > 0:
             sampled = {"do_sample": True, "temperature": numbers["temperature"]}
-        with torch.no_grad():
-            output = self.model.generate(
-                **inputs,
-                **sampled,
-                max_new_tokens=int(numbers["max_new_tokens"]),
-                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            )
-        said = self.tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+        try:
+            with torch.no_grad():
+                self.model.generate(
+                    **inputs,
+                    **sampled,
+                    max_new_tokens=int(numbers["max_new_tokens"]),
+                    streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                )
+        except KeyboardInterrupt:
+            say("\n(ended by Ctrl-C)")
+        said = "".join(written)
         self.messages.append({"role": "assistant", "content": said})
-        return str(said)
+        return said
 
 
 def main() -> None:
@@ -102,17 +116,21 @@ def main() -> None:
 def _main() -> None:
     paths, numbers, system = read_chat(sys.argv[1:])
     talkers = [Talker(path, system) for path in paths]
-    say("/new begins another conversation, /quit ends")
+    say(HELP)
     while True:
         try:
             text = input("> ").strip()
         except EOFError:
             return
-        if text == "/quit":
+        word, _, rest = text.partition(" ")
+        if word == "/quit":
             return
-        if text == "/new":
+        if word in ("/new", "/reset", "/system"):
             for talker in talkers:
+                talker.system = rest.strip() if word == "/system" else talker.system
                 talker.forget()
+        elif word.startswith("/") and word[1:].isalpha():  # a path is a question
+            say(HELP if word == "/help" else f"{word} is unknown. {HELP}")
         elif text:
             for talker in talkers:
                 if len(talkers) > 1:

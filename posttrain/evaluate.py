@@ -4,14 +4,24 @@ usage: posttrain evaluate policies=[<folder or Hub id>,...] [key=value ...]
 
   policies=[...]               run folders, model folders or Hub ids; wins and KL
                                are against the first
+  tasks=[arc_easy,gsm8k]       benchmarks of lm-evaluation-harness (pip install
+                               "lm-eval>=0.4.13"); alone, nothing else is evaluated
+  tasks_folder=<folder>        with tasks of your own; limit=100: rows of each task;
+                               num_fewshot=5; batch_size=4
   data.dataset_name=f.jsonl    complete all rows of it; without it, the held-out
                                prompts of the recipe
   reward_model=...             scores the completions, and so do reward_functions=[...]
-                               and eval_reward_functions=[...]
+                               and eval_reward_functions=[...]; a language model does
+                               as posttrain.judges:pairwise or posttrain.judges:score
   best_of=8                    as one more column, the best of 8 completions of the
                                first policy by the reward: what training has to beat
   out=<file>                   where the numbers go; default: a new file
                                <output_dir>/<run_name>/evaluation-<data>.json
+
+To evaluate a reward model instead, name pairs that it has not been trained on:
+reward_model=<folder or Hub id> data.preferences=pairs.jsonl. Its report card is
+printed, by sections where data.columns.group names a column of them, and goes to a
+new file report_card-<data>.json. Pairs are scored whole, or to max_length= tokens.
 
 All other keys are those of stage=ppo, without `stage.`: temperature=0.7,
 max_new_tokens=40, recipes=quickstart/ppo.
@@ -19,6 +29,8 @@ max_new_tokens=40, recipes=quickstart/ppo.
 examples:
   posttrain evaluate policies=[outputs/demo/sft,outputs/demo/dpo] recipes=quickstart/ppo
   posttrain evaluate policies=[outputs/demo/dpo] data.dataset_name=mine.jsonl
+  posttrain evaluate policies=[outputs/demo/sft,outputs/demo/dpo] tasks=[arc_easy]
+  posttrain evaluate reward_model=outputs/demo/reward data.preferences=pairs.jsonl
 """
 
 import json
@@ -26,18 +38,19 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
+from posttrain import judges
 from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.schema import Config
-from posttrain.config.stages import EVALUATED_AS, OnlineStage
+from posttrain.config.stages import EVALUATED_AS, STAGES, OnlineStage, RewardStage
 from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import ConversationEncoding, EncodedRow, PromptEncoding, encode_rows
@@ -45,16 +58,20 @@ from posttrain.data.formats import Conversation, Prompt, prompts
 from posttrain.devices import on_all_processes, setup_device
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
+from posttrain.metrics.report_card import card_table, report_card
+from posttrain.models.benchmarks import find_tasks, run_benchmarks
 from posttrain.models.generate import completion_logps, panel
-from posttrain.models.load import load_model_and_tokenizer, load_tokenizer
-from posttrain.models.resolve import beside, input_hashes, naming, resolve_path, with_data
+from posttrain.models.load import load_model_and_tokenizer, load_tokenizer, max_positions
+from posttrain.models.resolve import all_reward_functions, beside, input_hashes, naming, resolve_path, with_data
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import EARLIER, read_json
 from posttrain.stages.base import PANEL_SIZE, check_length, data_sources, prepare_rows
+from posttrain.stages.reward import score_pairs
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -68,6 +85,7 @@ class Evaluated:
     answers: list[str]
     scores: dict[str, list[float | None]]  # score -> of each completion; None where it does not apply
     against_first: dict[str, dict[str, float]]  # score -> comparison.paired
+    benchmarks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value; metric_stderr
 
 
 def load_scorer(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardScorer:
@@ -130,14 +148,18 @@ def compare(
         rows = panel(asked, encoder, len(asked) if all_rows else PANEL_SIZE, room, config.data.bad_rows == "drop")
         if all_rows and len(rows) < len(asked):
             warn(f"{path}: {len(asked) - len(rows)} of {len(asked)} prompts leave no room for a completion")
-        # 3. sample, score, and compare with the first policy
+        # 3. sample, score, and compare with the first policy; a judge that compares sees its completions
+        questions = [row.prompt[-1]["content"] for row in rows]
+        same = bool(done) and questions == done[0].prompts
+        if same or not done:
+            others: Sequence[str | None] = done[0].answers if same else [None] * len(rows)
+            columns = [{**row.columns, "first_completion": other} for row, other in zip(rows, others, strict=True)]
+            rows = [row._replace(columns=each) for row, each in zip(rows, columns, strict=True)]
         opened = reference if count == 1 else None  # KL of completions that are chosen is bounded alone
         seeds = range(config.seed, config.seed + count * len(rows), len(rows))
         samples = [_answers(policy, opened, encoder, rows, config, scorer, seed) for seed in seeds]
         answers = [max(each, key=_reward) for each in zip(*samples, strict=True)]
-        questions = [row.prompt[-1]["content"] for row in rows]
         scores = {score: [each.scores[score] for each in answers] for score in answers[0].scores}
-        same = bool(done) and questions == done[0].prompts
         against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
         name, metrics = path, _metrics(answers)
         # Nakano et al. 2021, https://arxiv.org/abs/2112.09332; an upper bound: Beirami et al. 2024,
@@ -228,6 +250,25 @@ def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) 
     return math.exp(-math.fsum(on_all_processes(pairs, share)) / sum(len(response) for _, response in pairs))
 
 
+def add_benchmarks(config: Config, found: Sequence[Evaluated], asked: "Asked", manager: "TaskManager") -> None:
+    """Run benchmarks on each policy, through its chat template where it brings one."""
+    from transformers import AutoTokenizer
+
+    for each in found:
+        settings = _config_for(config, each.policy).model
+        with naming("policies"):
+            path = resolve_path(settings)
+            input_hashes(Path(path))
+            model, tokenizer = load_model_and_tokenizer(settings)
+        as_saved = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        use_template = bool(as_saved.chat_template)  # a model without one was given posttrain's plain one just now
+        model = model.to(setup_device()).eval()
+        settled = (use_template, config.stage.batch_size, asked.limit, asked.num_fewshot)
+        each.benchmarks = run_benchmarks(model, tokenizer, asked.tasks, manager, *settled)
+        say(f"benchmarks: {each.policy}, {'with its' if use_template else 'without a'} chat template")
+        del model
+
+
 def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:
     """Print the policies side by side and what has changed beyond chance, and keep everything in `file`."""
     content = [{item.name: vars(each)[item.name] for item in fields(each)} for each in found]
@@ -235,39 +276,79 @@ def show_evaluation(found: Sequence[Evaluated], file: Path) -> None:
     show_table("evaluation", ("", *(each.policy for each in found)), table)
     for title, lines in comparison.in_words(content):
         say("\n  ".join([f"{title}:", *lines]))
+    _write(file, content)
+
+
+def _write(file: Path, content: object) -> None:
     if is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content, indent=1, ensure_ascii=False))
         say(f"evaluation: {file}")
 
 
-def read_evaluation(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str], int]:
-    """The policies, the file for the numbers, the command line of an online stage that says the rest, and best_of.
+# the options that are no keys of a configuration, and the least that a number may be
+OPTIONS: dict[str, int | None] = {
+    **dict.fromkeys(("policies", "out", "tasks", "tasks_folder")),
+    **{"best_of": 2, "limit": 1, "num_fewshot": 0},
+}
+
+
+class Asked(NamedTuple):
+    """What a command line asks for: `words` is the configuration that completes prompts, or has pairs scored."""
+
+    policies: list[str]  # none: a reward model is evaluated
+    out: str | None
+    words: list[str]
+    best_of: int = 1
+    tasks: Sequence[str] = ()
+    tasks_folder: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+    @property
+    def completes(self) -> bool:
+        """Whether prompts are completed; not where benchmarks alone are asked for."""
+        about = ("data.", "recipes=", "stage.reward_", "stage.eval_reward_")
+        return not self.tasks or self.best_of > 1 or any(word.startswith(about) for word in self.words)
+
+
+def read_evaluation(arguments: Sequence[str]) -> Asked:
+    """A command line taken apart.
 
     Raises:
-        ConfigError: no policies are named, or best_of is no number above 1.
+        ConfigError: no policies are named, a number is none, or what is about policies stands beside pairs.
     """
-    own = {item.name for item in fields(EVALUATED_AS.schema)}
-    policies: list[str] = []
-    out: str | None = None
-    best_of = 1
-    rest = [f"stage={EVALUATED_AS.name}", "stage.gate=warn"]
+    pairs = [word.split("=", 1)[1] for word in arguments if word.startswith("data.preferences=")]
+    spec = STAGES["reward"] if pairs else EVALUATED_AS
+    keys = {item.name for item in fields(spec.schema)}
+    given: dict[str, str] = {}
+    words = [f"stage={spec.name}"] + ([f"data.dataset_name={pairs[-1]}"] if pairs else ["stage.gate=warn"])
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key == "policies":
-            policies = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
-        elif key == "out":
-            out = value
-        elif key == "best_of":
-            if not value.isdecimal() or int(value) < 2:
-                raise ConfigError(f"best_of={value} must be a number of completions, 2 or more")
-            best_of = int(value)
+        if key in OPTIONS or (pairs and key in ("reward_model", "data.preferences")):
+            given[key] = value
         else:
-            rest.append(f"stage.{argument}" if key in own else argument)
-    parse(rest)  # an unknown flag is named first
-    if not policies:
+            words.append(f"stage.{argument}" if key in keys else argument)
+    parse(words)  # an unknown flag is named first
+    for key in given.keys() & OPTIONS.keys():
+        if (least := OPTIONS[key]) is not None and not (given[key].isdecimal() and int(given[key]) >= least):
+            raise ConfigError(f"{key}={given[key]} must be a whole number, {least} or more")
+    if pairs:
+        if "reward_model" not in given or given.keys() - {"reward_model", "data.preferences", "out"}:
+            raise ConfigError(
+                "data.preferences=… evaluates a reward model: it goes with reward_model=<folder or Hub id>, and "
+                "policies= and their options are a command of their own"
+            )
+        words.append(f"model.model_name_or_path='{given['reward_model']}'")
+    policies, tasks = _names(given.get("policies", "")), _names(given.get("tasks", ""))
+    if not policies and not pairs:
         raise ConfigError("policies=[…] is required: run folders, model folders or Hub ids; the first is the reference")
-    return policies, out, rest, best_of
+    numbers = {key: int(given[key]) for key, least in OPTIONS.items() if least is not None and key in given}
+    return Asked(policies, given.get("out"), words, tasks=tasks, tasks_folder=given.get("tasks_folder"), **numbers)
+
+
+def _names(value: str) -> list[str]:
+    return [name.strip() for name in value.strip("[]").split(",") if name.strip()]
 
 
 def main() -> None:
@@ -276,15 +357,40 @@ def main() -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    policies, out, rest, best_of = read_evaluation(arguments)
-    start = f"model.model_name_or_path='{policies[0]}'"
-    config = with_data(read_command([*rest, start], to_come=None).config)
+    asked = read_evaluation(arguments)
+    start = [f"model.model_name_or_path='{asked.policies[0]}'"] if asked.policies else []
+    config = read_command([*asked.words, *start], to_come=None, needs_data=asked.completes).config
     refuse_to_launch(config, "posttrain evaluate is one process")
-    all_rows = any(argument.startswith("data.dataset_name=") for argument in arguments)
-    file = Path(out) if out is not None else _free_file(config)
+    names = with_data(config).data.dataset_name if asked.completes else asked.tasks[0]
+    stem = Path(names if isinstance(names, str) else names[0]).stem
+    kind = "evaluation" if asked.policies else "report_card"
+    file = Path(asked.out) if asked.out is not None else _free_file(config, kind, stem)
     if file.exists() and not config.overwrite:
         raise ConfigError(f"out={file} is there already; choose another file, or pass overwrite=true")
-    show_evaluation(compare(config, policies, all_rows=all_rows, best_of=best_of), file)
+    if not asked.policies:
+        _evaluate_reward_model(config, asked, file)
+        return
+    manager = find_tasks(asked.tasks, asked.tasks_folder) if asked.tasks else None
+    if any(spec.startswith(judges.__name__) for spec in all_reward_functions(config)):
+        judges.shipped.endpoint()
+    found = [Evaluated(path, {}, [], [], {}, {}) for path in asked.policies]
+    if asked.completes:
+        all_rows = any(argument.startswith("data.dataset_name=") for argument in arguments)
+        found = compare(with_data(config), asked.policies, all_rows=all_rows, best_of=asked.best_of)
+    if manager is not None:
+        add_benchmarks(config, [each for each in found if each.policy in asked.policies], asked, manager)
+    show_evaluation(found, file)
+    judges.print_costs()
+
+
+def _evaluate_reward_model(config: Config, asked: Asked, file: Path) -> None:
+    stage, positions = config.stage, max_positions(config.model)
+    assert isinstance(stage, RewardStage)
+    if positions is not None and not any(word.startswith("stage.max_length=") for word in asked.words):
+        stage = replace(stage, max_length=positions)
+    card = report_card(score_pairs(replace(config, stage=stage), data_sources(config)), stage.best_accuracy)
+    show_table("report card", ("", ""), card_table(card), headed=False)
+    _write(file, card)
 
 
 def _answers_in(file: Path) -> list[tuple[object, object]]:
@@ -292,12 +398,10 @@ def _answers_in(file: Path) -> list[tuple[object, object]]:
     return [(each.get("answers"), each.get("scores")) for each in content]
 
 
-def _free_file(config: Config) -> Path:
-    """A file in the run's folder that is not there yet, named after the data."""
-    names = config.data.dataset_name
-    stem = Path(names if isinstance(names, str) else names[0]).stem
+def _free_file(config: Config, kind: str, about: str) -> Path:
+    """A file in the run's folder that is not there yet."""
     folder, number = Path(config.output_dir) / config.run_name, 1
-    while (file := folder / f"evaluation-{stem}{f'-{number}' if number > 1 else ''}.json").exists():
+    while (file := folder / f"{kind}-{about}{f'-{number}' if number > 1 else ''}.json").exists():
         number += 1
     return file
 

@@ -109,15 +109,17 @@ def test_the_other_commands_are_read_as_written(tmp_path: Path, monkeypatch: pyt
     from posttrain.chat import read_chat
     from posttrain.cli.command import read_command, read_words
     from posttrain.evaluate import read_evaluation
+    from posttrain.export import OPTIONS
 
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Say 1."}])
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "Say 1.", "chosen": "1.", "rejected": "2."}])
     read = {
-        "evaluate": lambda words: read_command(read_evaluation(words)[2], to_come=None),
+        "evaluate": lambda words: read_command(read_evaluation(words).words, to_come=None),
         "chat": read_chat,
         "report": lambda words: read_words(words, ["out"]),
         "data": lambda words: read_command([*words[1:], "data.dataset_name=prompts.jsonl"], to_come=None),
-        "export": lambda words: read_words(words, ["to", "push_to_hub", "private"]),
+        "export": lambda words: read_words(words, OPTIONS),
     }
     lines = {line for page in DOCUMENTS for line in commands(page) if line.startswith("posttrain ")}
     found = [shlex.split(line)[1:] for line in lines if line.split()[1] not in ("run", "pipeline")]

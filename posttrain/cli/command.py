@@ -240,7 +240,8 @@ def _check_inputs(config: Config, to_come: Collection[str] | None, needs_data: b
     """Refuse a source, a model or a run folder that cannot be, before anything slow is imported."""
     check_path(config)
     if to_come is None:
-        found = with_data(with_models(config, STAGES)[0])
+        found = with_models(config, STAGES)[0]
+        found = with_data(found) if needs_data else found
     else:
         found = resolve(config, to_come, needs_data).config
     if found.data.dataset_name is not None:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Hashes:
         """Remember them, where the folder is there; others may write the file at the same time."""
         if not self.is_new or not self.file.parent.is_dir():
             return
-        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, prefix=".hashes-", delete=False) as written:
-            json.dump(self.known, written)
-        Path(written.name).replace(self.file)
+        part = self.file.with_name(f".hashes-{uuid.uuid4().hex}")  # tempfile's own are for their owner's eyes alone
+        part.write_text(json.dumps(self.known), encoding="utf-8")
+        part.replace(self.file)
         self.is_new = False

@@ -15,6 +15,7 @@ REWARD = "reward"  # the score that PPO optimises; all others are reward functio
 COMPARED = ("kl", "kl_bound", "response_length", "ended_by_eos", "distinct_1", "distinct_2", "perplexity")
 ALPHA = 0.05  # above it, a difference may be chance
 NO_DIFFERENCE = "no difference seen"
+STDERR = "_stderr"  # after the name of a benchmark's metric: its standard error
 ROUNDING = 1e-5  # of the largest score: the same completion, scored in another batch, is a tie
 
 Scores = Sequence[float | None]  # of each prompt; None where a reward function does not apply
@@ -106,11 +107,24 @@ def rows(policies: Sequence[JsonObject]) -> list[tuple[str, list[str]]]:
         for name in scores
         if any(name in each["against_first"] for each in policies)
     ]
+    found += _benchmarks([each.get("benchmarks", {}) for each in policies])
     return found + [
         (_label(name), [formatted(name, each["metrics"].get(name)) for each in policies])
         for name in COMPARED
         if any(name in each["metrics"] for each in policies)
     ]
+
+
+def _benchmarks(policies: Sequence[Mapping[str, Mapping[str, float]]]) -> list[tuple[str, list[str]]]:
+    """A row for each metric of each task, with the normal interval of its standard error."""
+    names = {(task, name): None for each in policies for task, found in each.items() for name in found}
+    shown = [(task, name) for task, name in names if not name.endswith(STDERR)]
+    return [(f"{task}: {name}", [_benchmark(name, each.get(task, {})) for each in policies]) for task, name in shown]
+
+
+def _benchmark(name: str, found: Mapping[str, float]) -> str:
+    value, spread = found.get(name, math.nan), 1.96 * found.get(f"{name}{STDERR}", math.nan)
+    return _with_interval(name, {name: value, f"{name}_low": value - spread, f"{name}_high": value + spread})
 
 
 def label(score: str) -> str:

@@ -17,6 +17,8 @@ THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlatio
 CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
+GROUP = "group: "  # how the kind of a pair begins that the data name
+FEW_GROUPS = 30
 
 
 @dataclass
@@ -44,7 +46,7 @@ class ScoredPair:
         one, other = (Counter(text.split()) for text in (self.chosen, self.rejected))
         words = max((one - other).total(), (other - one).total())
         return [
-            *([f"group: {self.group}"] if self.group is not None else []),
+            *([f"{GROUP}{self.group}"] if self.group is not None else []),
             f"lengths: {'0 to 10 %' if apart <= 0.1 else '10 to 50 %' if apart <= 0.5 else 'over 50 %'} apart",
             f"words that differ: {'0 or 1' if words <= 1 else '2 to 5' if words <= 5 else 'over 5'}",
         ]
@@ -217,8 +219,13 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
     for name, each in card.get("named", {}).items():
         interval = f"{each['accuracy']:.1%} ({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
         rows.append((f"{name}: accuracy", f"{interval} of {each['pairs']:,} pairs"))
-    by_kind = (Slice(**each) for each in card.get("slices", ()))
-    rows += [(each.kind, f"accuracy {each}") for each in by_kind if each.pairs >= ENOUGH]
+    by_kind = [Slice(**each) for each in card.get("slices", ())]
+    groups = [each for each in by_kind if each.kind.startswith(GROUP)]
+    few = groups if len(groups) <= FEW_GROUPS else []  # the sections of a benchmark: each is shown
+    rows += [(each.kind, f"accuracy {each}") for each in by_kind if each.pairs >= ENOUGH or each in few]
+    if groups:
+        mean = fmean(each.accuracy for each in groups)
+        rows.append(("mean of the groups", f"accuracy {mean:.1%} of {len(groups)} groups, each counted once"))
     base = card["baselines"]
     rows += [
         ("the longer completion wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),

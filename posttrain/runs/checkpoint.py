@@ -72,14 +72,15 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def modes_by_umask(folder: Path) -> None:
-    """Give the files below a folder that a run has just written the mode that any new file has.
+    """Give a folder that has just been written, and all below it, the modes that anything new has.
 
     safetensors makes its own readable by their owner alone (0.8), which locks a colleague or a server out.
     """
     os.umask(mask := os.umask(0o077))  # it can only be read by setting it
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~mask)
+    for path in (folder, *folder.rglob("*")):
+        if path.exists() and not path.is_symlink():
+            kept = path.stat().st_mode & 0o7000  # a folder may hand its group on to what is in it
+            path.chmod(kept | (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,9 @@
 """Reward modelling: TRL's RewardTrainer on pairs, and a report card of what it has learned."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
@@ -10,12 +12,14 @@ from posttrain.console import say
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import preferences
 from posttrain.data.prepared import Encoded
+from posttrain.devices import setup_device
 from posttrain.errors import PosttrainError
 from posttrain.metrics.report_card import IN_SHORT, ScoredPair, card_table, report_card
 from posttrain.models.generate import scores
-from posttrain.models.load import load_reward_model
+from posttrain.models.load import load_reward_model, load_tokenizer
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import hold_model
+from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import DataSources, EvalResult, Stage, StageContext, StageData, plan_steps, prepare_rows
 
@@ -101,6 +105,33 @@ def _pairs(part: Encoded, scores: Sequence[tuple[float, float]]) -> list[ScoredP
         )
         for row, ids, (chosen, rejected) in zip(part.rows, part.dataset, scores, strict=True)
     ]
+
+
+def score_pairs(config: Config, sources: DataSources) -> list[ScoredPair]:
+    """The scores that a finished reward model, the configuration's model, gives to all rows.
+
+    Raises:
+        ConfigError, DataError: the model is no reward model or has changed since its run wrote it; rows cannot be used.
+    """
+    data = replace(config.data, test_size=0.0)
+    config = replace(config, data=data, model=beside(config.model, config.model.start))
+    with naming("reward_model"):
+        path = resolve_path(config.model)
+        input_hashes(Path(path))
+        tokenizer, _ = load_tokenizer(config.model)
+        model = load_reward_model(config.model, tokenizer, path, config.seed, quantised=False, new_head=False)
+    model = model.to(setup_device()).eval()
+    prepared = prepare(config, tokenizer, sources).prepared
+    found: list[ScoredPair] = []
+    for part in (prepared.train, prepared.test):
+        if part is not None:
+            chosen, rejected = (
+                scores(model, part.dataset[name][:], tokenizer.pad_token_id) for name in ("chosen_ids", "rejected_ids")
+            )
+            found += _pairs(part, list(zip(chosen, rejected, strict=True)))
+    read, cut = (sum(vars(each)[name] for each in prepared.counts.values()) for name in ("read", "truncated"))
+    say(f"{len(found):,} of {read:,} pairs are scored, {cut:,} of them cut to {config.stage.max_length} tokens")
+    return found
 
 
 def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> EvalResult:

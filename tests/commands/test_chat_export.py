@@ -1,11 +1,15 @@
 """Talking to a finished model, taking it elsewhere, and the four lines for a notebook."""
 
 import json
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers_for_tests as made
+from architectures import save_architecture
 from conftest import Outcome, Posttrain, ended, start
 
 from posttrain import export
@@ -15,12 +19,17 @@ from posttrain.errors import ConfigError
 RUN = ("trainer.max_steps=2", "stage.max_length=64")
 
 
+# records its arguments
+LLAMA_CPP = "import json, sys\nopen(sys.argv[-1], 'w').write(json.dumps(sys.argv[1:]))"
+
+
 def test_a_conversation_with_two_models(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
     assert posttrain(f"data.dataset_name={rows}", *RUN).code == 0
 
     def talk(*arguments: str) -> Outcome:
         settings = (*arguments, "max_new_tokens=4", "temperature=0")
-        return ended(start(*settings, cwd=tmp_path, module="posttrain.chat", typed="What is one?\n/new\n\nAnd two?\n"))
+        typed = "What is one?\n/new\n\n/help\n/system Be brief.\n/hepl\nAnd two?\n/reset\n"
+        return ended(start(*settings, cwd=tmp_path, module="posttrain.chat", typed=typed))
 
     done = talk("outputs/demo/sft", "posttrain/tiny")
     assert done.code == 2, done  # posttrain/tiny has no weights to talk to
@@ -28,7 +37,23 @@ def test_a_conversation_with_two_models(posttrain: Posttrain, rows: Path, tmp_pa
     done = talk("outputs/demo/sft", "outputs/demo/sft")
     assert done.code == 0, done
     assert done.out.count("outputs/demo/sft") == 4  # two questions, two models
-    assert done.out.count("> ") == 5
+    assert done.out.count("> ") == 9
+    assert done.out.count("/system <text>") == 3  # at the start, of /help, and of what is no command
+
+
+def test_ctrl_c_ends_a_completion_and_not_the_conversation(tmp_path: Path) -> None:
+    model = save_architecture(tmp_path / "model", "qwen3")  # its weights are random, and it never ends by itself
+    words = (str(model), "max_new_tokens=20000", "temperature=0")
+    talk = start(*words, cwd=tmp_path, module="posttrain.chat", typed="What is one?\n/help\n/quit\n")
+    end = time.monotonic() + 120
+    while talk.files[0].read_text().count("> ") < 1 or len(talk.files[0].read_text().partition("> ")[2]) < 20:
+        assert talk.poll() is None, talk.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    talk.send_signal(signal.SIGINT)
+    done = ended(talk)
+    assert done.code == 0, done
+    assert done.out.count("/system <text>") == 2
 
 
 def test_a_chat_is_refused() -> None:
@@ -51,18 +76,56 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert posttrain(f"data.dataset_name={rows}", *RUN, "model.use_peft=true").code == 0
-    done = entry(export.main, "outputs/demo/sft", "to=exported")
+    # an evaluation beside it, and one of another model; llama.cpp's script; a file that others may not read
+    number = {"acc": 0.25, "acc_stderr": 0.05}
+    each = {"prompts": [], "scores": {}, "against_first": {}, "metrics": {"kl": 0.5}, "benchmarks": {"mine": number}}
+    for name in ("sft", "other"):
+        content = [{"policy": f"outputs/demo/{name}", **each}]
+        Path(f"outputs/demo/evaluation-{name}.json").write_text(json.dumps(content))
+    Path("outputs/demo/evaluation-of-mine.json").write_text('{"a": 1}')  # a file of somebody else's
+    Path("llama.cpp").mkdir()
+    (Path("llama.cpp") / export.CONVERT).write_text(LLAMA_CPP)
+    Path("outputs/demo/sft/model/config.json").chmod(0o600)
+    mask = os.umask(0o027)
+    try:
+        done = entry(export.main, "outputs/demo/sft", "to=exported", "to_gguf=q8_0", "llama_cpp=llama.cpp")
+    finally:
+        os.umask(mask)
     assert done.code == 0, done
+    assert json.loads(Path("exported/exported-q8_0.gguf").read_text()) == (
+        ["exported", "--outtype", "q8_0", "--outfile", "exported/exported-q8_0.gguf"]
+    )
+    assert Path("exported/Modelfile").read_text() == "FROM ./exported-q8_0.gguf\n"
+    for line in ("vllm serve exported", "transformers serve exported", "ollama create exported -f exported/Modelfile"):
+        assert line in done.out
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in Path("exported").iterdir()}
+    assert set(modes.values()) == {"0o640"}, modes
+    assert oct(Path("exported").stat().st_mode & 0o777) == "0o750"
     assert "merged model and base with adapter agree within" in done.out
     card = Path("exported/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "- sft" in card
-    assert (
-        f"| eval_loss | {json.loads(Path('exported/posttrain.json').read_text())['metrics']['eval_loss']:.6g} |" in card
-    )
+    metrics = json.loads(Path("exported/posttrain.json").read_text())["metrics"]
+    assert f"| {metrics['eval_loss_before']:.4f} | {metrics['eval_loss']:.4f} |" in card
+    assert "| data.jsonl | 36 to train on, 4 held out |" in card
+    assert "| mine: acc | 0.2500 (0.1520 to 0.3480) |" in card
+    assert "evaluation-sft.json" in card
+    assert "evaluation-other.json" not in card
+    assert "license" not in card
+    assert "| base model | posttrain/tiny |" in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, str] = {}
+    exec(code, {"path": "exported"}, found)
+    assert isinstance(found["completion"], str)
     assert "python -m posttrain.run" in card
     AutoModelForCausalLM.from_pretrained("exported")
     assert AutoTokenizer.from_pretrained("exported").chat_template
+    (Path("llama.cpp") / export.CONVERT).write_text("raise SystemExit('this architecture is unknown')")
+    words = ("outputs/demo/sft", "to=second", "license=mit")
+    failed = entry(export.main, *words, "to_gguf=q8_0", "llama_cpp=llama.cpp")
+    assert failed.code == 1
+    assert "this architecture is unknown" in failed.err
+    assert "\nlicense: mit\n" in Path("second/README.md").read_text()
     again = entry(export.main, "outputs/demo/sft", "to=exported")
     assert again.code == 2
     assert "to=exported is there already" in again.err
@@ -103,8 +166,11 @@ def test_an_export_is_refused(entry: Posttrain) -> None:
     for arguments, told in (
         ((), "name one finished run"),
         (("nowhere", "to=x"), "nowhere is not a finished run"),
-        (("nowhere", "too=x"), "too is unknown; the options are to, push_to_hub, private"),
+        (("nowhere", "too=x"), "too is unknown; the options are to, "),
+        ((".", "to=x", "to_gguf=q8_0"), "llama_cpp=<folder of llama.cpp>"),
+        ((".", "to=x", "to_gguf=q8_0", "llama_cpp=x"), f"x/{export.CONVERT}"),
     ):
+        Path("posttrain.json").touch()  # what makes a folder a finished run
         done = entry(export.main, *arguments)
         assert done.code == 2
         assert told in done.err

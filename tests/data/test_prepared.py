@@ -34,6 +34,20 @@ def some(count: int) -> list[dict[str, str]]:
     return [{"instruction": f"Say {number}.", "response": f"It is {number}."} for number in range(count)]
 
 
+def test_what_is_remembered_of_files_has_the_mode_that_the_umask_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashes, "YOUNG", -1.0)
+    remembered = Hashes(tmp_path)
+    remembered.of(write_rows(tmp_path / "rows.jsonl", some(1)))
+    mask = os.umask(0o027)
+    try:
+        remembered.save()
+    finally:
+        os.umask(mask)
+    assert oct(remembered.file.stat().st_mode & 0o777) == "0o640"
+
+
 def sets(cache: Path = CACHE) -> list[Path]:
     return sorted(path for path in cache.iterdir() if path.is_dir()) if cache.is_dir() else []
 
