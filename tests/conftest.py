@@ -260,7 +260,7 @@ async def slow(prompts, completions, **columns):
 """
 
 
-SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts", "kto": "pairs"}
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_killed_inside_a_save_and_started_again(
 LOGS = ("trainer.logging_steps=5", "trainer.save_steps=3", "trainer.eval_steps=6", "stage.batch_size=4")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_the_logs_of_a_killed_run_are_those_of_an_undisturbed_one(
     posttrain: Posttrain, rows: Path, tmp_path: Path, stage: str
 ) -> None:
