@@ -17,6 +17,7 @@ THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlatio
 CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
+KEPT = 500  # held-out pairs with their texts, the most confidently wrong first
 
 
 @dataclass
@@ -171,9 +172,7 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         "reliability": bins,
         "chosen": _distribution([pair.chosen_score for pair in pairs]),
         "rejected": _distribution([pair.rejected_score for pair in pairs]),
-        "most_confidently_wrong": [
-            asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:5] if pair.margin < 0
-        ],
+        "lowest_margins": [asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:KEPT]],
         "thresholds": THRESHOLDS | {"chance": CHANCE, "enough_pairs": ENOUGH},
     }
     by_kind = list(slices(pairs))
