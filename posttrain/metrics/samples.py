@@ -83,9 +83,10 @@ def collect(
                 files.append((title + words[0].upper() + words[1:], anchor, file))
     found, left = {}, BYTES
     for count, (title, anchor, file) in enumerate(sorted(files, key=lambda each: each[2].stat().st_size)):
-        table = _rollouts(file) if file.name == "rollouts.jsonl" else _table_of(file.name, read_json(file))
+        share = left // (len(files) - count)
+        table = _rollouts(file, share) if file.name == "rollouts.jsonl" else _table_of(file.name, read_json(file))
         if table is not None and table.rows:
-            rows, size = _within(table.rows, left // (len(files) - count))
+            rows, size = _within(table.rows, share)
             kept = f"{len(rows):,} of {len(table.rows):,} rows; all of them are in {file}"
             kept = f"{len(rows):,} rows, from {file}" if len(rows) == len(table.rows) else kept
             found[file] = table._replace(title=title, id=anchor, rows=rows, kept=kept)
@@ -127,10 +128,12 @@ def _table(about: str, columns: Iterable[tuple[Column, Sequence[object]]], slide
 def _cell(value: object) -> Cell:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None or value != value:  # NaN: a reward function that does not apply
+        return None
+    if isinstance(value, int):
+        return value
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, int):
-        return value
     text = str(value)
     return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}… (the first {CHARACTERS:,} of {len(text):,})"
 
@@ -236,11 +239,15 @@ def _pairs(card: Mapping[str, object]) -> Table:
     return _table(f"{about}, those with the lowest margins: the most confidently wrong come first.", columns)
 
 
-def _rollouts(file: Path) -> Table | None:
+def _rollouts(file: Path, share: int) -> Table | None:
+    """The samples of rollouts, evenly spaced where those of all of them take more than `share` bytes."""
     found = _read_rollouts(file)
-    rows = [row for number in sorted(found) for row in found[number]]
-    if not rows:
+    if not found:
         return None
+    numbers, size = sorted(found), len(json.dumps(list(found.values())))
+    kept = min(len(numbers), max(2, len(numbers) * share // size))
+    numbers = [numbers[place * (len(numbers) - 1) // max(kept - 1, 1)] for place in range(kept)]
+    rows = [row for number in numbers for row in found[number]]
     named = ("step", "rollout", "prompt", "answer")
     columns: list[tuple[Column, Sequence[object]]] = [
         (Column("rollout", "time"), [cast(int, row["rollout"]) + 1 for row in rows]),
@@ -251,8 +258,9 @@ def _rollouts(file: Path) -> Table | None:
     for name in dict.fromkeys(name for row in rows for name in row if name not in named):
         label = "KL" if name == "kl" else name
         columns.append((Column(label, "completion"), [row.get(name) for row in rows]))
-    count = f"{len(found):,} of {max(found) + 1:,} rollouts, evenly spaced" if file.stat().st_size > WHOLE else "rollouts"
-    return _table(f"Completions sampled in training, from {count}.", columns, "rollout")
+    total = numbers[-1] + 1
+    which = f"all {total:,} rollouts" if kept == total else f"{kept:,} of {total:,} rollouts, evenly spaced"
+    return _table(f"Completions sampled in training, from {which}.", columns, "rollout")
 
 
 def _read_rollouts(file: Path) -> dict[int, list[dict[str, object]]]:

@@ -1,6 +1,7 @@
 """The tables of samples: what a run's files hold, side by side, within a bound."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def policy(name: str, prompts: str, reward: list[float | None], correct: list[fl
 def test_policies_side_by_side_with_wins_and_regressions(tmp_path: Path) -> None:
     first = policy("a", "pqrp", [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, None], tokens=[3, 4, 5, 6], ended=[True] * 4)
     # another limit: other prompts in another order, of which the one that occurs twice is known by its place
-    other = policy("b", "prps", [2.0, 0.0, 1.0 + 1e-7, 9.0], [0.0, 1.0, None, 1.0], kl=[0.5, -0.25, float("nan"), None])
+    other = policy("b", "prps", [2.0, 0.0, 1.0 + 1e-7, 9.0], [0.0, 1.0, None, 1.0], kl=[0.5, -0.25, float("nan"), float("inf")])
     write(tmp_path / "evaluation.json", [first, other])
     table = tables(tmp_path)["evaluation"]
     assert column(table, "prompt") == ["p", "q", "r", "p", "s"]
@@ -45,7 +46,7 @@ def test_policies_side_by_side_with_wins_and_regressions(tmp_path: Path) -> None
     assert column(table, "by gold functions", "b") == ["regression", None, "win", None, None]
     assert column(table, "tokens", "a") == [3, 4, 5, 6, None]
     assert column(table, "ended", "a") == ["yes"] * 4 + [None]
-    assert column(table, "KL", "b") == [0.5, None, -0.25, "nan", None]
+    assert column(table, "KL", "b") == [0.5, None, -0.25, None, "inf"]
     names = {(each.name, each.group) for each in table.columns}
     assert not names & {("tokens", "b"), ("KL", "a"), ("by reward", "a")}, "columns without a value"
     assert json.loads(table.as_json())["rows"][3][0] == "p"
@@ -85,7 +86,7 @@ def rollouts(file: Path, count: int, size: int) -> None:
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
     with file.open("w") as lines:
         for number in range(count * 4):
-            row = {"step": number // 4 * 8, "rollout": number // 4, "prompt": turns, "answer": "a" * (number % size)}
+            row = {"step": number // 4 * 8, "rollout": number // 4, "prompt": turns, "answer": "a" * (size + number % 7)}
             lines.write(json.dumps({**row, "reward": 0.5, "kl": None, "tokens": 1, "ended": False}) + "\n")
         lines.write('{"rollout": 1, "prompt": [{"role": "user", "content": "cut by a kill"}')
 
@@ -95,17 +96,17 @@ def test_a_slider_over_all_rollouts_or_over_some_of_a_long_run(tmp_path: Path) -
     table = tables(tmp_path, "ppo")["ppo/rollouts"]
     assert column(table, table.slider, "time") == [number // 4 + 1 for number in range(40)]
     assert column(table, "prompt")[0] == "system: S\n\nuser: Q"
-    for count, size in ((5_000, 50), (300, 4_000), (2, 10**6)):
+    for count, size, least in ((5_000, 30, 190), (300, 1_000, 100), (3, 10**5, 3), (40, 10**5, 8)):
         rollouts(tmp_path / "ppo/rollouts.jsonl", count, size)
-        assert (tmp_path / "ppo/rollouts.jsonl").stat().st_size > samples.WHOLE or count == 2
-        found = column(tables(tmp_path, "ppo")["ppo/rollouts"], "rollout", "time")
+        table = tables(tmp_path, "ppo")["ppo/rollouts"]
+        found = column(table, "rollout", "time")
         numbers = list(dict.fromkeys(found))
         assert found == [number for number in numbers for _ in range(4)], "each of them whole"
-        assert numbers == sorted(numbers)
         assert (numbers[0], numbers[-1]) == (1, count)
-        assert len(numbers) >= min(samples.PLACES // 2, count)
-        widest = max(other - one for one, other in zip(numbers, numbers[1:], strict=False))
-        assert widest <= max(3, 2 * count / samples.PLACES), "evenly spaced"
+        assert least <= len(numbers) <= min(samples.PLACES, count)
+        steps = [other - one for one, other in pairwise(numbers)]
+        assert 1 <= min(steps) <= max(steps) <= 3 * count / len(numbers), "evenly spaced"
+        assert len(table.as_json()) < samples.BYTES
 
 
 def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
