@@ -16,9 +16,9 @@ BYTES = 4 * 2**20  # of JSON on one page; small tables leave their share to larg
 CHARACTERS = 8_000  # of one text
 WHOLE = 2**19  # bytes of a rollouts.jsonl that is read from end to end; of a longer one, rollouts at
 PLACES = 200  # places, as long runs write gigabytes
-TEXT, VALUE, OUTCOME = "text", "value", "outcome"  # what a column holds
+TEXT, VALUE, OUTCOME, TRACE = "text", "value", "outcome", "trace"  # what a column holds
 
-Cell = str | float | None
+Cell = str | float | None | list[object]
 Item = TypeVar("Item")
 
 
@@ -128,6 +128,8 @@ def _table(about: str, columns: Iterable[tuple[Column, Sequence[object]]], slide
 def _cell(value: object) -> Cell:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return value
     if value is None or value != value:  # NaN: a reward function that does not apply
         return None
     if isinstance(value, int):
@@ -248,7 +250,7 @@ def _rollouts(file: Path, share: int) -> Table | None:
     kept = min(len(numbers), max(2, len(numbers) * share // size))
     numbers = [numbers[place * (len(numbers) - 1) // max(kept - 1, 1)] for place in range(kept)]
     rows = [row for number in numbers for row in found[number]]
-    named = ("step", "rollout", "prompt", "answer")
+    named = ("step", "rollout", "prompt", "answer", "trace")
     columns: list[tuple[Column, Sequence[object]]] = [
         (Column("rollout", "time"), [cast(int, row["rollout"]) + 1 for row in rows]),
         (Column("step", "time"), [row.get("step") for row in rows]),
@@ -258,6 +260,7 @@ def _rollouts(file: Path, share: int) -> Table | None:
     for name in dict.fromkeys(name for row in rows for name in row if name not in named):
         label = "KL" if name == "kl" else name
         columns.append((Column(label, "completion"), [row.get(name) for row in rows]))
+    columns.append((Column("tokens", "completion", TRACE), [row.get("trace") for row in rows]))
     total = numbers[-1] + 1
     which = f"all {total:,} rollouts" if kept == total else f"{kept:,} of {total:,} rollouts, evenly spaced"
     return _table(f"Completions sampled in training, from {which}.", columns, "rollout")

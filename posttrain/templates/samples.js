@@ -74,10 +74,12 @@ function written(value) {
   return typeof value === "number" ? String(Number(value.toPrecision(4))) : value;
 }
 
+const isFact = ({ kind }) => kind === "value" || kind === "outcome";
+
 function contents(columns, sample) {
   const known = columns.filter((column) => sample.cells[column.place] !== null);
   const texts = known.filter((column) => column.kind === "text");
-  const facts = known.filter((column) => column.kind !== "text");
+  const facts = known.filter(isFact);
   const nodes = texts.map((column) => make("div", { class: "text" }, sample.cells[column.place] || "(nothing)"));
   if (facts.length) {
     const spans = facts.map(({ name, place, kind }) => {
@@ -152,8 +154,31 @@ function closed() {
   body.children[current]?.focus();
 }
 
+// Each token over its log-probability against the reference, or its advantage; blue is above 0, orange below.
+function traceOf({ place }, sample) {
+  const tokens = sample.cells[place];
+  const view = make("div", { class: "trace" });
+  const draw = (which) => {
+    const most = Math.max(...tokens.map((token) => Math.abs(token[which])), 1e-9);
+    const spans = tokens.map((token) => {
+      const share = ((Math.abs(token[which]) / most) * 0.6).toFixed(2);
+      const shade = `${token[which] < 0 ? "217 140 31" : "47 111 184"} / ${share}`;
+      return make("span", { style: `background: rgb(${shade})` }, token[0], make("small", {}, token[which].toFixed(2)));
+    });
+    view.replaceChildren(...spans);
+  };
+  const numbers = [[1, "log π/π_ref in nats, whose sum is the KL"], [2, "advantage"]];
+  const known = numbers.filter(([which]) => tokens.every((token) => token[which] !== null));
+  draw(known[0][0]);
+  return [select(`the first ${tokens.length} tokens by`, known, draw), view];
+}
+
 function open(sample) {
-  const parts = table.cells.flatMap(({ heading, columns }) => [make("h4", {}, heading), ...contents(columns, sample)]);
+  const parts = table.cells.flatMap(({ heading, columns }) => {
+    const traces = columns.filter(({ kind, place }) => kind === "trace" && sample.cells[place]?.length);
+    const views = traces.flatMap((column) => traceOf(column, sample));
+    return [make("h4", {}, heading), ...contents(columns, sample), ...views];
+  });
   const button = (words, click) => make("button", { type: "button", click }, words);
   const buttons = [
     button("Previous", () => move(-1)),
@@ -229,7 +254,7 @@ function filterOf(column) {
 
 function filters() {
   const groups = table.cells.map(({ heading, columns }) => {
-    const controls = columns.filter((column) => column.kind !== "text").flatMap(filterOf);
+    const controls = columns.filter(isFact).flatMap(filterOf);
     const fields = [make("legend", {}, heading), make("div", { class: "tools" }, ...controls)];
     return controls.length ? [make("fieldset", {}, ...fields)] : [];
   });
@@ -288,7 +313,8 @@ function choose(which) {
     update();
   };
   const search = make("input", { type: "search", id: "samples-search", input: find });
-  const sorts = [["", "place in the file"], ...table.columns.map(({ label, place }) => [place, label])];
+  const sortable = table.columns.filter(({ kind }) => kind !== "trace");
+  const sorts = [["", "place in the file"], ...sortable.map(({ label, place }) => [place, label])];
   const sort = select("sort by", sorts, (place) => sortBy({ place: place === "" ? undefined : Number(place) }));
   const directions = [["", "ascending"], ["descending", "descending"]];
   const direction = select("order", directions, (value) => sortBy({ isDescending: value !== "" }));

@@ -68,7 +68,9 @@ def written(folder: Path) -> Path:
     with (folder / "ppo/rollouts.jsonl").open("w") as lines:
         for number in range(40):
             row = {"step": number // 4, "rollout": number // 4, "prompt": prompt, "answer": f"sampled {number}"}
-            lines.write(json.dumps({**row, "reward": number / 7, "kl": 0.1, "tokens": 4, "ended": True}) + "\n")
+            trace = [[" <b>a</b>", 0.3, -0.5], ["b", -0.2, number]]
+            numbers = {"reward": number / 7, "kl": 0.1, "tokens": 2, "ended": True, "trace": trace}
+            lines.write(json.dumps(row | numbers) + "\n")
     return report.write_report(folder)
 
 
@@ -246,6 +248,12 @@ def test_a_slider_over_the_rollouts(page: Page) -> None:
     assert page.run("return document.querySelector('#samples output').textContent") == "3 of 10"
     slider.send_keys(Keys.HOME)
     assert len(page.rows) == 40
+    # and each token of one sample
+    page.load("#sample/ppo%2Frollouts/8")
+    tokens = "return [...document.querySelectorAll('dialog .trace span')].map(each => each.textContent)"
+    assert page.run(tokens) == [" <b>a</b>0.30", "b-0.20"]
+    page.select("the first 2 tokens by", "advantage")
+    assert page.run(tokens) == [" <b>a</b>-0.50", "b7.00"]
 
 
 CONTRAST = """
