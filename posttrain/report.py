@@ -149,11 +149,12 @@ def _columns() -> list[list[str]]:
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
     """Write the page about the folders and return its path: report.html in the one folder, if `out` is not given."""
-    runs = []
+    runs, named = [], []
     for path in paths:
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
         stages = [_stage(folder, folder not in points or len(points) <= CURVES) for folder in folders]
+        named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
         runs.append(
             {
                 "path": str(path),
@@ -168,8 +169,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    titles = [[(each["title"], Path(each["folder"])) for each in run["stages"]] for run in runs]
-    samples = collect(list(zip(paths, titles, strict=True)), _json)
+    samples = collect(named, _json)
     page = environment.get_template("report.html.jinja").render(runs=runs, columns=_columns(), samples=samples)
     names = "-".join(path.resolve().name for path in paths)
     file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{names}.html"))

@@ -99,8 +99,9 @@ def _table_of(name: str, content: object) -> Table | None:
         return _panel(cast("Sequence[Mapping[str, object]]", content))
     if name == "report_card.json":
         return _pairs(cast("Mapping[str, object]", content))
-    found = cast("Sequence[_Evaluated]", content)
-    return _evaluation(found) if found and "answers" in found[0] else None
+    if not isinstance(content, list) or not content or "answers" not in content[0]:
+        return None  # what another evaluation wrote
+    return _evaluation(cast("Sequence[_Evaluated]", content))
 
 
 def _json(content: object) -> str:
@@ -190,7 +191,7 @@ def _occurrences(prompts: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _aligned(
-    keys: Sequence[tuple[str, int]], own: Sequence[tuple[str, int]], values: Sequence[Item]
+    keys: Sequence[tuple[str, int]], own: Sequence[tuple[str, int]], values: Sequence[Item | None]
 ) -> list[Item | None]:
     at = dict(zip(own, values, strict=False))
     return [at.get(key) for key in keys]

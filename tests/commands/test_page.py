@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 PROMPTS = 120
 ATTACK = "</script><script>window.attacked = 1</script><img src=x onerror='window.attacked = 1'>"
-COMMENT = "<!-- <script> {{ 7 * 7 }} & 'quoted' \u2028 \ud83d\ude00"
+COMMENT = "<!-- <script> {{ 7 * 7 }} & 'quoted' \u2028 \U0001f600"
 
 
 def manifest(stage: str) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def written(folder: Path) -> Path:
     policies = [policy(name, better) for better, name in enumerate(("sft", "ppo", "dpo"))]
     (folder / "evaluation.json").write_text(json.dumps(policies))
     prompt = [{"role": "user", "content": ATTACK}]
-    panel = [{"prompt": prompt, "reference": "", "before": {"text": "", "ended": True}, "after": {"text": "b " * 500, "ended": False}}]
-    (folder / "sft/samples.json").write_text(json.dumps(panel))
+    panel = {"reference": "", "before": {"text": "", "ended": True}, "after": {"text": "b " * 500, "ended": False}}
+    (folder / "sft/samples.json").write_text(json.dumps([{"prompt": prompt, **panel}]))
     pairs = [ScoredPair(f"pair {number}", "yes", "no", 1.0, number / 2, 2, 3) for number in range(9)]
     (folder / "reward/report_card.json").write_text(json.dumps(report_card(pairs)))
     with (folder / "ppo/rollouts.jsonl").open("w") as lines:
@@ -88,7 +88,8 @@ class Page:
         return self.driver.execute_script(script, *arguments)
 
     def select(self, label: str, words: str) -> None:
-        Select(self.driver.find_element("css selector", f'#samples select[aria-label="{label}"]')).select_by_visible_text(words)
+        found = self.driver.find_element("css selector", f'#samples select[aria-label="{label}"]')
+        Select(found).select_by_visible_text(words)
 
     def type(self, label: str, words: str) -> None:
         field = self.driver.find_element("css selector", label)
@@ -105,14 +106,13 @@ class Page:
     @property
     def rows(self) -> list[list[str]]:
         """The texts of the rows that are drawn."""
-        return list(self.run(
-            "return [...document.querySelectorAll('#samples tbody tr')].map(row => [...row.cells].map(each => each.textContent))"
-        ))  # fmt: skip
+        rows = "[...document.querySelectorAll('#samples tbody tr')]"
+        return list(self.run(f"return {rows}.map(row => [...row.cells].map(each => each.textContent))"))
 
     @property
     def opened(self) -> str | None:
         """The text of the sample that is open in full."""
-        found = self.run("const dialog = document.querySelector('dialog'); return dialog.open ? dialog.innerText : null")
+        found = self.run("return document.querySelector('dialog[open]')?.innerText ?? null")
         return None if found is None else str(found)
 
     def numbers(self) -> list[int]:
@@ -135,8 +135,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     file = written(tmp_path_factory.mktemp("run") / "demo")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars", "window-size=1280,900")
-    for flag in flags:
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER, env={**os.environ}))
@@ -269,7 +268,7 @@ return [page, ...arguments[0].map(selector => {
 
 
 def test_dark_and_light(page: Page) -> None:
-    selectors = ["body", "#samples .text", "#samples .facts", "#samples .facts b.good", "#samples .facts b.bad", "#samples tbody a"]
+    selectors = ["body", *(f"#samples {each}" for each in (".text", ".facts", "b.good", "b.bad", "tbody a"))]
     pages = {}
     for scheme in ("light", "dark"):
         page.media(scheme=scheme)
@@ -286,7 +285,8 @@ def test_a_narrow_screen_and_paper(page: Page) -> None:
         for table in ("Evaluation", "PPO: rollouts", "Supervised fine-tuning: before and after"):
             page.select("samples of", table)
             assert not page.scrolls_sideways(), (width, table)
-    heading = page.run("return getComputedStyle(document.querySelector('#samples td[data-heading]'), '::before').content")
+    cell = "document.querySelector('#samples td[data-heading]')"
+    heading = page.run(f"return getComputedStyle({cell}, '::before').content")
     assert heading == '"prompt"'
     page.driver.find_element("css selector", "#samples tbody tr .text").click()
     assert ATTACK in str(page.opened)

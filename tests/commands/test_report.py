@@ -100,7 +100,14 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
     assert page.count("<script") == 2, "the samples, and what shows them"
     shown = page[page.index('id="samples-data">') + 18 :].split("</script>")[0]
     tables = {table["id"]: table for table in json.loads(shown)}
-    assert list(tables) == ["evaluation", "sft/samples", "reward/report_card", "ppo/rollouts", "ppo/samples", "dpo/samples"]
+    assert list(tables) == [
+        "evaluation",
+        "sft/samples",
+        "reward/report_card",
+        "ppo/rollouts",
+        "ppo/samples",
+        "dpo/samples",
+    ]
     assert len(tables["evaluation"]["rows"]) == len(found[0]["answers"])
     columns = [tuple(each[:2]) for each in tables["evaluation"]["columns"]]
     for name in ("completion", "reward", "correct", "style", "tokens", "KL", "ended", "by reward", "by gold functions"):

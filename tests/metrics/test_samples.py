@@ -18,7 +18,9 @@ def write(file: Path, content: object) -> Path:
 
 
 def tables(run: Path, *stages: str) -> dict[str, samples.Table]:
-    found = samples.collect([(run, [(stage, run / stage) for stage in stages])], lambda file: json.loads(file.read_text()))
+    found = samples.collect(
+        [(run, [(stage, run / stage) for stage in stages])], lambda file: json.loads(file.read_text())
+    )
     return {table.id: table for table in found}
 
 
@@ -27,7 +29,9 @@ def column(table: samples.Table, name: str, group: str = "") -> list[Any]:
     return [row[place] for row in table.rows]
 
 
-def policy(name: str, prompts: str, reward: list[float | None], correct: list[float | None], **more: Any) -> dict[str, Any]:
+def policy(
+    name: str, prompts: str, reward: list[float | None], correct: list[float | None], **more: Any
+) -> dict[str, Any]:
     answers = [f"{name} to {prompt}" for prompt in prompts]
     scores = {"reward": reward, "correct": correct}
     return {"policy": name, "metrics": {}, "prompts": list(prompts), "answers": answers, "scores": scores, **more}
@@ -36,7 +40,9 @@ def policy(name: str, prompts: str, reward: list[float | None], correct: list[fl
 def test_policies_side_by_side_with_wins_and_regressions(tmp_path: Path) -> None:
     first = policy("a", "pqrp", [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, None], tokens=[3, 4, 5, 6], ended=[True] * 4)
     # another limit: other prompts in another order, of which the one that occurs twice is known by its place
-    other = policy("b", "prps", [2.0, 0.0, 1.0 + 1e-7, 9.0], [0.0, 1.0, None, 1.0], kl=[0.5, -0.25, float("nan"), float("inf")])
+    other = policy(
+        "b", "prps", [2.0, 0.0, 1.0 + 1e-7, 9.0], [0.0, 1.0, None, 1.0], kl=[0.5, -0.25, float("nan"), float("inf")]
+    )
     write(tmp_path / "evaluation.json", [first, other])
     table = tables(tmp_path)["evaluation"]
     assert column(table, "prompt") == ["p", "q", "r", "p", "s"]
@@ -86,7 +92,12 @@ def rollouts(file: Path, count: int, size: int) -> None:
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
     with file.open("w") as lines:
         for number in range(count * 4):
-            row = {"step": number // 4 * 8, "rollout": number // 4, "prompt": turns, "answer": "a" * (size + number % 7)}
+            row = {
+                "step": number // 4 * 8,
+                "rollout": number // 4,
+                "prompt": turns,
+                "answer": "a" * (size + number % 7),
+            }
             lines.write(json.dumps({**row, "reward": 0.5, "kl": None, "tokens": 1, "ended": False}) + "\n")
         lines.write('{"rollout": 1, "prompt": [{"role": "user", "content": "cut by a kill"}')
 
