@@ -6,7 +6,8 @@ const TONES = { win: "good", right: "good", loss: "bad", regression: "bad", wron
 
 const section = document.getElementById("samples");
 const tables = JSON.parse(document.getElementById("samples-data").textContent);
-let table, shown, drawn, current; // the rows that pass the filters, how many are drawn, and the one that keys act on
+let table, shown, current; // the rows that pass the filters, and which of them keys act on
+let first, drawn; // the first of the rows that are drawn, and the first after them that is not
 let accepts, order, searched; // column or control -> what a row must fulfil; how rows are sorted; words
 
 function make(tag, attributes = {}, ...children) {
@@ -56,9 +57,7 @@ function update() {
   if (order.place !== undefined) shown.sort(compare);
   else if (order.isDescending) shown.reverse();
   current = -1;
-  drawn = 0;
-  body.replaceChildren();
-  drawMore();
+  drawFrom(0);
   count.textContent = `${shown.length.toLocaleString("en")} of ${table.rows.length.toLocaleString("en")} samples`;
 }
 
@@ -74,13 +73,14 @@ function written(value) {
   return typeof value === "number" ? String(Number(value.toPrecision(4))) : value;
 }
 
+const legible = (text) => (text.trim() ? text : text ? "(whitespace only)" : "(nothing)");
 const isFact = ({ kind }) => kind === "value" || kind === "outcome";
 
 function contents(columns, sample) {
   const known = columns.filter((column) => sample.cells[column.place] !== null);
   const texts = known.filter((column) => column.kind === "text");
   const facts = known.filter(isFact);
-  const nodes = texts.map((column) => make("div", { class: "text" }, sample.cells[column.place] || "(nothing)"));
+  const nodes = texts.map(({ place }) => make("div", { class: "text" }, legible(sample.cells[place])));
   if (facts.length) {
     const spans = facts.map(({ name, place, kind }) => {
       const value = sample.cells[place];
@@ -103,6 +103,19 @@ function drawRow(sample) {
   return make("tr", { role: "row", tabindex: "-1" }, make("td", { role: "cell" }, link), ...cells);
 }
 
+function drawFrom(place) {
+  first = drawn = place - (place % CHUNK);
+  body.replaceChildren();
+  drawMore();
+  earlier.hidden = !first;
+}
+
+function drawEarlier() {
+  first -= CHUNK;
+  body.prepend(...shown.slice(first, first + CHUNK).map(drawRow));
+  earlier.hidden = !first;
+}
+
 function drawMore() {
   const rows = shown.slice(drawn, drawn + CHUNK);
   body.append(...rows.map(drawRow));
@@ -112,7 +125,7 @@ function drawMore() {
 }
 
 function clicked(event) {
-  const place = [...body.children].indexOf(event.target.closest("tr"));
+  const place = first + [...body.children].indexOf(event.target.closest("tr"));
   if (event.target.closest("a")) {
     event.preventDefault();
     copyLink(shown[place]);
@@ -126,13 +139,18 @@ const inView = (entries) => entries.at(-1).isIntersecting && drawMore();
 const observer = new IntersectionObserver(inView, { rootMargin: "900px" });
 const head = make("thead");
 const body = make("tbody", { click: clicked });
+const earlier = make("button", { type: "button", click: drawEarlier }, "Earlier samples");
 const end = make("p", { class: "soft", "aria-hidden": "true" });
 
+const rowOf = (place) => body.children[place - first];
+
 function mark(place) {
-  while (drawn <= place) drawMore();
-  body.children[current]?.removeAttribute("aria-current");
+  if (place >= drawn + CHUNK) drawFrom(place);
+  else if (place >= drawn) drawMore();
+  else if (place < first) drawEarlier();
+  rowOf(current)?.removeAttribute("aria-current");
   current = place;
-  const row = body.children[current];
+  const row = rowOf(current);
   row.setAttribute("aria-current", "true");
   row.scrollIntoView({ block: "nearest" });
   if (!dialog.open) row.focus({ preventScroll: true });
@@ -151,7 +169,7 @@ const dialog = make("dialog", { "aria-labelledby": "sample-title", close: closed
 
 function closed() {
   history.replaceState(null, "", location.pathname + location.search);
-  body.children[current]?.focus();
+  rowOf(current)?.focus();
 }
 
 // Each token over its log-probability against the reference, or its advantage; blue is above 0, orange below.
@@ -214,8 +232,8 @@ function followLink() {
   const sample = named?.rows[found[2] - 1];
   if (!sample) return say(`the sample ${found[0]} is not on this page`);
   if (named !== table) choose(named);
+  if (shown.includes(sample)) mark(shown.indexOf(sample));
   open(sample);
-  current = shown.indexOf(sample);
 }
 
 // -- the controls
@@ -320,9 +338,12 @@ function choose(which) {
   const direction = select("order", directions, (value) => sortBy({ isDescending: value !== "" }));
   const tools = [make("label", { class: "wide" }, "search", search), ...outcomes(), sort, direction, ...slider()];
   controls.replaceChildren(make("div", { class: "tools" }, ...tools), filters());
-  const headings = ["", ...table.cells.map(({ heading }) => heading)];
-  const cells = headings.map((heading) => make("th", { role: "columnheader", scope: "col" }, heading));
+  const cells = [{ heading: "", columns: [] }, ...table.cells].map(({ heading, columns }) => {
+    const width = columns.every(isFact) ? "narrow" : "wide";
+    return make("th", { role: "columnheader", scope: "col", class: width }, heading);
+  });
   head.replaceChildren(make("tr", { role: "row" }, ...cells));
+  grid.style.minWidth = `${table.cells.length * 9}rem`;
   update();
 }
 
@@ -345,9 +366,10 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("hashchange", followLink);
 
-const rows = make("div", { class: "scroll" }, make("table", { role: "table", "aria-label": "Samples" }, head, body));
+const grid = make("table", { role: "table", "aria-label": "Samples" }, head, body);
 const tools = make("div", { class: "tools" }, chosen);
-const live = make("div", { class: "live" }, tools, about, controls, keys, count, said, rows, end, dialog);
+const rows = make("div", { class: "scroll" }, grid);
+const live = make("div", { class: "live" }, tools, about, controls, keys, count, said, earlier, rows, end, dialog);
 section.querySelector(".plain").replaceWith(live);
 choose(tables[0]);
 followLink();

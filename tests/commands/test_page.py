@@ -210,9 +210,14 @@ def test_a_link_leads_to_a_sample(page: Page) -> None:
     page.driver.find_element("css selector", "#samples tbody tr:nth-child(3) a").click()
     assert page.run("return location.hash") == "#sample/reward%2Freport_card/3"
     assert page.opened is None
-    page.run("location.hash = '#sample/evaluation/100'")
+    page.run("location.hash = '#sample/evaluation/103'")
     page.driver.execute_async_script("setTimeout(arguments[0], 50)")
-    assert "Question 99?" in str(page.opened)
+    assert "Question 102?" in str(page.opened)
+    page.press("k", "k", "k", Keys.ESCAPE)
+    assert page.run("return document.activeElement.cells[0].textContent") == "100", "rows before it are drawn too"
+    assert page.numbers() == list(range(51, 121))
+    page.driver.find_element("xpath", "//button[.='Earlier samples']").click()
+    assert page.numbers() == list(range(1, 121))
     page.load("#sample/nowhere/7")
     assert page.opened is None
     assert "nowhere" in str(page.run("return document.querySelector('.said').textContent"))
