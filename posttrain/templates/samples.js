@@ -338,12 +338,12 @@ function choose(which) {
   const direction = select("order", directions, (value) => sortBy({ isDescending: value !== "" }));
   const tools = [make("label", { class: "wide" }, "search", search), ...outcomes(), sort, direction, ...slider()];
   controls.replaceChildren(make("div", { class: "tools" }, ...tools), filters());
-  const cells = [{ heading: "", columns: [] }, ...table.cells].map(({ heading, columns }) => {
-    const width = columns.every(isFact) ? "narrow" : "wide";
-    return make("th", { role: "columnheader", scope: "col", class: width }, heading);
-  });
+  const headings = ["", ...table.cells.map(({ heading }) => heading)];
+  const cells = headings.map((heading) => make("th", { role: "columnheader", scope: "col" }, heading));
   head.replaceChildren(make("tr", { role: "row" }, ...cells));
-  grid.style.minWidth = `${table.cells.length * 9}rem`;
+  const widths = table.cells.map(({ columns }) => (columns.every(isFact) ? "8rem" : "minmax(9rem, 1fr)"));
+  grid.style.setProperty("--columns", `2.8rem ${widths.join(" ")}`);
+  grid.style.setProperty("--least", `${table.cells.length * 9}rem`);
   update();
 }
 
