@@ -1,6 +1,7 @@
 // The samples of a report: one table at a time, whose rows are drawn as they come into view. What models and data
 // wrote becomes text nodes and values of attributes, never markup.
 const CHUNK = 50; // rows that are drawn at once
+const DRAWN = 500; // rows that stay drawn while more come into view
 const CHOICES = 50; // different values that a select offers
 const TONES = { win: "good", right: "good", loss: "bad", regression: "bad", wrong: "bad" };
 
@@ -107,12 +108,12 @@ function drawFrom(place) {
   first = drawn = place - (place % CHUNK);
   body.replaceChildren();
   drawMore();
-  earlier.hidden = !first;
 }
 
 function drawEarlier() {
-  first -= CHUNK;
-  body.prepend(...shown.slice(first, first + CHUNK).map(drawRow));
+  const before = Math.max(first - CHUNK, 0);
+  body.prepend(...shown.slice(before, first).map(drawRow));
+  first = before;
   earlier.hidden = !first;
 }
 
@@ -120,6 +121,13 @@ function drawMore() {
   const rows = shown.slice(drawn, drawn + CHUNK);
   body.append(...rows.map(drawRow));
   drawn += rows.length;
+  if (drawn - first > DRAWN) {
+    const top = end.getBoundingClientRect().top;
+    for (const row of [...body.children].slice(0, drawn - first - DRAWN)) row.remove();
+    first = drawn - DRAWN;
+    scrollBy(0, end.getBoundingClientRect().top - top); // what is in view stays where it is
+  }
+  earlier.hidden = !first;
   observer.unobserve(end); // so that it tells again where the end is still in view
   if (drawn < shown.length) observer.observe(end);
 }
@@ -145,7 +153,7 @@ const end = make("p", { class: "soft", "aria-hidden": "true" });
 const rowOf = (place) => body.children[place - first];
 
 function mark(place) {
-  if (place >= drawn + CHUNK) drawFrom(place);
+  if (place >= drawn + CHUNK || place < first - CHUNK) drawFrom(place);
   else if (place >= drawn) drawMore();
   else if (place < first) drawEarlier();
   rowOf(current)?.removeAttribute("aria-current");
