@@ -349,7 +349,9 @@ function choose(which) {
   const headings = ["", ...table.cells.map(({ heading }) => heading)];
   const cells = headings.map((heading) => make("th", { role: "columnheader", scope: "col" }, heading));
   head.replaceChildren(make("tr", { role: "row" }, ...cells));
-  const widths = table.cells.map(({ columns }) => (columns.every(isFact) ? "8rem" : "minmax(9rem, 1fr)"));
+  const width = (columns) =>
+    columns.every(isFact) ? "8rem" : `minmax(9rem, ${columns.some(({ name }) => name === "completion") ? 3 : 2}fr)`;
+  const widths = table.cells.map(({ columns }) => width(columns));
   grid.style.setProperty("--columns", `2.8rem ${widths.join(" ")}`);
   grid.style.setProperty("--least", `${table.cells.length * 9}rem`);
   update();
