@@ -130,7 +130,7 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path: Path, monkeyp
     found = tables(tmp_path, "sft")
     rows = len(found["evaluation"].rows)
     assert 100 < rows < 1000
-    assert found["evaluation"].kept == f"{rows} of 1,000 rows; all of them are in {file}"
+    assert found["evaluation"].kept == f"{rows} of 1,000 rows; all are in {file}"
     [text] = column(found["sft/samples"], "completion", "after")
     assert samples.CHARACTERS < len(text) < samples.CHARACTERS + 50
     assert "9,000" in text
