@@ -90,9 +90,9 @@ def collect(
             sizes = list(accumulate(len(_json(row).encode()) + 1 for row in table.rows))
             fits, total = bisect_right(sizes, share), len(sizes)
             kept = f"{total:,} rows, from {file}" if fits == total else f"{fits:,} of {total:,} rows; all are in {file}"
-            found[file] = table._replace(title=title, id=anchor, rows=table.rows[:fits], kept=kept)
+            found[anchor] = table._replace(title=title, id=anchor, rows=table.rows[:fits], kept=kept)
             left -= sizes[fits - 1] if fits else 0
-    return [found[file] for _, _, file in files if file in found]
+    return [found[anchor] for _, anchor, _ in files if anchor in found]
 
 
 def _table_of(name: str, content: object) -> Table | None:

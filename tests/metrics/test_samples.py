@@ -70,6 +70,9 @@ def test_which_scores_are_gold_is_read(tmp_path: Path) -> None:
     assert list(found) == ["evaluation", "evaluation-mine"]
     assert column(found["evaluation"], "by gold functions", "b") == ["tie"]
     assert found["evaluation-mine"].rows == [("p", "x")]
+    several = samples.collect([(tmp_path, []), (tmp_path / ".", [])], lambda file: json.loads(file.read_text()))
+    assert [table.id for table in several] == [f"{run}/evaluation{name}" for run in (1, 2) for name in ("", "-mine")]
+    assert several[0].title == f"{tmp_path}: Evaluation"
 
 
 def test_the_most_confidently_wrong_pairs_come_first(tmp_path: Path) -> None:
