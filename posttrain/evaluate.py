@@ -77,14 +77,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluated:
-    """What one policy completed, and what the completions are worth."""
+    """What one policy completed, and what the completions are worth; of one that ran benchmarks alone, these."""
 
     policy: str
-    metrics: dict[str, float]
-    prompts: list[str]
-    answers: list[str]
-    scores: dict[str, list[float | None]]  # score -> of each completion; None where it does not apply
-    against_first: dict[str, dict[str, float]]  # score -> comparison.paired
+    metrics: dict[str, float] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    scores: dict[str, list[float | None]] = field(
+        default_factory=dict
+    )  # score -> of each completion; None where it does not apply
+    against_first: dict[str, dict[str, float]] = field(default_factory=dict)  # score -> comparison.paired
+    gold: list[str] = field(default_factory=list)  # the scores that are reward functions kept apart
+    tokens: list[int] = field(default_factory=list)  # of each completion
+    kl: list[float | None] = field(
+        default_factory=list
+    )  # of each completion, from the first policy; None where that reads other tokens
+    ended: list[bool] = field(default_factory=list)  # by EOS
     benchmarks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value; metric_stderr
 
 
@@ -170,7 +178,20 @@ def compare(
             found = encode_rows(encoder, responses, ConversationEncoding(check_length(mine), "drop"))
             fitting = [row for row in found if isinstance(row, EncodedRow)]
             metrics["perplexity"] = perplexity(policy, fitting, tokenizer.pad_token_id)
-        done.append(Evaluated(name, metrics, questions, [each.text for each in answers], scores, against))
+        done.append(
+            Evaluated(
+                policy=name,
+                metrics=metrics,
+                prompts=questions,
+                answers=[each.text for each in answers],
+                scores=scores,
+                against_first=against,
+                gold=[scoring.score_name(function) for function in scorer.eval_functions],
+                tokens=[each.length for each in answers],
+                kl=[each.kl for each in answers],
+                ended=[each.ended for each in answers],
+            )
+        )
         say(f"evaluated: {name}, {len(rows)} prompts")
         del policy
     return done
@@ -373,7 +394,7 @@ def _main(arguments: Sequence[str]) -> None:
     manager = find_tasks(asked.tasks, asked.tasks_folder) if asked.tasks else None
     if any(spec.startswith(judges.__name__) for spec in all_reward_functions(config)):
         judges.shipped.endpoint()
-    found = [Evaluated(path, {}, [], [], {}, {}) for path in asked.policies]
+    found = [Evaluated(path) for path in asked.policies]
     if asked.completes:
         all_rows = any(argument.startswith("data.dataset_name=") for argument in arguments)
         found = compare(with_data(config), asked.policies, all_rows=all_rows, best_of=asked.best_of)

@@ -2,20 +2,18 @@
 
 usage: posttrain report <folder> [<folder> ...] [out=<file>]
 
-The page needs nothing but itself: no network, no script, light and dark as the
-reader's system is. out= defaults to report.html in the folder, and for several
-folders to a file in the current one that is named after them.
+The page needs nothing but itself: no network, light and dark as the reader's
+system is. Samples can be searched, filtered and sorted. out= defaults to
+report.html in the folder, and for several folders to a file in the current one
+that is named after them.
 
 examples:
   posttrain report outputs/demo
   posttrain report outputs/demo outputs/other out=both.html
 """
 
-import json
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +26,21 @@ from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison
 from posttrain.metrics.catalogue import OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
-from posttrain.metrics.charts import TAIL, Chart, Series, curves, draw
+from posttrain.metrics.charts import Chart, Series, curves, draw
+from posttrain.metrics.samples import collect
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import MANIFEST, read_json
-from posttrain.values import Fields, JsonObject
+from posttrain.values import JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
-SAMPLES = 4
-FIRST, LAST = 2, 4  # rollouts
-ANSWERS = 6  # of the evaluation, side by side
 CURVES = 8  # points of a sweep whose curves are drawn
 
 
 def _json(file: Path) -> Any:
     return read_json(file, "run what wrote it again, or delete it")
-
-
-def _rollouts(file: Path) -> list[Fields]:
-    """The first and the last of them; what is between is not read, as long runs write gigabytes."""
-    if not file.is_file():
-        return []
-    with file.open("rb") as lines:
-        found = [*islice(lines, FIRST)]
-        if (tail := file.stat().st_size - TAIL) > lines.tell():
-            lines.seek(tail)
-            lines.readline()  # it began before
-        found += deque(lines, maxlen=LAST + 1)
-    if found and not found[-1].rstrip().endswith(b"}"):  # cut by a kill
-        found.pop()
-    return [json.loads(line) for line in [*found[:FIRST], *found[FIRST:][-LAST:]]]
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -115,9 +96,7 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
         if has_curves
         else [],
         "has_curves": has_curves,
-        "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
-        "rollouts": _rollouts(folder / "rollouts.jsonl"),
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
             (key, value)
@@ -159,10 +138,6 @@ def _evaluation(path: Path) -> JsonObject | None:
         "policies": [each["policy"] for each in found],
         "rows": comparison.rows(found),
         "changes": list(comparison.in_words(found)),
-        "answers": [
-            (prompt, [each["answers"][index] for each in found])
-            for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
-        ],
     }
 
 
@@ -174,11 +149,12 @@ def _columns() -> list[list[str]]:
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
     """Write the page about the folders and return its path: report.html in the one folder, if `out` is not given."""
-    runs = []
+    runs, named = [], []
     for path in paths:
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
         stages = [_stage(folder, folder not in points or len(points) <= CURVES) for folder in folders]
+        named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
         runs.append(
             {
                 "path": str(path),
@@ -193,7 +169,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(runs=runs, columns=_columns())
+    samples = collect(named, _json)
+    page = environment.get_template("report.html.jinja").render(runs=runs, columns=_columns(), samples=samples)
     names = "-".join(path.resolve().name for path in paths)
     file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{names}.html"))
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:

@@ -19,6 +19,7 @@ FIT = "fit to optimise against"
 BINS = 10
 GROUP = "group: "  # how the kind of a pair begins that the data name
 FEW_GROUPS = 30
+KEPT = 500  # held-out pairs with their texts, the most confidently wrong first
 
 
 @dataclass
@@ -173,9 +174,7 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         "reliability": bins,
         "chosen": _distribution([pair.chosen_score for pair in pairs]),
         "rejected": _distribution([pair.rejected_score for pair in pairs]),
-        "most_confidently_wrong": [
-            asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:5] if pair.margin < 0
-        ],
+        "lowest_margins": [asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:KEPT]],
         "thresholds": THRESHOLDS | {"chance": CHANCE, "enough_pairs": ENOUGH},
     }
     by_kind = list(slices(pairs))
