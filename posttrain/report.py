@@ -2,36 +2,41 @@
 
 usage: posttrain report <folder> [<folder> ...] [out=<file>]
 
-The page needs nothing but itself: no network, no script, light and dark as the
-reader's system is. out= defaults to report.html in the folder, and for several
-folders to a file in the current one that is named after them.
+Prints what was trained, what got better and what got worse. The page needs
+nothing but itself: no network, light and dark as the reader's system is. Several
+runs, or the points of a sweep, are compared: the settings that differ, the final
+numbers (mean ± standard deviation where only the seed differs), and their curves.
+out= defaults to report.html in the folder, and for several folders to a file in
+the current one that is named after them.
 
 examples:
   posttrain report outputs/demo
-  posttrain report outputs/demo outputs/other out=both.html
+  posttrain report outputs/seed1 outputs/seed2 outputs/seed3 out=seeds.html
 """
 
+import datetime
 import json
+import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
-from posttrain.config.stages import STAGES, followers
+from posttrain.config.stages import EVALUATED_AS, STAGES, StageSpec
 from posttrain.console import say
 from posttrain.errors import ConfigError
-from posttrain.metrics import comparison
+from posttrain.metrics import comparison, several, summary
 from posttrain.metrics.catalogue import OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
-from posttrain.metrics.charts import TAIL, Chart, Series, curves, draw
+from posttrain.metrics.charts import HELD_OUT, TAIL, Chart, Points, Series, card_charts, chart_of, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import MANIFEST, read_json
+from posttrain.runs.folder import IDENTITY, MANIFEST, changes, read_json
 from posttrain.values import Fields, JsonObject
 
 FILE = "report.html"
@@ -40,7 +45,36 @@ GENERATOR = '<meta name="generator" content="posttrain">'
 SAMPLES = 4
 FIRST, LAST = 2, 4  # rollouts
 ANSWERS = 6  # of the evaluation, side by side
-CURVES = 8  # points of a sweep whose curves are drawn
+GAINED = "Higher at the same KL is better; best-of-N costs at most ln N − (N−1)/N nats and no training."
+CURVES = 16  # runs whose curves are drawn over one another
+
+
+class Figure(NamedTuple):
+    """A chart that is drawn, and what to look for in it."""
+
+    drawn: str
+    see: str
+
+
+class Node(NamedTuple):
+    """A stage in the lineage, and those that started from its model; or a model that no stage here has made."""
+
+    title: str
+    anchor: str
+    lines: Sequence[str]
+    children: "list[Node]"
+
+
+class Compared(NamedTuple):
+    """The runs of one stage side by side: a heading and a line for each, and their pictures."""
+
+    title: str
+    table: Sequence[Sequence[str]]
+    figures: Sequence[Figure]
+
+
+def _figures(charts: Iterable[Chart]) -> list[Figure]:
+    return [Figure(draw([chart]), chart.see) for chart in charts]
 
 
 def _json(file: Path) -> Any:
@@ -85,9 +119,10 @@ def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{name}", value
 
 
-def _stage(folder: Path, has_curves: bool) -> JsonObject:
+def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
+    """What the page says of a stage of the run with that number."""
     manifest = _json(folder / MANIFEST)
-    name, metrics = manifest["stage"], manifest["metrics"]
+    name, metrics, given = manifest["stage"], manifest["metrics"], manifest["inputs"]
     sets = list(manifest["config"].get("data", {}).get("eval", {}))
     log = folder / "run.log"
     warnings = [
@@ -99,7 +134,7 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
     return {
         "name": name,
         "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
-        "anchor": folder.name,
+        "anchor": f"run{number}-{folder.name}",
         "point": "=" in folder.name,
         "folder": str(folder),
         "manifest": manifest,
@@ -108,13 +143,26 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
             for key in [*with_gold_apart(STAGES[name].shown, metrics), *of_sets(OF_NAMED, sets)]
             if key in metrics
         ],
-        "curves": [
-            draw([each])
-            for each in curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets)
-        ]
+        "trained": summary.Trained(
+            folder.name,
+            name,
+            given.get("model", {}).get("path") or manifest["config"]["model"]["base_model"],
+            manifest["data"]["counts"]["train"].get("kept", 0),
+            manifest.get("cost", {}).get("epochs"),
+            [source for source, rows in manifest["data"].get("rows_of", {}).items() if rows.get("train")],
+            Path(given["reward_model"]["path"]).name if "reward_model" in given else None,
+            metrics,
+        ),
+        "figures": _figures(
+            curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets)
+        )
         if has_curves
         else [],
+        "card_figures": _figures(card_charts(card["reliability"], card.get("scores"), card.get("by_length", ())))
+        if card
+        else [],
         "has_curves": has_curves,
+        "cost": list(_cost(manifest.get("cost", {}), metrics, manifest.get("processes", 1))),
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
         "rollouts": _rollouts(folder / "rollouts.jsonl"),
@@ -129,23 +177,115 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
     }
 
 
-def _frontiers(path: Path, stages: Sequence[JsonObject]) -> Iterator[str]:
-    """What each point of a sweep gained, over the KL that it spent.
+def _cost(cost: dict[str, Any], metrics: dict[str, float], processes: int) -> Iterator[tuple[str, str]]:
+    if cost:
+        yield "hardware", f"{cost['device']}, {processes} {'process' if processes == 1 else 'processes'}"
+        yield "training took", str(datetime.timedelta(seconds=round(cost["seconds"])))
+        trained = f", {metrics['trained_tokens']:,.0f} of them trained on" if "trained_tokens" in metrics else ""
+        yield "tokens", f"{cost['tokens']:,}{trained}"
+        if cost["peak_memory"] is not None:
+            yield "peak memory of a process", f"{cost['peak_memory'] / 2**30:.2f} GiB"
+    if "tokens_per_second" in metrics:
+        yield "tokens per second", f"{metrics['tokens_per_second']:,.0f}"
 
-    Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
-    as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
+
+def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
+    """Every stage below the model that it started from, which is known by its weights; the points of a sweep are one."""
+    roots: dict[str, Node] = {}
+    nodes: dict[str, Node] = {}
+
+    def maker(part: dict[str, Any]) -> JsonObject | None:
+        made = [(each, {*each["manifest"]["weights"].values(), *_adapter(each)}) for each in stages]
+        return next((each for each, weights in made if part["weights"] and weights >= {*part["weights"].values()}), None)
+
+    for stage in stages:
+        trained, given, count = stage["trained"], stage["manifest"]["inputs"], 1
+        if stage["point"]:
+            count = sum(each["point"] and each["name"] == stage["name"] for each in stages)
+        key = stage["anchor"] if count == 1 else stage["name"]
+        if key in nodes:
+            continue
+        lines = [f"{name}: {f'{before} → ' if before else ''}{after}" for name, before, after, _ in stage["numbers"][:2]]
+        if "reward_model" in given:
+            by = maker(given["reward_model"])
+            lines.insert(0, f"rewarded by {by['title'] if by else given['reward_model']['path']}")
+        title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
+        nodes[key] = Node(title, stage["anchor"], lines if count == 1 else lines[: "reward_model" in given], [])
+        above = maker(given["model"]) if "model" in given else None
+        start = nodes.get(above["anchor"]) if above else None
+        (start or roots.setdefault(trained.model, Node(trained.model, "", [], []))).children.append(nodes[key])
+    return list(roots.values())
+
+
+def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Run]:
+    """The runs of a stage among folders, with the settings in which they differ."""
+    manifests = [(name, folder, _json(folder / MANIFEST)) for name, folder in named]
+    found = [(name, folder, manifest) for name, folder, manifest in manifests if manifest["stage"] == spec.name]
+    identities = [_json(folder / IDENTITY) or {"config": manifest["config"]} for _, folder, manifest in found]
+    keys = dict.fromkeys(key for each in identities[1:] for key in changes(identities[0], each))
+    flat = [dict(_flat(each)) for each in identities]
+    runs = []
+    for (name, folder, manifest), values in zip(found, flat, strict=True):
+        settings = {
+            key.removeprefix("config."): re.sub(r"\b(\w{8})[0-9a-f]{56}\b", r"\1", str(values.get(key)))
+            for key in keys
+            if key.startswith(("config.", "data.", "code."))
+        }
+        for part, given in manifest["inputs"].items():  # what another stage has made differs with that stage's settings
+            if given["stage"] is None and any(key.startswith(f"{part}.") for key in keys):
+                settings[part] = given["path"]
+        runs.append(several.Run(name, settings, manifest["metrics"], folder / "metrics.jsonl"))
+    return runs
+
+
+def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[Compared]:
+    for spec in STAGES.values():
+        runs = _runs(named, spec)
+        if len(runs) < 2:
+            continue
+        measured = dict.fromkeys(key for run in runs for key in run.metrics)
+        found = several.groups(runs)
+        charts = list(several.over_keys(found, [key for key in with_gold_apart(spec.swept, measured) if key in measured]))
+        if len(runs) <= CURVES:
+            keys = dict.fromkeys(key for keys in charts_with_gold_apart(spec.charts, measured) for key in keys)
+            charts += several.over_one_another(found, list(keys))
+        yield Compared(spec.title, several.table(found, with_gold_apart(spec.shown, measured)), _figures(charts))
+
+
+def _best_possible(path: Path, stage: str, key: str) -> Points:
+    """Where the best that is possible at each KL is known, as in benchmarks/closed_form.py: <stage>/frontier.json.
+
+    It is a list of {"kl": ..., <metric>: ...}.
     """
-    measured = dict.fromkeys(key for stage in stages for key in stage["manifest"]["metrics"])
-    for spec, key in [(each, key) for each in STAGES.values() for key in with_gold_apart(each.frontier, measured)]:
-        points = [s for s in stages if s["name"] == spec.name and s["point"]]
-        points = [point for point in points if {"kl", key} <= point["manifest"]["metrics"].keys()]
-        points.sort(key=lambda point: point["manifest"]["metrics"]["kl"])
-        if len(points) > 1:
-            theory = [(each["kl"], each[key]) for each in _json(path / spec.name / FRONTIER) or [] if key in each]
-            places = [(p["manifest"]["metrics"]["kl"], p["manifest"]["metrics"][key]) for p in points]
-            series = [Series("best possible", theory), Series("measured", places, True)]
-            names = [point["anchor"].removeprefix("stage.") for point in points]
-            yield draw([Chart(f"{spec.title}: {label(key)}", series, label("kl"), names)])
+    return [(each["kl"], each[key]) for each in _json(path / stage / FRONTIER) or [] if key in each]
+
+
+def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart]:
+    """What each point of a sweep gained, over the KL that it spent."""
+    for spec in STAGES.values():
+        runs = sorted(_runs(points, spec), key=lambda run: run.metrics.get("kl", 0))
+        for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in runs for key in run.metrics)):
+            there = [run for run in runs if {"kl", key} <= run.metrics.keys()]
+            if len(there) > 1:
+                places = [(run.metrics["kl"], run.metrics[key]) for run in there]
+                possible = Series("best possible", _best_possible(path, spec.name, key), HELD_OUT, line="--")
+                chart = chart_of(key, [possible, Series("measured", places, marker="o")], x=label("kl"), see=GAINED)
+                yield chart._replace(names=[run.name.removeprefix("stage.") for run in there])
+
+
+def _evaluated_frontiers(path: Path) -> Iterator[Chart]:
+    """The scores of the policies of an evaluation, over their KL from the first; of best-of-N, its bound."""
+    policies = [each for each in _json(path / comparison.FILE) or [] if {"kl", "kl_bound"} & each["metrics"].keys()]
+    for score in policies[0]["scores"] if len(policies) > 1 else ():
+        names, places, ends = [], [], []
+        for each in policies:
+            mean, low, high = comparison.mean_interval([value for value in each["scores"][score] if value is not None])
+            places.append((each["metrics"].get("kl", each["metrics"].get("kl_bound")), mean))
+            ends.append((low, high))
+            names.append(Path(each["policy"]).name if "kl" in each["metrics"] else each["policy"].partition(" of /")[0])
+        possible = Series("best possible", _best_possible(path, EVALUATED_AS.name, score), HELD_OUT, line="--")
+        series = [possible, Series("measured", places, marker="o", line="", ends=ends)]
+        yield Chart(comparison.label(score), series, label("kl"), score, names, GAINED)
 
 
 def _evaluation(path: Path) -> JsonObject | None:
@@ -166,36 +306,77 @@ def _evaluation(path: Path) -> JsonObject | None:
     }
 
 
-def _columns() -> list[list[str]]:
-    """The stages from left to right, each after what it follows; those that nothing follows stand last, together."""
-    inner = [[spec.name] for spec in STAGES.values() if followers(spec.name)]
-    return [*inner, [spec.name for spec in STAGES.values() if not followers(spec.name)]]
+def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
+    """The same policies of the first run and the others, by prompt, where both were evaluated on the same ones."""
+    (first, start), *others = paths
+    for name, path in others:
+        for mine in _json(path / comparison.FILE) or []:
+            for its in _json(start / comparison.FILE) or []:
+                policy = Path(mine["policy"]).name
+                if policy != Path(its["policy"]).name or mine["prompts"] != its["prompts"]:
+                    continue
+                shared = [score for score in mine["scores"] if score in its["scores"]]
+                by = {
+                    score: comparison.paired(mine["scores"][score], its["scores"][score])
+                    for score in shared
+                    if score != comparison.REWARD or _rewards(path) == _rewards(start)
+                }
+                yield from comparison.in_words(
+                    [{"policy": f"{first}/{policy}"}, {"policy": f"{name}/{policy}", "against_first": by}]
+                )
+
+
+def _rewards(path: Path) -> list[object]:
+    """The weights of the reward models of a run: rewards of different ones are on different scales."""
+    manifests = [_json(path / spec.name / MANIFEST) for spec in STAGES.values() if spec.is_classifier]
+    return [each["weights"] if each else path for each in manifests]
+
+
+def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[str]:
+    trained = [stage["trained"] for stage in stages if not stage["point"]]
+    if not trained:
+        return summary.of_points([stage["trained"] for stage in stages])
+    evaluation = _json(path / comparison.FILE) or []
+    return summary.sentences(trained, list(comparison.differences(evaluation)))
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
-    """Write the page about the folders and return its path: report.html in the one folder, if `out` is not given."""
-    runs = []
-    for path in paths:
+    """Write the page about the folders, print its first sentences, and return its path.
+
+    That is report.html in the one folder, if `out` is not given.
+    """
+    runs, compared = [], []
+    distinct = len({path.name for path in paths}) == len(paths)
+    named = [(path.name if distinct else str(path), path) for path in paths]
+    for number, (name, path) in enumerate(named):
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
-        stages = [_stage(folder, folder not in points or len(points) <= CURVES) for folder in folders]
+        within = f"{name}/" if len(paths) > 1 else ""
+        compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
+        stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
+        charts = [*_evaluated_frontiers(path), *_frontiers(path, [(point.name, point) for point in points])]
         runs.append(
             {
                 "path": str(path),
                 "stages": stages,
-                "frontiers": list(_frontiers(path, stages)),
+                "sentences": _sentences(path, stages),
+                "lineage": _lineage(stages),
+                "frontiers": _figures(charts),
                 "evaluation": _evaluation(path),
             }
         )
+        say("\n  ".join([f"{path}:", *runs[-1]["sentences"]]))
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "templates"),
         autoescape=select_autoescape(default=True),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(runs=runs, columns=_columns())
-    names = "-".join(path.resolve().name for path in paths)
-    file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{names}.html"))
+    page = environment.get_template("report.html.jinja").render(
+        runs=runs, compared=list(_compared(compared)), between=list(_between(named))
+    )
+    together = "-".join(path.resolve().name for path in paths)
+    file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{together}.html"))
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise ConfigError(f"out={file} is there already and is not a report; choose another file")
     write_atomically(file, page)

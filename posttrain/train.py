@@ -25,7 +25,7 @@ from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
 from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.data.template import keep_in_template
-from posttrain.devices import on_main_process, world_size
+from posttrain.devices import device_name, on_main_process, peak_memory, world_size
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import charts_with_gold_apart
 from posttrain.metrics.charts import curves, draw
@@ -314,7 +314,15 @@ def _run(
         start()
 
     # 3. train
+    peak_memory(start=True)
     tokens_per_second = _train(trainer, checkpoint)
+    cost = {
+        "device": device_name(),
+        "seconds": trainer.seconds,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "epochs": trainer.state.epoch,
+        "peak_memory": peak_memory(),
+    }
     assert trainer.before is not None
     before = EvalResult(trainer.before["metrics"], [Completion(*each) for each in trainer.before["completions"]])
 
@@ -345,7 +353,7 @@ def _run(
             if charts:
                 write_atomically(folder.curves, draw(charts))
         log_tables(trainer, tables(shown, before, after))
-        folder.finish(_manifest(resolved, sources, data, identity, metrics))
+        folder.finish(_manifest(resolved, sources, data, identity, metrics) | {"cost": cost})
     trainer.accelerator.wait_for_everyone()
     show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, spec.objective)

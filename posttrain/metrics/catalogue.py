@@ -18,28 +18,38 @@ class Metric(NamedTuple):
     unit: str = ""
     is_share: bool = False  # written as a percentage
     short: str = ""  # in a line of progress, where it is not the name
+    see: str = ""  # what to look for in its chart
 
 
 METRICS = {
-    "loss": Metric("loss"),
+    "loss": Metric("loss", see="Both should fall. Held-out loss that turns up while training loss falls is overfitting."),
     "train_loss": Metric("train loss"),
     "learning_rate": Metric("learning rate", short="lr"),
     "accuracy": Metric("accuracy", is_share=True),
-    "rewards/accuracies": Metric("accuracy"),
+    "rewards/accuracies": Metric("accuracy", is_share=True, see="Share of pairs ranked as labelled; 50 % is chance."),
     "mean_margin": Metric("mean margin"),
     "calibration_error": Metric("calibration error"),
     "length_correlation": Metric("length correlation"),
-    "reward": Metric("reward"),
+    "reward": Metric("reward", see="What is optimised: its rise is a gain only as far as scores not trained on rise, too."),
     "penalised_reward": Metric("reward − kl_coef × KL"),
     "reward_margin": Metric("reward margin"),
-    "kl": Metric("KL from the reference", "nats per completion", short="KL"),
+    "kl": Metric(
+        "KL from the reference",
+        "nats per completion",
+        short="KL",
+        see="The distance that the reward has cost. A sudden jump is an unstable update.",
+    ),
     "kl_bound": Metric("KL from the reference at most, ln N − (N−1)/N", "nats per completion"),
-    "entropy": Metric("entropy", "nats per token"),
-    "explained_variance": Metric("explained variance of the critic"),
-    "vllm_difference": Metric("log-probabilities of vLLM and trainer apart", "nats per token"),
+    "entropy": Metric("entropy", "nats per token", see="Near 0 completions hardly vary, and exploration has ended."),
+    "explained_variance": Metric(
+        "explained variance of the critic", see="1: returns are predicted exactly; 0: no better than their mean."
+    ),
+    "vllm_difference": Metric(
+        "log-probabilities of vLLM and trainer apart", "nats per token", see="Should stay near 0 throughout."
+    ),
     "chosen_logp_change": Metric("chosen: log-probability since the start", "nats"),
     "rejected_logp_change": Metric("rejected: log-probability since the start", "nats"),
-    "response_length": Metric("completion length", "tokens"),
+    "response_length": Metric("completion length", "tokens", see="A steady drift: the reward may be paying for length."),
     "ended_by_eos": Metric("completions ended by EOS", is_share=True),
     "distinct_1": Metric("distinct words", is_share=True),
     "distinct_2": Metric("distinct pairs of words", is_share=True),
@@ -65,9 +75,18 @@ def label(key: str, sets: Iterable[str] = ()) -> str:
     for name in sets:
         if key.startswith(f"eval_{name}_"):
             return f"{name}: {label('eval_' + key.removeprefix(f'eval_{name}_'))}"
-    metric = METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
+    metric = metric_of(key)
     unit = f" ({metric.unit})" if metric.unit else ""
     return f"{'held-out ' if key.startswith('eval_') else ''}{metric.name}{unit}"
+
+
+def metric_of(key: str, sets: Iterable[str] = ()) -> Metric:
+    """How the metric of a key is shown, held out on one of `sets` or not."""
+    for name in sets:
+        key = key.replace(f"eval_{name}_", "eval_", 1)
+    if GOLD in key:
+        return Metric(key.rpartition(GOLD)[2], see="Not trained on: if it falls while the reward rises, PPO goes too far.")
+    return METRICS[key.removeprefix("eval_")]
 
 
 def short_label(key: str) -> str:
@@ -76,13 +95,19 @@ def short_label(key: str) -> str:
     return f"{'held-out ' if key.startswith('eval_') else ''}{metric.short or metric.name}"
 
 
-def formatted(key: str, value: float | None) -> str:
-    """A value for a table: shares as percentages, what is missing as nothing."""
+def formatted(key: str, value: float | None, spread: float = 0.0) -> str:
+    """A value for a table, with the digits that it deserves: two of its uncertainty `spread`, or four of its own.
+
+    Shares are percentages, and what is missing is nothing.
+    """
     if value is None or math.isnan(value):
         return ""
     of_named = key.endswith(("_accuracy", "_rewards/accuracies"))
-    is_share = of_named or (key in METRICS and METRICS[key].is_share)
-    return f"{value:.1%}" if is_share else f"{value:.4f}"
+    if of_named or (key in METRICS and METRICS[key].is_share):
+        return f"{value:.1%}"
+    size, digits = (spread, 2) if spread > 0 else (abs(value), 4)
+    places = digits - 1 - math.floor(math.log10(size)) if 0 < size < math.inf else 0
+    return f"{value:.{min(max(places, 0), 4)}f}"
 
 
 def with_gold_apart(shown: Iterable[str], metrics: Collection[str]) -> list[str]:

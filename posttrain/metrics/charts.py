@@ -1,13 +1,22 @@
 """Every picture: line charts as SVG whose colours serve on light and dark pages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import html
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posttrain.metrics.catalogue import label, of_sets
+from posttrain.metrics.catalogue import label, metric_of, of_sets
+from posttrain.metrics.report_card import wilson
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _GREY = "#808080"
 _STYLE: dict[Any, Any] = {
@@ -20,7 +29,9 @@ _STYLE: dict[Any, Any] = {
 }
 TAIL = 2**20  # bytes, more than a line has
 POINTS = 400  # of a line, more than its chart has room for
-_TRAINING, _HELD_OUT = ("#4c8dd6", ""), ("#e08a2e", "o")  # colour and marker
+TRAINING, HELD_OUT = 0, 1  # colours
+_COLOURS = ("#4c8dd6", "#e08a2e", "#3a9d6b", "#c2569f", "#8b76d6", "#b8931f", "#d2564f", "#2f9db0")
+_COLUMNS = 4  # charts in a row
 
 FloatArray = np.typing.NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
@@ -31,16 +42,33 @@ class Series(NamedTuple):
 
     name: str
     points: Points
-    is_held_out: bool = False
+    colour: int = TRAINING
+    marker: str = ""
+    line: str = "-"  # "" for points alone, "--" for what is known and not measured
+    ends: Points = ()  # of the interval of each point
+    is_histogram: bool = False  # points are the middles of the bins and their counts
 
 
 class Chart(NamedTuple):
-    """One chart: its title, its lines, what is on its x-axis, and names of the last line's points."""
+    """One chart: its title, its lines, its axes, names of the last line's points, and what to look for in it."""
 
     title: str
     series: Sequence[Series]
-    x: str = "step"
+    x: str = "optimizer step"
+    y: str = ""
     names: Sequence[str] = ()
+    see: str = ""
+    is_share: bool = False  # the y-axis has percentages
+    is_log: bool = False  # the x-axis
+
+
+def chart_of(
+    key: str, series: Sequence[Series], sets: Iterable[str] = (), x: str = Chart._field_defaults["x"], see: str = ""
+) -> Chart:
+    """The chart of a metric, with the name, unit and caption that the catalogue has for it."""
+    metric = metric_of(key, sets)
+    title = label(key, sets).removesuffix(f" ({metric.unit})")
+    return Chart(title, series, x, metric.unit or metric.name, see=see or metric.see, is_share=metric.is_share)
 
 
 def draw(charts: Sequence[Chart]) -> str:
@@ -48,27 +76,56 @@ def draw(charts: Sequence[Chart]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
+    columns = min(len(charts), _COLUMNS)
+    rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": charts[0].title}):
-        figure = Figure(figsize=(3.7 * len(charts), 2.3), layout="constrained")
-        for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-            for series in chart.series:
-                colour, marker = _HELD_OUT if series.is_held_out else _TRAINING
-                if series.points:
-                    x, y = zip(*series.points, strict=True)
-                    axes.plot(x, y, color=colour, marker=marker, markersize=4, label=series.name)
-            if chart.names:
-                axes.margins(0.2)
-                for point, name in zip(chart.series[-1].points, chart.names, strict=True):
-                    axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-            axes.set_title(chart.title, fontsize=10)
-            axes.set_xlabel(chart.x)
-            if sum(bool(series.points) for series in chart.series) > 1:
-                axes.legend(frameon=False, fontsize=8)
+        figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, chart in zip(places, charts, strict=False):
+            _draw_chart(axes, chart)
+        for axes in places[len(charts) :]:
+            axes.axis("off")
         written = StringIO()
         unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
     drawn = written.getvalue()
-    return drawn[drawn.index("<svg") :]
+    return _for_a_page(drawn[drawn.index("<svg") :], "; ".join(chart.title for chart in charts))
+
+
+def _draw_chart(axes: "Axes", chart: Chart) -> None:
+    for series in filter(lambda each: each.points, chart.series):
+        x, y = zip(*series.points, strict=True)
+        drawn = {"color": _COLOURS[series.colour % len(_COLOURS)], "label": series.name or None}
+        if series.is_histogram:
+            axes.step(x, y, where="mid", **drawn)
+            axes.fill_between(x, y, step="mid", alpha=0.15, color=drawn["color"])
+            continue
+        axes.plot(x, y, series.line, marker=series.marker, markersize=4, **drawn)
+        if series.ends:
+            low, high = zip(*series.ends, strict=True)
+            axes.vlines(x, low, high, color=drawn["color"], alpha=0.5)
+    if chart.names:
+        axes.margins(0.2)
+        for point, name in zip(chart.series[-1].points, chart.names, strict=True):
+            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if chart.is_log:
+        axes.set_xscale("log")
+    if chart.is_share:
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_title(chart.title, fontsize=10)
+    axes.set_xlabel(chart.x)
+    axes.set_ylabel(chart.y)
+    if sum(bool(series.points and series.name) for series in chart.series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _for_a_page(drawn: str, title: str) -> str:
+    """The SVG with a title for screen readers, and ids that no other picture of a page has."""
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', drawn))
+    salt = hashlib.sha256(drawn.encode()).hexdigest()[:8]
+    drawn = re.sub(r' id="([^"]+)"', lambda found: f' id="{salt}-{found[1]}"' if found[1] in used else "", drawn)
+    drawn = re.sub(r'(url\(#|href="#)', rf"\g<1>{salt}-", drawn)
+    return re.sub(r"<svg([^>]*)>", rf'<svg role="img"\1><title>{html.escape(title)}</title>', drawn, count=1)
 
 
 def thinned(steps: FloatArray, values: FloatArray) -> Points:
@@ -114,14 +171,38 @@ def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()
     groups = [*groups, *([key] for name in sets for keys in held_out for key in of_sets(keys, [name]))]
     lines = read_points(file, dict.fromkeys(key for keys in groups for key in keys))
     for keys in groups:
-        series = [
-            Series(
-                "held out" if key.startswith("eval_") else "training",
-                lines.get(key, []),
-                key.startswith("eval_"),
-            )
-            for key in keys
-        ]
+        series = []
+        for key in keys:
+            points, held_out = lines.get(key, []), key.startswith("eval_")
+            if key.endswith("rewards/accuracies"):
+                points = [point for point in points if point[0] > 0]  # all pairs are ties at the start: no accuracy
+            named = ("held out", points, HELD_OUT, "o") if held_out else ("training", points)
+            series.append(Series(*named))
         if any(len(each.points) > 1 for each in series):
-            title = label(keys[0], sets) if len(keys) == 1 and sets else label(keys[0].removeprefix("eval_"))
-            yield Chart(title, series)
+            yield chart_of(keys[0] if len(keys) == 1 and sets else keys[0].removeprefix("eval_"), series, sets)
+
+
+Bins = Sequence[Mapping[str, float]]
+
+
+def card_charts(reliability: Bins, scores: Mapping[str, Sequence[float]] | None, by_length: Bins) -> Iterator[Chart]:
+    """Pictures of a reward model's report card, those of an older posttrain's being fewer."""
+    right = "pairs ranked as labelled"
+    measured = [(part["confidence"], part["accuracy"]) for part in reliability]
+    ends = [wilson(part["accuracy"] * part["pairs"], int(part["pairs"])) for part in reliability]
+    diagonal = Series("calibrated", [(0.5, 0.5), (1, 1)], HELD_OUT, line="--")
+    series = [diagonal, Series("measured", measured, marker="o", line="", ends=ends)]
+    see = "Below the diagonal the model is surer than it is right. Bars are 95 % intervals."
+    yield Chart("reliability", series, "probability that a margin stands for", right, see=see, is_share=True)
+    if scores is not None:
+        middles = [(low + high) / 2 for low, high in pairwise(scores["edges"])]
+        series = [
+            Series(name, list(zip(middles, scores[name], strict=True)), colour, is_histogram=True)
+            for name, colour in (("chosen", TRAINING), ("rejected", HELD_OUT))
+        ]
+        yield Chart("scores", series, "score", "completions", see="The less they overlap, the better they are told apart.")
+    if by_length:
+        places = [(part["difference"], part["accuracy"]) for part in by_length]
+        series = [Series("", places, marker="o", ends=[(part["low"], part["high"]) for part in by_length])]
+        see = "Level is good. High on one side alone: the model goes by length, whatever the completion says."
+        yield Chart("accuracy by length", series, "tokens by which chosen is longer", right, see=see, is_share=True)

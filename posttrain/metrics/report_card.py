@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev, quantiles
 
+import numpy as np
+
 from posttrain.values import JsonObject
 
 # A model is fit when, of held-out pairs, the lower end of its accuracy's interval, its calibration error and the
@@ -17,6 +19,7 @@ THRESHOLDS = {"accuracy_low": 0.6, "calibration_error": 0.15, "length_correlatio
 CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
+SCORE_BINS, LENGTH_PARTS = 24, 6  # of the pictures
 
 
 @dataclass
@@ -122,6 +125,29 @@ def _distribution(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def _histograms(pairs: Sequence[ScoredPair]) -> dict[str, list[float]]:
+    """How many chosen and rejected completions have a score in each of SCORE_BINS bins of equal width."""
+    scores = {"chosen": [pair.chosen_score for pair in pairs], "rejected": [pair.rejected_score for pair in pairs]}
+    _, edges = np.histogram([*scores["chosen"], *scores["rejected"]], SCORE_BINS)
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in scores.items()}
+    return {"edges": edges.tolist(), **counts}
+
+
+def _by_length(pairs: Sequence[ScoredPair]) -> list[dict[str, float]]:
+    """The accuracy of pairs that are alike in how many tokens chosen is longer than rejected: parts of equal size."""
+    ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
+    found = []
+    for part in np.array_split(np.arange(len(pairs)), min(LENGTH_PARTS, len(pairs))):
+        mine = [ordered[place] for place in part]
+        right = sum(pair.margin > 0 for pair in mine)
+        low, high = wilson(right, len(mine))
+        apart = fmean(pair.chosen_length - pair.rejected_length for pair in mine)
+        found.append(
+            {"difference": apart, "pairs": len(mine), "accuracy": right / len(mine), "low": low, "high": high}
+        )
+    return found
+
+
 def _first_wins(pair: ScoredPair) -> bool:
     """What a rule scores that knows nothing: the completion whose text happens to come first by its hash."""
     first, second = (hashlib.sha256(text.encode()).digest() for text in (pair.chosen, pair.rejected))
@@ -171,6 +197,8 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         "reliability": bins,
         "chosen": _distribution([pair.chosen_score for pair in pairs]),
         "rejected": _distribution([pair.rejected_score for pair in pairs]),
+        "scores": _histograms(pairs),
+        "by_length": _by_length(pairs),
         "most_confidently_wrong": [
             asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:5] if pair.margin < 0
         ],

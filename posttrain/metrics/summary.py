@@ -1,0 +1,102 @@
+"""What was trained, what got better and what got worse, in three sentences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from posttrain.config.stages import STAGES
+from posttrain.metrics.catalogue import label
+from posttrain.metrics.comparison import NO_DIFFERENCE, REWARD, Difference, before_and_after, change, with_interval
+
+LOWER_IS_BETTER = ("eval_loss",)
+CHANCE = 0.5  # the accuracy of a guess
+
+
+class Trained(NamedTuple):
+    """A finished stage, as its manifest has it."""
+
+    name: str  # of its folder
+    stage: str
+    model: str  # it started from
+    rows: int
+    epochs: float | None  # how often it went through them; unknown of a run of an older posttrain
+    sources: Sequence[str]
+    rewarded_by: str | None
+    metrics: Mapping[str, float]
+
+
+class Claim(NamedTuple):
+    """One number that rose (1) or fell (-1) in what it stands for, or did not change beyond chance (0)."""
+
+    text: str
+    way: int
+
+
+def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> list[str]:
+    """The three sentences about the stages of a run, and what an evaluation of its policies has found."""
+    evaluated = {Path(each.policy).name for each in differences}
+    claims = [claim for each in trained if each.name not in evaluated for claim in _claims(each)]
+    claims += map(_of_difference, sorted(differences, key=lambda each: each.score == REWARD))
+    better, worse, same = ([claim.text for claim in claims if claim.way == way] for way in (1, -1, 0))
+    unsure = f" No difference seen: {'; '.join(same)}." if same else ""
+    return [
+        f"Trained: {trained[0].model} by {'; '.join(map(_how, trained))}.",
+        f"Better: {'; '.join(better) or 'nothing beyond chance'}.",
+        f"Worse: {'; '.join(worse) or 'nothing beyond chance'}.{unsure}",
+    ]
+
+
+def of_points(points: Sequence[Trained]) -> list[str]:
+    """The same of a sweep: what each point was, the best one and the worst one by the stage's objective."""
+    key = STAGES[points[0].stage].objective
+    found = sorted((each for each in points if key in each.metrics), key=lambda each: each.metrics[key])
+    if key not in LOWER_IS_BETTER:
+        found.reverse()
+    ends = [f"{each.name}, {label(key)} {with_interval(key, each.metrics)}" for each in found] or ["unknown"]
+    how = _how(points[0]).removeprefix(f"{points[0].name} ")
+    return [
+        f"Trained: {points[0].model} by {len(points)} times {points[0].stage} {how}.",
+        f"Best: {ends[0]}.",
+        f"Worst: {ends[-1]}.",
+    ]
+
+
+def _how(stage: Trained) -> str:
+    spec = STAGES[stage.stage]
+    rows, passes = f"{stage.rows:,} {spec.unit}", f", {stage.epochs:.3g} epochs" if stage.epochs else ""
+    if spec.is_online:
+        rows = f"{round(stage.rows * stage.epochs):,} {spec.unit}" if stage.epochs else f"{stage.rows:,} prompts"
+        passes = ""
+    files = ", ".join(Path(source).name for source in stage.sources)
+    rewarded = f", rewarded by {stage.rewarded_by}" if stage.rewarded_by else ""
+    return f"{stage.name} on {rows} of {files}{passes}{rewarded}"
+
+
+def _claims(stage: Trained) -> Iterator[Claim]:
+    """What a stage has changed by its own held-out numbers: those that a test speaks for, or else its headline."""
+    metrics, spec = stage.metrics, STAGES[stage.stage]
+    tested = [key.removesuffix("_better") for key in metrics if key.endswith("_better")]
+    for key in sorted(tested, key=lambda key: key == REWARD):
+        before, after, words = before_and_after(key, metrics)
+        way = {"rose": 1, "fell": -1, NO_DIFFERENCE: 0}[change(key, metrics)]
+        optimised = f" (which {spec.title} optimises)" if key == REWARD else ""
+        yield Claim(f"{stage.name}: {label(key)}{optimised} {before} → {after}, {words}", way)
+    key = spec.headline
+    if tested or key not in metrics:
+        return
+    rows = f" of {metrics['eval_rows']:,.0f} held-out {spec.unit}" if metrics.get("eval_rows") else ""
+    before = with_interval(key, metrics, "_before")
+    text = f"{stage.name}: {label(key)} {f'{before} → ' if before else ''}{with_interval(key, metrics)}{rows}"
+    if f"{key}_low" in metrics:
+        low, high = metrics.get(f"{key}_low_before", CHANCE), metrics.get(f"{key}_high_before", CHANCE)
+        way = 1 if metrics[f"{key}_low"] > high else -1 if metrics[f"{key}_high"] < low else 0
+        yield Claim(f"{text}, 95 % interval; chance is {CHANCE:.0%}", way)
+    elif before and (gain := metrics[key] - metrics[f"{key}_before"]):
+        yield Claim(text, 1 if (gain < 0) == (key in LOWER_IS_BETTER) else -1)
+
+
+def _of_difference(found: Difference) -> Claim:
+    by, policy = found.by, Path(found.policy).name
+    wins = f"wins {by['win_rate']:.0%} of prompts (95 % interval {by['win_rate_low']:.0%} to {by['win_rate_high']:.0%})"
+    score = "the reward that PPO optimises" if found.score == REWARD else found.score
+    return Claim(f"{policy} against {Path(found.first).name} by {score}: {wins}, {found}", found.way)
