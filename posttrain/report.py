@@ -19,7 +19,7 @@ import json
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from posttrain.metrics.catalogue import OF_NAMED, charts_with_gold_apart, label,
 from posttrain.metrics.charts import HELD_OUT, TAIL, Chart, Points, Series, card_charts, chart_of, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import IDENTITY, MANIFEST, changes, read_json
+from posttrain.runs.folder import IDENTITY, MANIFEST, Cost, changes, read_json
 from posttrain.values import Fields, JsonObject
 
 FILE = "report.html"
@@ -162,7 +162,8 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
         if card
         else [],
         "has_curves": has_curves,
-        "cost": list(_cost(manifest.get("cost", {}), metrics, manifest.get("processes", 1))),
+        "adapters": manifest.get("adapter_weights", {}).values(),
+        "cost": list(_cost(manifest.get("cost"), metrics, manifest.get("processes", 1))),
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
         "rollouts": _rollouts(folder / "rollouts.jsonl"),
@@ -177,8 +178,8 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
     }
 
 
-def _cost(cost: dict[str, Any], metrics: dict[str, float], processes: int) -> Iterator[tuple[str, str]]:
-    if cost:
+def _cost(cost: Cost | None, metrics: Mapping[str, float], processes: int) -> Iterator[tuple[str, str]]:
+    if cost is not None:  # a run of an older posttrain has none
         yield "hardware", f"{cost['device']}, {processes} {'process' if processes == 1 else 'processes'}"
         yield "training took", str(datetime.timedelta(seconds=round(cost["seconds"])))
         trained = f", {metrics['trained_tokens']:,.0f} of them trained on" if "trained_tokens" in metrics else ""
@@ -190,30 +191,33 @@ def _cost(cost: dict[str, Any], metrics: dict[str, float], processes: int) -> It
 
 
 def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
-    """Every stage below the model that it started from, which is known by its weights; the points of a sweep are one."""
+    """Every stage below the model that it started from, known by its weights; the points of a sweep are one."""
     roots: dict[str, Node] = {}
     nodes: dict[str, Node] = {}
+    made = {each["anchor"]: {*each["manifest"]["weights"].values(), *each["adapters"]} for each in stages}
+    titles = {each["anchor"]: each["title"] for each in stages}
 
-    def maker(part: dict[str, Any]) -> JsonObject | None:
-        made = [(each, {*each["manifest"]["weights"].values(), *_adapter(each)}) for each in stages]
-        return next((each for each, weights in made if part["weights"] and weights >= {*part["weights"].values()}), None)
+    def maker(weights: Mapping[str, str]) -> str:
+        return next((stage for stage, files in made.items() if weights and files >= {*weights.values()}), "")
 
     for stage in stages:
-        trained, given, count = stage["trained"], stage["manifest"]["inputs"], 1
+        given, count = stage["manifest"]["inputs"], 1
         if stage["point"]:
             count = sum(each["point"] and each["name"] == stage["name"] for each in stages)
         key = stage["anchor"] if count == 1 else stage["name"]
         if key in nodes:
             continue
-        lines = [f"{name}: {f'{before} → ' if before else ''}{after}" for name, before, after, _ in stage["numbers"][:2]]
-        if "reward_model" in given:
-            by = maker(given["reward_model"])
-            lines.insert(0, f"rewarded by {by['title'] if by else given['reward_model']['path']}")
         title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
-        nodes[key] = Node(title, stage["anchor"], lines if count == 1 else lines[: "reward_model" in given], [])
-        above = maker(given["model"]) if "model" in given else None
-        start = nodes.get(above["anchor"]) if above else None
-        (start or roots.setdefault(trained.model, Node(trained.model, "", [], []))).children.append(nodes[key])
+        lines = []
+        if "reward_model" in given:
+            by = maker(given["reward_model"]["weights"])
+            lines.append(f"rewarded by {titles[by] if by else given['reward_model']['path']}")
+        for name, before, after, _ in stage["numbers"][: 2 if count == 1 else 0]:
+            lines.append(f"{name}: {f'{before} → ' if before else ''}{after}")
+        nodes[key] = Node(title, stage["anchor"], lines, [])
+        above = nodes.get(maker(given["model"]["weights"])) if "model" in given else None
+        start = stage["trained"].model
+        (above or roots.setdefault(start, Node(start, "", [], []))).children.append(nodes[key])
     return list(roots.values())
 
 
@@ -245,7 +249,9 @@ def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[Compared]:
             continue
         measured = dict.fromkeys(key for run in runs for key in run.metrics)
         found = several.groups(runs)
-        charts = list(several.over_keys(found, [key for key in with_gold_apart(spec.swept, measured) if key in measured]))
+        charts = list(
+            several.over_keys(found, [key for key in with_gold_apart(spec.swept, measured) if key in measured])
+        )
         if len(runs) <= CURVES:
             keys = dict.fromkeys(key for keys in charts_with_gold_apart(spec.charts, measured) for key in keys)
             charts += several.over_one_another(found, list(keys))
@@ -345,7 +351,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
 
     That is report.html in the one folder, if `out` is not given.
     """
-    runs, compared = [], []
+    runs, compared = [], list[tuple[str, Path]]()
     distinct = len({path.name for path in paths}) == len(paths)
     named = [(path.name if distinct else str(path), path) for path in paths]
     for number, (name, path) in enumerate(named):
@@ -355,17 +361,18 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         charts = [*_evaluated_frontiers(path), *_frontiers(path, [(point.name, point) for point in points])]
+        sentences = _sentences(path, stages)
         runs.append(
             {
                 "path": str(path),
                 "stages": stages,
-                "sentences": _sentences(path, stages),
+                "sentences": sentences,
                 "lineage": _lineage(stages),
                 "frontiers": _figures(charts),
                 "evaluation": _evaluation(path),
             }
         )
-        say("\n  ".join([f"{path}:", *runs[-1]["sentences"]]))
+        say("\n  ".join([f"{path}:", *sentences]))
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "templates"),
         autoescape=select_autoescape(default=True),

@@ -52,7 +52,17 @@ from posttrain.rlhf.rewards import load_function
 from posttrain.runs.arguments import with_the_same_updates
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
-from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
+from posttrain.runs.folder import (
+    Cost,
+    RunFolder,
+    State,
+    first_begun,
+    locked,
+    read_lines,
+    remove_if_empty,
+    run_path,
+    versions,
+)
 from posttrain.runs.progress import show_progress
 from posttrain.stages.base import (
     PANEL_SIZE,
@@ -316,11 +326,11 @@ def _run(
     # 3. train
     peak_memory(start=True)
     tokens_per_second = _train(trainer, checkpoint)
-    cost = {
+    cost: Cost = {
         "device": device_name(),
         "seconds": trainer.seconds,
         "tokens": trainer.state.num_input_tokens_seen,
-        "epochs": trainer.state.epoch,
+        "epochs": trainer.state.epoch or 0.0,
         "peak_memory": peak_memory(),
     }
     assert trainer.before is not None

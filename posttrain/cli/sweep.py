@@ -101,7 +101,9 @@ def show_sweep(command: Command) -> None:
     for group in groups:
         if (seeds := len(group.runs)) > 1:
             settings = {**group.settings, several.SEED: f"{seeds} seeds"}
-            rows.append((*(str(settings.get(key, "")) for key in keys), *map(group.cell, names), "mean ± standard deviation"))
+            rows.append(
+                (*(str(settings.get(key, "")) for key in keys), *map(group.cell, names), "mean ± standard deviation")
+            )
     show_table(f"sweep: {folder}/<point>", (*keys, *map(label, names), "state"), rows)
     if len(runs) > 1 and names:
         charts = list(several.over_keys(groups, names))

@@ -22,7 +22,9 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "loss": Metric("loss", see="Both should fall. Held-out loss that turns up while training loss falls is overfitting."),
+    "loss": Metric(
+        "loss", see="Both should fall. Held-out loss that turns up while training loss falls is overfitting."
+    ),
     "train_loss": Metric("train loss"),
     "learning_rate": Metric("learning rate", short="lr"),
     "accuracy": Metric("accuracy", is_share=True),
@@ -30,7 +32,9 @@ METRICS = {
     "mean_margin": Metric("mean margin"),
     "calibration_error": Metric("calibration error"),
     "length_correlation": Metric("length correlation"),
-    "reward": Metric("reward", see="What is optimised: its rise is a gain only as far as scores not trained on rise, too."),
+    "reward": Metric(
+        "reward", see="What is optimised: its rise is a gain only as far as scores not trained on rise, too."
+    ),
     "penalised_reward": Metric("reward − kl_coef × KL"),
     "reward_margin": Metric("reward margin"),
     "kl": Metric(
@@ -49,7 +53,9 @@ METRICS = {
     ),
     "chosen_logp_change": Metric("chosen: log-probability since the start", "nats"),
     "rejected_logp_change": Metric("rejected: log-probability since the start", "nats"),
-    "response_length": Metric("completion length", "tokens", see="A steady drift: the reward may be paying for length."),
+    "response_length": Metric(
+        "completion length", "tokens", see="A steady drift: the reward may be paying for length."
+    ),
     "ended_by_eos": Metric("completions ended by EOS", is_share=True),
     "distinct_1": Metric("distinct words", is_share=True),
     "distinct_2": Metric("distinct pairs of words", is_share=True),
@@ -85,7 +91,9 @@ def metric_of(key: str, sets: Iterable[str] = ()) -> Metric:
     for name in sets:
         key = key.replace(f"eval_{name}_", "eval_", 1)
     if GOLD in key:
-        return Metric(key.rpartition(GOLD)[2], see="Not trained on: if it falls while the reward rises, PPO goes too far.")
+        return Metric(
+            key.rpartition(GOLD)[2], see="Not trained on: if it falls while the reward rises, PPO goes too far."
+        )
     return METRICS[key.removeprefix("eval_")]
 
 

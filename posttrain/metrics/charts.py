@@ -95,15 +95,15 @@ def draw(charts: Sequence[Chart]) -> str:
 def _draw_chart(axes: "Axes", chart: Chart) -> None:
     for series in filter(lambda each: each.points, chart.series):
         x, y = zip(*series.points, strict=True)
-        drawn = {"color": _COLOURS[series.colour % len(_COLOURS)], "label": series.name or None}
+        colour, name = _COLOURS[series.colour % len(_COLOURS)], series.name or None
         if series.is_histogram:
-            axes.step(x, y, where="mid", **drawn)
-            axes.fill_between(x, y, step="mid", alpha=0.15, color=drawn["color"])
+            axes.step(x, y, where="mid", color=colour, label=name)
+            axes.fill_between(x, y, step="mid", alpha=0.15, color=colour)
             continue
-        axes.plot(x, y, series.line, marker=series.marker, markersize=4, **drawn)
+        axes.plot(x, y, series.line, marker=series.marker, markersize=4, color=colour, label=name)
         if series.ends:
             low, high = zip(*series.ends, strict=True)
-            axes.vlines(x, low, high, color=drawn["color"], alpha=0.5)
+            axes.vlines(x, low, high, color=colour, alpha=0.5)
     if chart.names:
         axes.margins(0.2)
         for point, name in zip(chart.series[-1].points, chart.names, strict=True):
@@ -173,11 +173,11 @@ def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()
     for keys in groups:
         series = []
         for key in keys:
-            points, held_out = lines.get(key, []), key.startswith("eval_")
+            points = lines.get(key, [])
             if key.endswith("rewards/accuracies"):
                 points = [point for point in points if point[0] > 0]  # all pairs are ties at the start: no accuracy
-            named = ("held out", points, HELD_OUT, "o") if held_out else ("training", points)
-            series.append(Series(*named))
+            is_held_out = key.startswith("eval_")
+            series.append(Series("held out", points, HELD_OUT, "o") if is_held_out else Series("training", points))
         if any(len(each.points) > 1 for each in series):
             yield chart_of(keys[0] if len(keys) == 1 and sets else keys[0].removeprefix("eval_"), series, sets)
 
@@ -200,7 +200,9 @@ def card_charts(reliability: Bins, scores: Mapping[str, Sequence[float]] | None,
             Series(name, list(zip(middles, scores[name], strict=True)), colour, is_histogram=True)
             for name, colour in (("chosen", TRAINING), ("rejected", HELD_OUT))
         ]
-        yield Chart("scores", series, "score", "completions", see="The less they overlap, the better they are told apart.")
+        yield Chart(
+            "scores", series, "score", "completions", see="The less they overlap, the better they are told apart."
+        )
     if by_length:
         places = [(part["difference"], part["accuracy"]) for part in by_length]
         series = [Series("", places, marker="o", ends=[(part["low"], part["high"]) for part in by_length])]

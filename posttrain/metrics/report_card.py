@@ -142,9 +142,7 @@ def _by_length(pairs: Sequence[ScoredPair]) -> list[dict[str, float]]:
         right = sum(pair.margin > 0 for pair in mine)
         low, high = wilson(right, len(mine))
         apart = fmean(pair.chosen_length - pair.rejected_length for pair in mine)
-        found.append(
-            {"difference": apart, "pairs": len(mine), "accuracy": right / len(mine), "low": low, "high": high}
-        )
+        found.append({"difference": apart, "pairs": len(mine), "accuracy": right / len(mine), "low": low, "high": high})
     return found
 
 

@@ -44,7 +44,11 @@ class Group(NamedTuple):
         mean, low, _ = self.number(metric)
         if len(self.runs) == 1:
             return with_interval(metric, self.runs[0].metrics)
-        return f"{formatted(metric, mean, mean - low)} ± {formatted(metric, mean - low, mean - low)}" if mean == mean else ""
+        return (
+            f"{formatted(metric, mean, mean - low)} ± {formatted(metric, mean - low, mean - low)}"
+            if mean == mean
+            else ""
+        )
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:

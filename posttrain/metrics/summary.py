@@ -39,10 +39,11 @@ def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> 
     claims += map(_of_difference, sorted(differences, key=lambda each: each.score == REWARD))
     better, worse, same = ([claim.text for claim in claims if claim.way == way] for way in (1, -1, 0))
     unsure = f" No difference seen: {'; '.join(same)}." if same else ""
+    tested = " (Intervals: 95 %; p: exact sign test.)" if any(" p = " in claim.text for claim in claims) else ""
     return [
         f"Trained: {trained[0].model} by {'; '.join(map(_how, trained))}.",
         f"Better: {'; '.join(better) or 'nothing beyond chance'}.",
-        f"Worse: {'; '.join(worse) or 'nothing beyond chance'}.{unsure}",
+        f"Worse: {'; '.join(worse) or 'nothing beyond chance'}.{unsure}{tested}",
     ]
 
 
@@ -68,7 +69,7 @@ def _how(stage: Trained) -> str:
         rows = f"{round(stage.rows * stage.epochs):,} {spec.unit}" if stage.epochs else f"{stage.rows:,} prompts"
         passes = ""
     files = ", ".join(Path(source).name for source in stage.sources)
-    rewarded = f", rewarded by {stage.rewarded_by}" if stage.rewarded_by else ""
+    rewarded = f" with the reward model of {stage.rewarded_by}" if stage.rewarded_by else ""
     return f"{stage.name} on {rows} of {files}{passes}{rewarded}"
 
 
@@ -84,19 +85,19 @@ def _claims(stage: Trained) -> Iterator[Claim]:
     key = spec.headline
     if tested or key not in metrics:
         return
-    rows = f" of {metrics['eval_rows']:,.0f} held-out {spec.unit}" if metrics.get("eval_rows") else ""
+    rows = f" on {metrics['eval_rows']:,.0f} {spec.unit}" if metrics.get("eval_rows") else ""
     before = with_interval(key, metrics, "_before")
     text = f"{stage.name}: {label(key)} {f'{before} → ' if before else ''}{with_interval(key, metrics)}{rows}"
     if f"{key}_low" in metrics:
         low, high = metrics.get(f"{key}_low_before", CHANCE), metrics.get(f"{key}_high_before", CHANCE)
         way = 1 if metrics[f"{key}_low"] > high else -1 if metrics[f"{key}_high"] < low else 0
-        yield Claim(f"{text}, 95 % interval; chance is {CHANCE:.0%}", way)
+        yield Claim(text if before else f"{text}, where chance is {CHANCE:.0%}", way)
     elif before and (gain := metrics[key] - metrics[f"{key}_before"]):
         yield Claim(text, 1 if (gain < 0) == (key in LOWER_IS_BETTER) else -1)
 
 
 def _of_difference(found: Difference) -> Claim:
-    by, policy = found.by, Path(found.policy).name
-    wins = f"wins {by['win_rate']:.0%} of prompts (95 % interval {by['win_rate_low']:.0%} to {by['win_rate_high']:.0%})"
+    by, policy, first = found.by, Path(found.policy).name, Path(found.first).name
+    wins = f"wins {by['win_rate']:.0%} ({by['win_rate_low']:.0%} to {by['win_rate_high']:.0%}) against {first}"
     score = "the reward that PPO optimises" if found.score == REWARD else found.score
-    return Claim(f"{policy} against {Path(found.first).name} by {score}: {wins}, {found}", found.way)
+    return Claim(f"{policy}: {score} {found}, {wins}", found.way)

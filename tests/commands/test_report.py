@@ -169,8 +169,8 @@ def test_several_runs_are_compared(trained: str, entry: Posttrain) -> None:
     for number, name in enumerate(("a", "b", "c", "d")):
         shutil.copytree("outputs/demo", f"outputs/{name}")
         for stage in ("sft", "ppo"):
-            changed(f"outputs/{name}/{stage}/run.json", lambda run: run["config"].update(seed=number))
-        changed(f"outputs/{name}/ppo/posttrain.json", lambda run: run["metrics"].update(reward=float(number)))
+            changed(f"outputs/{name}/{stage}/run.json", lambda run, n=number: run["config"].update(seed=n))
+        changed(f"outputs/{name}/ppo/posttrain.json", lambda run, n=number: run["metrics"].update(reward=float(n)))
     changed("outputs/d/ppo/run.json", lambda run: run["config"]["stage"].update(kl_coef=0.5))
     count = len(json.loads(Path("outputs/a/evaluation.json").read_text())[1]["answers"])
     changed("outputs/a/evaluation.json", lambda found: found[1]["scores"].update(correct=[0.0] * count))

@@ -1,4 +1,4 @@
-"""Several runs of one stage: seeds together, settings that differ, numbers over keys, curves, and how they are drawn."""
+"""Several runs of one stage: seeds together, numbers over keys, curves over one another; how charts are drawn."""
 
 import json
 import re
@@ -82,7 +82,8 @@ def test_a_picture_has_a_title_axes_a_role_and_ids_of_its_own(tmp_path: Path) ->
 
 def test_a_reward_model_is_drawn_from_its_card() -> None:
     pairs = [
-        ScoredPair("q", "a", "b", float(n % 5), float(n % 3) - 1, chosen_length=n, rejected_length=20) for n in range(40)
+        ScoredPair("q", "a", "b", float(n % 5), float(n % 3) - 1, chosen_length=n, rejected_length=20)
+        for n in range(40)
     ]
     card = report_card(pairs)
     assert sum(card["scores"]["chosen"]) == sum(card["scores"]["rejected"]) == 40
