@@ -46,6 +46,7 @@ SAMPLES = 4
 FIRST, LAST = 2, 4  # rollouts
 ANSWERS = 6  # of the evaluation, side by side
 GAINED = "Higher at the same KL is better; best-of-N costs at most ln N − (N−1)/N nats and no training."
+LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another
 
 
@@ -231,7 +232,7 @@ def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Ru
     runs = []
     for (name, folder, manifest), values in zip(found, flat, strict=True):
         settings = {
-            key.removeprefix("config."): re.sub(r"\b(\w{8})[0-9a-f]{56}\b", r"\1", str(values.get(key)))
+            key.removeprefix("config."): re.sub(r"\b(\w{8})[0-9a-f]{56}\b", r"\1", str(values.get(key)))[:LONGEST]
             for key in keys
             if key.startswith(("config.", "data.", "code."))
         }
@@ -338,7 +339,7 @@ def _rewards(path: Path) -> list[object]:
     return [each["weights"] if each else path for each in manifests]
 
 
-def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[str]:
+def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[summary.Sentence]:
     trained = [stage["trained"] for stage in stages if not stage["point"]]
     if not trained:
         return summary.of_points([stage["trained"] for stage in stages])
@@ -372,7 +373,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
                 "evaluation": _evaluation(path),
             }
         )
-        say("\n  ".join([f"{path}:", *sentences]))
+        say("\n  ".join([f"{path}:", *map(str, sentences)]))
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "templates"),
         autoescape=select_autoescape(default=True),

@@ -100,7 +100,7 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
             axes.step(x, y, where="mid", color=colour, label=name)
             axes.fill_between(x, y, step="mid", alpha=0.15, color=colour)
             continue
-        axes.plot(x, y, series.line, marker=series.marker, markersize=4, color=colour, label=name)
+        axes.plot(x, y, linestyle=series.line or "none", marker=series.marker, markersize=4, color=colour, label=name)
         if series.ends:
             low, high = zip(*series.ends, strict=True)
             axes.vlines(x, low, high, color=colour, alpha=0.5)

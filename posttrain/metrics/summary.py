@@ -9,6 +9,7 @@ from posttrain.metrics.catalogue import label
 from posttrain.metrics.comparison import NO_DIFFERENCE, REWARD, Difference, before_and_after, change, with_interval
 
 LOWER_IS_BETTER = ("eval_loss",)
+NOTHING = "nothing beyond chance"
 CHANCE = 0.5  # the accuracy of a guess
 
 
@@ -25,6 +26,16 @@ class Trained(NamedTuple):
     metrics: Mapping[str, float]
 
 
+class Sentence(NamedTuple):
+    """One of the three, in parts that a page can put one below the other."""
+
+    title: str
+    parts: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{self.title}: {'; '.join(self.parts)}."
+
+
 class Claim(NamedTuple):
     """One number that rose (1) or fell (-1) in what it stands for, or did not change beyond chance (0)."""
 
@@ -32,33 +43,31 @@ class Claim(NamedTuple):
     way: int
 
 
-def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> list[str]:
+def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> list[Sentence]:
     """The three sentences about the stages of a run, and what an evaluation of its policies has found."""
     evaluated = {Path(each.policy).name for each in differences}
     claims = [claim for each in trained if each.name not in evaluated for claim in _claims(each)]
     claims += map(_of_difference, sorted(differences, key=lambda each: each.score == REWARD))
     better, worse, same = ([claim.text for claim in claims if claim.way == way] for way in (1, -1, 0))
-    unsure = f" No difference seen: {'; '.join(same)}." if same else ""
-    tested = " (Intervals: 95 %; p: exact sign test.)" if any(" p = " in claim.text for claim in claims) else ""
     return [
-        f"Trained: {trained[0].model} by {'; '.join(map(_how, trained))}.",
-        f"Better: {'; '.join(better) or 'nothing beyond chance'}.",
-        f"Worse: {'; '.join(worse) or 'nothing beyond chance'}.{unsure}{tested}",
+        Sentence("Trained", [f"{trained[0].model} by {_how(trained[0])}", *map(_how, trained[1:])]),
+        Sentence("Better", better or [NOTHING]),
+        Sentence("Worse", [*(worse or [NOTHING]), *(f"{NO_DIFFERENCE} in {each}" for each in same)]),
     ]
 
 
-def of_points(points: Sequence[Trained]) -> list[str]:
+def of_points(points: Sequence[Trained]) -> list[Sentence]:
     """The same of a sweep: what each point was, the best one and the worst one by the stage's objective."""
     key = STAGES[points[0].stage].objective
     found = sorted((each for each in points if key in each.metrics), key=lambda each: each.metrics[key])
     if key not in LOWER_IS_BETTER:
         found.reverse()
     ends = [f"{each.name}, {label(key)} {with_interval(key, each.metrics)}" for each in found] or ["unknown"]
-    how = _how(points[0]).removeprefix(f"{points[0].name} ")
+    how = _how(points[0]._replace(name=points[0].stage))
     return [
-        f"Trained: {points[0].model} by {len(points)} times {points[0].stage} {how}.",
-        f"Best: {ends[0]}.",
-        f"Worst: {ends[-1]}.",
+        Sentence("Trained", [f"{points[0].model} {len(points)} times by {how}"]),
+        Sentence("Best", ends[:1]),
+        Sentence("Worst", ends[-1:]),
     ]
 
 

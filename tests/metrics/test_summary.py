@@ -21,27 +21,25 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
             },
         },
     ]
-    trained, better, worse = sentences([SFT, PPO], list(differences(policies)))
+    trained, better, worse = map(str, sentences([SFT, PPO], list(differences(policies))))
     assert trained == (
         "Trained: gpt2 by sft on 450 rows of rows.jsonl, 20 epochs; "
         "ppo on 900 episodes of prompts.jsonl with the reward model of reward."
     )
     assert better.startswith("Better: sft: held-out loss 6.900 → 0.2600")
-    style, reward = better.split("; ")[1], better.split("; ", 2)[2]
-    assert style.startswith(
-        "ppo against sft by style: wins 75% of prompts (95 % interval 53% to 89%), 0.000 → 0.500 (10"
-    )
+    _, style, reward = better.split("; ")
+    tested = "(10 better, 0 worse of 20 prompts, p = 0.002), wins 75% (53% to 89%) against sft"
+    assert style == f"ppo: style 0.000 → 0.500 {tested}"
     assert reward.startswith("ppo: the reward that PPO optimises 1.000 → 2.000")
     assert worse.startswith("Worse: ppo: correct 1.000 → 0.600 (0 better, 8 worse")
-    assert "No difference seen: ppo: short 1.000" in worse
+    assert "; no difference seen in ppo: short 1.000" in worse
 
 
 def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     def judged(stage: str, **metrics: float) -> list[str]:
         known = Trained(stage, stage, "gpt2", 9, None, ["a"], None, metrics)
-        return [sentence.split(":")[0] for sentence in sentences([known], []) if stage in sentence][1:] + [
-            "same" for sentence in sentences([known], []) if "No difference" in sentence
-        ]
+        told = [(each.title, part) for each in sentences([known], [])[1:] for part in each.parts if stage in part]
+        return ["same" if part.startswith("no difference seen in ") else title for title, part in told]
 
     assert judged("sft", eval_loss=1.0, eval_loss_before=2.0) == ["Better"]
     assert judged("sft", eval_loss=2.0, eval_loss_before=1.0) == ["Worse"]
@@ -49,16 +47,16 @@ def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     assert judged("reward", accuracy=0.7, accuracy_low=0.6, accuracy_high=0.8) == ["Better"]
     assert judged("dpo", accuracy=0.3, accuracy_low=0.2, accuracy_high=0.4) == ["Worse"]
     # chance is within the interval
-    assert judged("dpo", accuracy=0.55, accuracy_low=0.45, accuracy_high=0.65) == ["Worse", "same"]
+    assert judged("dpo", accuracy=0.55, accuracy_low=0.45, accuracy_high=0.65) == ["same"]
     fell = {"gold/correct": 0.2, "gold/correct_before": 0.9, "gold/correct_better": 0, "gold/correct_worse": 9}
     assert judged("ppo", reward=1.0, reward_before=0.0, reward_better=9, reward_worse=0, **fell) == ["Better", "Worse"]
 
 
 def test_a_sweep_names_its_best_and_its_worst_point() -> None:
     points = [PPO._replace(name=f"stage.kl_coef={n}", metrics={"penalised_reward": n}) for n in (0.1, 0.3, 0.2)]
-    trained, best, worst = of_points(points)
-    assert "3 times ppo on 900 episodes" in trained
+    trained, best, worst = map(str, of_points(points))
+    assert "3 times by ppo on 900 episodes" in trained
     assert best.startswith("Best: stage.kl_coef=0.3, ")
     assert worst.startswith("Worst: stage.kl_coef=0.1, ")
     losses = [SFT._replace(name=f"seed={n}", metrics={"eval_loss": n}) for n in (1, 2)]
-    assert of_points(losses)[1].startswith("Best: seed=1, ")
+    assert of_points(losses)[1].parts[0].startswith("seed=1, ")
