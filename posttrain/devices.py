@@ -168,31 +168,19 @@ def cpu_only() -> bool:
 
 
 def device_name() -> str:
-    """What this process computes on, as its maker calls it."""
+    """What this process computes on."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not cpu_only()
+    return torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process has held at most: tensors on a GPU, or all that is resident, where Linux says it."""
     import torch
 
     if torch.cuda.is_available() and not cpu_only():
-        return torch.cuda.get_device_name()
-    models = re.findall(r"^model name\s*: (.*)", _read("/proc/cpuinfo"), flags=re.MULTILINE)
-    return f"CPU ({models[0] if models else platform.machine()}), {torch.get_num_threads()} threads"
-
-
-def peak_memory(start: bool = False) -> int | None:
-    """Bytes that this process held at most since the last call with `start`; None where the system does not say.
-
-    On a GPU they are those of tensors, on the CPU of the whole process.
-    """
-    import torch
-
-    if torch.cuda.is_available() and not cpu_only():
-        if start:
-            torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.max_memory_allocated())
-    if start and os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", _read("/proc/self/status"), flags=re.MULTILINE)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.is_file() else "")
     return int(found[1]) * 1024 if found else None
-
-
-def _read(file: str) -> str:
-    return Path(file).read_text() if Path(file).is_file() else ""

@@ -14,12 +14,11 @@ examples:
   posttrain report outputs/seed1 outputs/seed2 outputs/seed3 out=seeds.html
 """
 
-import datetime
 import json
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,15 +27,16 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
+from posttrain.config.check import leaves
 from posttrain.config.stages import EVALUATED_AS, STAGES, StageSpec
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison, several, summary
-from posttrain.metrics.catalogue import OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
-from posttrain.metrics.charts import HELD_OUT, TAIL, Chart, Points, Series, card_charts, chart_of, curves, draw
+from posttrain.metrics.catalogue import GOLD, OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
+from posttrain.metrics.charts import TAIL, Chart, card_charts, curves, draw
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import IDENTITY, MANIFEST, Cost, changes, read_json
+from posttrain.runs.folder import IDENTITY, MANIFEST, changes, read_json
 from posttrain.values import Fields, JsonObject
 
 FILE = "report.html"
@@ -50,32 +50,14 @@ LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another
 
 
-class Figure(NamedTuple):
-    """A chart that is drawn, and what to look for in it."""
-
-    drawn: str
-    see: str
-
-
 class Node(NamedTuple):
     """A stage in the lineage, and those that started from its model; or a model that no stage here has made."""
 
     title: str
     anchor: str
-    lines: Sequence[str]
+    rewarded_by: str
+    numbers: Sequence[tuple[str, str, str, str]]
     children: "list[Node]"
-
-
-class Compared(NamedTuple):
-    """The runs of one stage side by side: a heading and a line for each, and their pictures."""
-
-    title: str
-    table: Sequence[Sequence[str]]
-    figures: Sequence[Figure]
-
-
-def _figures(charts: Iterable[Chart]) -> list[Figure]:
-    return [Figure(draw([chart]), chart.see) for chart in charts]
 
 
 def _json(file: Path) -> Any:
@@ -112,14 +94,6 @@ def stage_folders(path: Path) -> list[Path]:
     return found
 
 
-def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
     """What the page says of a stage of the run with that number."""
     manifest = _json(folder / MANIFEST)
@@ -154,41 +128,28 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
             Path(given["reward_model"]["path"]).name if "reward_model" in given else None,
             metrics,
         ),
-        "figures": _figures(
-            curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets)
-        )
+        "charts": list(curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets))
         if has_curves
         else [],
-        "card_figures": _figures(card_charts(card["reliability"], card.get("scores"), card.get("by_length", ())))
+        "card_charts": list(card_charts(card["reliability"], card.get("scores"), card.get("by_length", ())))
         if card
         else [],
         "has_curves": has_curves,
         "adapters": manifest.get("adapter_weights", {}).values(),
-        "cost": list(_cost(manifest.get("cost"), metrics, manifest.get("processes", 1))),
         "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
         "rollouts": _rollouts(folder / "rollouts.jsonl"),
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
             (key, value)
-            for key, value in _flat({section: manifest["config"][section] for section in ("stage", "trainer", "model")})
+            for key, value in leaves(
+                {section: manifest["config"][section] for section in ("stage", "trainer", "model")}
+            )
             if value is not None
         ],
         "sources": manifest["data"]["sources"],
         "counts": manifest["data"]["counts"],
     }
-
-
-def _cost(cost: Cost | None, metrics: Mapping[str, float], processes: int) -> Iterator[tuple[str, str]]:
-    if cost is not None:  # a run of an older posttrain has none
-        yield "hardware", f"{cost['device']}, {processes} {'process' if processes == 1 else 'processes'}"
-        yield "training took", str(datetime.timedelta(seconds=round(cost["seconds"])))
-        trained = f", {metrics['trained_tokens']:,.0f} of them trained on" if "trained_tokens" in metrics else ""
-        yield "tokens", f"{cost['tokens']:,}{trained}"
-        if cost["peak_memory"] is not None:
-            yield "peak memory of a process", f"{cost['peak_memory'] / 2**30:.2f} GiB"
-    if "tokens_per_second" in metrics:
-        yield "tokens per second", f"{metrics['tokens_per_second']:,.0f}"
 
 
 def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
@@ -209,16 +170,12 @@ def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
         if key in nodes:
             continue
         title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
-        lines = []
-        if "reward_model" in given:
-            by = maker(given["reward_model"]["weights"])
-            lines.append(f"rewarded by {titles[by] if by else given['reward_model']['path']}")
-        for name, before, after, _ in stage["numbers"][: 2 if count == 1 else 0]:
-            lines.append(f"{name}: {f'{before} → ' if before else ''}{after}")
-        nodes[key] = Node(title, stage["anchor"], lines, [])
+        by = given.get("reward_model", {"weights": {}, "path": ""})
+        rewarded_by = titles.get(maker(by["weights"]), by["path"])
+        nodes[key] = Node(title, stage["anchor"], rewarded_by, stage["numbers"][: 2 if count == 1 else 0], [])
         above = nodes.get(maker(given["model"]["weights"])) if "model" in given else None
         start = stage["trained"].model
-        (above or roots.setdefault(start, Node(start, "", [], []))).children.append(nodes[key])
+        (above or roots.setdefault(start, Node(start, "", "", [], []))).children.append(nodes[key])
     return list(roots.values())
 
 
@@ -228,7 +185,7 @@ def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Ru
     found = [(name, folder, manifest) for name, folder, manifest in manifests if manifest["stage"] == spec.name]
     identities = [_json(folder / IDENTITY) or {"config": manifest["config"]} for _, folder, manifest in found]
     keys = dict.fromkeys(key for each in identities[1:] for key in changes(identities[0], each))
-    flat = [dict(_flat(each)) for each in identities]
+    flat = [dict(leaves(each)) for each in identities]
     runs = []
     for (name, folder, manifest), values in zip(found, flat, strict=True):
         settings = {
@@ -243,56 +200,47 @@ def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Ru
     return runs
 
 
-def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[Compared]:
+def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[several.Group], list[str], list[Chart]]]:
+    """The runs of each stage that has several: its title, groups of runs, the metrics to show, and charts."""
     for spec in STAGES.values():
         runs = _runs(named, spec)
-        if len(runs) < 2:
-            continue
-        measured = dict.fromkeys(key for run in runs for key in run.metrics)
-        found = several.groups(runs)
-        charts = list(
-            several.over_keys(found, [key for key in with_gold_apart(spec.swept, measured) if key in measured])
+        found, measured = several.groups(runs), dict.fromkeys(key for run in runs for key in run.metrics)
+        shown, swept = (
+            [key for key in with_gold_apart(keys, measured) if key in measured] for keys in (spec.shown, spec.swept)
         )
+        charts = list(several.over_keys(found, swept))
         if len(runs) <= CURVES:
             keys = dict.fromkeys(key for keys in charts_with_gold_apart(spec.charts, measured) for key in keys)
             charts += several.over_one_another(found, list(keys))
-        yield Compared(spec.title, several.table(found, with_gold_apart(spec.shown, measured)), _figures(charts))
-
-
-def _best_possible(path: Path, stage: str, key: str) -> Points:
-    """Where the best that is possible at each KL is known, as in benchmarks/closed_form.py: <stage>/frontier.json.
-
-    It is a list of {"kl": ..., <metric>: ...}.
-    """
-    return [(each["kl"], each[key]) for each in _json(path / stage / FRONTIER) or [] if key in each]
+        if len(runs) > 1:
+            yield spec.title, found, shown, charts
 
 
 def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart]:
-    """What each point of a sweep gained, over the KL that it spent."""
-    for spec in STAGES.values():
-        runs = sorted(_runs(points, spec), key=lambda run: run.metrics.get("kl", 0))
+    """What the points of a sweep, and the policies of an evaluation, gained over the KL that they spent.
+
+    Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
+    as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
+    """
+    found = [(spec, _runs(points, spec)) for spec in STAGES.values()]
+    for spec, runs in [*found, (EVALUATED_AS, _policies(path))]:
+        possible = _json(path / spec.name / FRONTIER) or []
         for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in runs for key in run.metrics)):
-            there = [run for run in runs if {"kl", key} <= run.metrics.keys()]
-            if len(there) > 1:
-                places = [(run.metrics["kl"], run.metrics[key]) for run in there]
-                possible = Series("best possible", _best_possible(path, spec.name, key), HELD_OUT, line="--")
-                chart = chart_of(key, [possible, Series("measured", places, marker="o")], x=label("kl"), see=GAINED)
-                yield chart._replace(names=[run.name.removeprefix("stage.") for run in there])
+            yield from several.over_kl(runs, key, [(each["kl"], each[key]) for each in possible if key in each])
 
 
-def _evaluated_frontiers(path: Path) -> Iterator[Chart]:
-    """The scores of the policies of an evaluation, over their KL from the first; of best-of-N, its bound."""
-    policies = [each for each in _json(path / comparison.FILE) or [] if {"kl", "kl_bound"} & each["metrics"].keys()]
-    for score in policies[0]["scores"] if len(policies) > 1 else ():
-        names, places, ends = [], [], []
-        for each in policies:
-            mean, low, high = comparison.mean_interval([value for value in each["scores"][score] if value is not None])
-            places.append((each["metrics"].get("kl", each["metrics"].get("kl_bound")), mean))
-            ends.append((low, high))
-            names.append(Path(each["policy"]).name if "kl" in each["metrics"] else each["policy"].partition(" of /")[0])
-        possible = Series("best possible", _best_possible(path, EVALUATED_AS.name, score), HELD_OUT, line="--")
-        series = [possible, Series("measured", places, marker="o", line="", ends=ends)]
-        yield Chart(comparison.label(score), series, label("kl"), score, names, GAINED)
+def _policies(path: Path) -> list[several.Run]:
+    """The policies of an evaluation with their scores as a run has them; the KL of best-of-N is its bound."""
+    runs = []
+    for each in _json(path / comparison.FILE) or []:
+        metrics = dict(each["metrics"])
+        metrics |= {"kl": metrics["kl_bound"]} if "kl_bound" in metrics else {}
+        for score, values in each["scores"].items():
+            key = score if score == comparison.REWARD else f"{GOLD}{score}"
+            metrics |= comparison.measured(key, values)
+        name = re.match(r"best of \d+", each["policy"])
+        runs.append(several.Run(name[0] if name else Path(each["policy"]).name, {}, metrics, path))
+    return runs
 
 
 def _evaluation(path: Path) -> JsonObject | None:
@@ -305,7 +253,6 @@ def _evaluation(path: Path) -> JsonObject | None:
     return {
         "policies": [each["policy"] for each in found],
         "rows": comparison.rows(found),
-        "changes": list(comparison.in_words(found)),
         "answers": [
             (prompt, [each["answers"][index] for each in found])
             for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
@@ -361,7 +308,6 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         within = f"{name}/" if len(paths) > 1 else ""
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
-        charts = [*_evaluated_frontiers(path), *_frontiers(path, [(point.name, point) for point in points])]
         sentences = _sentences(path, stages)
         runs.append(
             {
@@ -369,7 +315,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
                 "stages": stages,
                 "sentences": sentences,
                 "lineage": _lineage(stages),
-                "frontiers": _figures(charts),
+                "frontiers": list(_frontiers(path, [(point.name.removeprefix("stage."), point) for point in points])),
                 "evaluation": _evaluation(path),
             }
         )
@@ -380,6 +326,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"draw": draw, "label": label}
     page = environment.get_template("report.html.jinja").render(
         runs=runs, compared=list(_compared(compared)), between=list(_between(named))
     )

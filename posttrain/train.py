@@ -324,7 +324,6 @@ def _run(
         start()
 
     # 3. train
-    peak_memory(start=True)
     tokens_per_second = _train(trainer, checkpoint)
     cost: Cost = {
         "device": device_name(),

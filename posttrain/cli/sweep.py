@@ -1,8 +1,6 @@
 """The points of a sweep, read from their folders: which are complete, and their metrics."""
 
-import math
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,7 +13,7 @@ from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.sources import data_files, is_local_data
 from posttrain.metrics import several
 from posttrain.metrics.catalogue import label, with_gold_apart
-from posttrain.metrics.charts import Chart, Series, chart_of, draw
+from posttrain.metrics.charts import draw
 from posttrain.models.resolve import all_reward_functions, code_hashes, resolve, weight_hashes
 from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object
 from posttrain.values import JsonObject
@@ -105,10 +103,9 @@ def show_sweep(command: Command) -> None:
                 (*(str(settings.get(key, "")) for key in keys), *map(group.cell, names), "mean ± standard deviation")
             )
     show_table(f"sweep: {folder}/<point>", (*keys, *map(label, names), "state"), rows)
-    if len(runs) > 1 and names:
-        charts = list(several.over_keys(groups, names))
-        if "kl" in names or not charts:
-            charts = [*_charts(runs, names), *charts]
+    charts = [chart for name in names if name != "kl" for chart in several.over_kl(runs, name)]
+    charts += several.over_keys(groups, names)
+    if charts:
         (folder / PICTURE).write_text(draw(charts), encoding="utf-8")
         say(f"picture: {folder / PICTURE}")
 
@@ -116,17 +113,3 @@ def show_sweep(command: Command) -> None:
 def _short(values: dict[str, str]) -> str:
     name = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
     return name if len(name) <= NAMED else f"{name[: NAMED - 1]}…"
-
-
-def _charts(runs: Sequence[several.Run], metrics: Sequence[str]) -> Iterator[Chart]:
-    """One chart a metric, over KL where the stage measures it (the trade-off), else over the points in order."""
-    over_kl = "kl" in metrics
-    if over_kl:
-        runs = sorted(runs, key=lambda run: run.metrics["kl"])
-    for key in metrics:
-        places = [
-            (run.metrics["kl"] if over_kl else place, run.metrics.get(key, math.nan)) for place, run in enumerate(runs)
-        ]
-        if key != "kl":
-            x = label("kl") if over_kl else "point"
-            yield chart_of(key, [Series("", places, marker="o")], x=x)._replace(names=[run.name for run in runs])

@@ -18,48 +18,44 @@ class Metric(NamedTuple):
     unit: str = ""
     is_share: bool = False  # written as a percentage
     short: str = ""  # in a line of progress, where it is not the name
-    see: str = ""  # what to look for in its chart
 
 
 METRICS = {
-    "loss": Metric(
-        "loss", see="Both should fall. Held-out loss that turns up while training loss falls is overfitting."
-    ),
+    "loss": Metric("loss"),
     "train_loss": Metric("train loss"),
     "learning_rate": Metric("learning rate", short="lr"),
     "accuracy": Metric("accuracy", is_share=True),
-    "rewards/accuracies": Metric("accuracy", is_share=True, see="Share of pairs ranked as labelled; 50 % is chance."),
+    "rewards/accuracies": Metric("accuracy", is_share=True),
     "mean_margin": Metric("mean margin"),
     "calibration_error": Metric("calibration error"),
     "length_correlation": Metric("length correlation"),
-    "reward": Metric(
-        "reward", see="What is optimised: its rise is a gain only as far as scores not trained on rise, too."
-    ),
+    "reward": Metric("reward"),
     "penalised_reward": Metric("reward − kl_coef × KL"),
     "reward_margin": Metric("reward margin"),
-    "kl": Metric(
-        "KL from the reference",
-        "nats per completion",
-        short="KL",
-        see="The distance that the reward has cost. A sudden jump is an unstable update.",
-    ),
+    "kl": Metric("KL from the reference", "nats per completion", short="KL"),
     "kl_bound": Metric("KL from the reference at most, ln N − (N−1)/N", "nats per completion"),
-    "entropy": Metric("entropy", "nats per token", see="Near 0 completions hardly vary, and exploration has ended."),
-    "explained_variance": Metric(
-        "explained variance of the critic", see="1: returns are predicted exactly; 0: no better than their mean."
-    ),
-    "vllm_difference": Metric(
-        "log-probabilities of vLLM and trainer apart", "nats per token", see="Should stay near 0 throughout."
-    ),
+    "entropy": Metric("entropy", "nats per token"),
+    "explained_variance": Metric("explained variance of the critic"),
+    "vllm_difference": Metric("log-probabilities of vLLM and trainer apart", "nats per token"),
     "chosen_logp_change": Metric("chosen: log-probability since the start", "nats"),
     "rejected_logp_change": Metric("rejected: log-probability since the start", "nats"),
-    "response_length": Metric(
-        "completion length", "tokens", see="A steady drift: the reward may be paying for length."
-    ),
+    "response_length": Metric("completion length", "tokens"),
     "ended_by_eos": Metric("completions ended by EOS", is_share=True),
     "distinct_1": Metric("distinct words", is_share=True),
     "distinct_2": Metric("distinct pairs of words", is_share=True),
     "perplexity": Metric("perplexity of held-out responses"),
+}
+# what to look for in a chart
+SEE = {
+    "loss": "Both should fall. Held-out loss that turns up while training loss falls is overfitting.",
+    "rewards/accuracies": "The share of pairs ranked as labelled; 50 % is chance.",
+    "reward": "This is what is optimised. A rise counts as far as scores that are not trained on rise, too.",
+    GOLD: "Not trained on. If it falls while the reward rises, the reward is over-optimised.",
+    "kl": "The distance that the reward has cost. A sudden jump is an unstable update.",
+    "response_length": "With a steady drift, the reward may be paying for length.",
+    "entropy": "Near 0 completions hardly vary, and exploration has ended.",
+    "explained_variance": "1: the critic predicts returns exactly. 0: no better than their mean.",
+    "vllm_difference": "It should stay near 0 throughout.",
 }
 # what a line of progress says, in this order
 PROGRESS = ("reward", "kl", "loss", "eval_loss", "eval_reward", "eval_kl", "learning_rate")
@@ -90,11 +86,7 @@ def metric_of(key: str, sets: Iterable[str] = ()) -> Metric:
     """How the metric of a key is shown, held out on one of `sets` or not."""
     for name in sets:
         key = key.replace(f"eval_{name}_", "eval_", 1)
-    if GOLD in key:
-        return Metric(
-            key.rpartition(GOLD)[2], see="Not trained on: if it falls while the reward rises, PPO goes too far."
-        )
-    return METRICS[key.removeprefix("eval_")]
+    return METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
 
 
 def short_label(key: str) -> str:

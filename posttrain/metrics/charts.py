@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posttrain.metrics.catalogue import label, metric_of, of_sets
+from posttrain.metrics.catalogue import GOLD, SEE, label, metric_of, of_sets
 from posttrain.metrics.report_card import wilson
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ TAIL = 2**20  # bytes, more than a line has
 POINTS = 400  # of a line, more than its chart has room for
 TRAINING, HELD_OUT = 0, 1  # colours
 _COLOURS = ("#4c8dd6", "#e08a2e", "#3a9d6b", "#c2569f", "#8b76d6", "#b8931f", "#d2564f", "#2f9db0")
+STEP = "optimizer step"
 _COLUMNS = 4  # charts in a row
 
 FloatArray = np.typing.NDArray[np.float64]
@@ -54,7 +55,7 @@ class Chart(NamedTuple):
 
     title: str
     series: Sequence[Series]
-    x: str = "optimizer step"
+    x: str = STEP
     y: str = ""
     names: Sequence[str] = ()
     see: str = ""
@@ -62,13 +63,14 @@ class Chart(NamedTuple):
     is_log: bool = False  # the x-axis
 
 
-def chart_of(
-    key: str, series: Sequence[Series], sets: Iterable[str] = (), x: str = Chart._field_defaults["x"], see: str = ""
-) -> Chart:
+def chart_of(key: str, series: Sequence[Series], sets: Iterable[str] = (), x: str = STEP, see: str = "") -> Chart:
     """The chart of a metric, with the name, unit and caption that the catalogue has for it."""
     metric = metric_of(key, sets)
     title = label(key, sets).removesuffix(f" ({metric.unit})")
-    return Chart(title, series, x, metric.unit or metric.name, see=see or metric.see, is_share=metric.is_share)
+    see = see or next(
+        (words for name, words in SEE.items() if key.endswith(name) or (GOLD in key and name == GOLD)), ""
+    )
+    return Chart(title, series, x, metric.unit or metric.name, see=see, is_share=metric.is_share)
 
 
 def draw(charts: Sequence[Chart]) -> str:
@@ -169,15 +171,19 @@ def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()
     """
     held_out = [[key for key in keys if key.startswith("eval_")] for keys in groups]
     groups = [*groups, *([key] for name in sets for keys in held_out for key in of_sets(keys, [name]))]
-    lines = read_points(file, dict.fromkeys(key for keys in groups for key in keys))
+    parts = ("", "_low", "_high")
+    lines = read_points(file, dict.fromkeys(f"{key}{part}" for keys in groups for key in keys for part in parts))
     for keys in groups:
         series = []
         for key in keys:
             points = lines.get(key, [])
             if key.endswith("rewards/accuracies"):
                 points = [point for point in points if point[0] > 0]  # all pairs are ties at the start: no accuracy
+            low, high = (dict(lines.get(f"{key}{part}", ())) for part in parts[1:])
+            ends = [(low.get(step, value), high.get(step, value)) for step, value in points]
             is_held_out = key.startswith("eval_")
-            series.append(Series("held out", points, HELD_OUT, "o") if is_held_out else Series("training", points))
+            held = Series("held out", points, HELD_OUT, "o", ends=ends if low else ())
+            series.append(held if is_held_out else Series("training", points))
         if any(len(each.points) > 1 for each in series):
             yield chart_of(keys[0] if len(keys) == 1 and sets else keys[0].removeprefix("eval_"), series, sets)
 

@@ -7,11 +7,12 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from posttrain.metrics.catalogue import formatted, label
-from posttrain.metrics.charts import Chart, Points, Series, chart_of, read_points
+from posttrain.metrics.charts import HELD_OUT, Chart, Points, Series, chart_of, read_points
 from posttrain.metrics.comparison import with_interval
 
 SEED = "seed"
 DECADE = 10.0  # a key whose largest value is more than so many times the smallest is drawn on a log axis
+GAINED = "Higher at the same KL is better; best-of-N costs at most ln N − (N−1)/N nats and no training."
 
 
 class Run(NamedTuple):
@@ -22,6 +23,11 @@ class Run(NamedTuple):
     metrics: Mapping[str, float]
     log: Path  # metrics.jsonl
 
+    def number(self, metric: str) -> tuple[float, float, float]:
+        """A metric and the ends of its 95 % interval; NaN where there is none."""
+        value, low, high = (self.metrics.get(f"{metric}{end}", math.nan) for end in ("", "_low", "_high"))
+        return value, low, high
+
 
 class Group(NamedTuple):
     """Runs that differ in their seed alone."""
@@ -31,24 +37,19 @@ class Group(NamedTuple):
     runs: Sequence[Run]
 
     def number(self, metric: str) -> tuple[float, float, float]:
-        """A metric and the ends of what is known of it: mean ± sd over seeds, or the 95 % interval of the one run."""
-        values = [run.metrics.get(metric, math.nan) for run in self.runs]
-        mean, spread = fmean(values), stdev(values) if len(values) > 1 else math.nan
-        found = self.runs[0].metrics
-        if len(values) > 1:
-            return mean, mean - spread, mean + spread
-        return mean, found.get(f"{metric}_low", math.nan), found.get(f"{metric}_high", math.nan)
+        """A metric and the ends of what is known of it: mean ± sd over seeds, or as of the one run."""
+        if len(self.runs) == 1:
+            return self.runs[0].number(metric)
+        values = [run.number(metric)[0] for run in self.runs]
+        mean, spread = fmean(values), stdev(values)
+        return mean, mean - spread, mean + spread
 
     def cell(self, metric: str) -> str:
         """The same for a table."""
         mean, low, _ = self.number(metric)
-        if len(self.runs) == 1:
+        if len(self.runs) == 1 or math.isnan(mean):
             return with_interval(metric, self.runs[0].metrics)
-        return (
-            f"{formatted(metric, mean, mean - low)} ± {formatted(metric, mean - low, mean - low)}"
-            if mean == mean
-            else ""
-        )
+        return f"{formatted(metric, mean, mean - low)} ± {formatted(metric, mean - low, mean - low)}"
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -58,28 +59,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         settings = {key: value for key, value in run.settings.items() if key != SEED}
         alike = found.get(repr(settings))
         members = [*alike.runs, run] if alike else [run]
-        name = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()) or members[0].name
-        found[repr(settings)] = Group(members[0].name if len(members) == 1 else name, settings, members)
+        found[repr(settings)] = Group(_short(settings) if alike else run.name, settings, members)
     return list(found.values())
 
 
-def table(found: Sequence[Group], metrics: Sequence[str]) -> list[list[str]]:
-    """A heading and a line for each group: its runs, how many they are, its settings, its numbers."""
-    keys = list(dict.fromkeys(key for group in found for key in group.settings))
-    metrics = [name for name in metrics if any(name in run.metrics for group in found for run in group.runs)]
-    counted = any(len(group.runs) > 1 for group in found)
-    return [
-        ["run", *(["runs"] if counted else []), *keys, *map(label, metrics)],
-        *(
-            [
-                ", ".join(run.name for run in group.runs),
-                *([str(len(group.runs))] if counted else []),
-                *(str(group.settings.get(key, "")) for key in keys),
-                *map(group.cell, metrics),
-            ]
-            for group in found
-        ),
-    ]
+def _short(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
 
 
 def _as_number(value: object) -> float:
@@ -91,35 +76,43 @@ def _as_number(value: object) -> float:
 
 def over_keys(found: Sequence[Group], metrics: Sequence[str]) -> Iterator[Chart]:
     """Each metric over each key that has several numbers, a line for each combination of the other keys."""
+    seeds = max((len(group.runs) for group in found), default=0)
+    see = f"Mean ± standard deviation of {seeds} runs." if seeds > 1 else "Bars are 95 % intervals."
     for key in dict.fromkeys(key for group in found for key in group.settings):
-        values = {group.name: _as_number(group.settings.get(key)) for group in found}
-        if any(map(math.isnan, values.values())) or len(set(values.values())) < 2:
+        values = [_as_number(group.settings.get(key)) for group in found]
+        if any(map(math.isnan, values)) or len(set(values)) < 2:
             continue
-        lines: dict[str, list[Group]] = {}
-        for group in sorted(found, key=lambda group: values[group.name]):
-            others = [f"{name.rpartition('.')[2]}={value}" for name, value in group.settings.items() if name != key]
-            lines.setdefault(", ".join(others), []).append(group)
-        least, most = min(values.values()), max(values.values())
-        seeds = max(len(group.runs) for group in found)
-        see = f"Mean ± standard deviation of {seeds} runs." if seeds > 1 else "Bars are 95 % intervals."
+        lines: dict[str, list[tuple[float, Group]]] = {}
+        for value, group in sorted(zip(values, found, strict=True), key=lambda pair: pair[0]):
+            others = {name: other for name, other in group.settings.items() if name != key}
+            lines.setdefault(_short(others), []).append((value, group))
+        is_log = min(values) > 0 and max(values) > DECADE * min(values)
         for metric in metrics:
-            series = []
-            for colour, (name, members) in enumerate(lines.items()):
-                numbers = [(values[group.name], *group.number(metric)) for group in members]
-                places = [(x, y) for x, y, _, _ in numbers if y == y]
-                ends = [(low, high) for _, y, low, high in numbers if y == y]
-                series.append(Series(name, places, colour, "o", ends=ends))
-            if any(each.points for each in series):
-                yield chart_of(metric, series, x=key, see=see)._replace(is_log=least > 0 and most > DECADE * least)
+            series = [_measured(name, line, metric, colour) for colour, (name, line) in enumerate(lines.items())]
+            yield chart_of(metric, series, x=key, see=see)._replace(is_log=is_log)
+
+
+def _measured(name: str, line: Sequence[tuple[float, Run | Group]], metric: str, colour: int = 0) -> Series:
+    numbers = [(x, *each.number(metric)) for x, each in line if not math.isnan(each.number(metric)[0])]
+    return Series(name, [each[:2] for each in numbers], colour, "o", ends=[each[2:] for each in numbers])
+
+
+def over_kl(runs: Sequence[Run], metric: str, possible: Points = ()) -> Iterator[Chart]:
+    """What each run gained over the KL that it spent, and the best that is possible, where that is known."""
+    there = sorted((run for run in runs if {"kl", metric} <= run.metrics.keys()), key=lambda run: run.metrics["kl"])
+    if len(there) > 1:
+        measured = _measured("measured", [(run.metrics["kl"], run) for run in there], metric)._replace(line="")
+        series = [Series("best possible", possible, HELD_OUT, line="--"), measured]
+        yield chart_of(metric, series, x=label("kl"), see=GAINED)._replace(names=[run.name for run in there])
 
 
 def over_one_another(found: Sequence[Group], keys: Sequence[str]) -> Iterator[Chart]:
     """The curves of all runs, one chart for each metric; those that differ in the seed alone have one colour."""
-    lines: list[tuple[int, str, Mapping[str, Points]]] = []
-    for colour, group in enumerate(found):
-        lines += [
-            (colour, "" if place else group.name, read_points(run.log, keys)) for place, run in enumerate(group.runs)
-        ]
+    lines = [
+        (colour, "" if place else group.name, read_points(run.log, keys))
+        for colour, group in enumerate(found)
+        for place, run in enumerate(group.runs)
+    ]
     for key in keys:
         series = [Series(name, points[key], colour) for colour, name, points in lines if len(points.get(key, ())) > 1]
         if series:

@@ -60,7 +60,7 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     assert (
         f"| eval_loss | {json.loads(Path('exported/posttrain.json').read_text())['metrics']['eval_loss']:.6g} |" in card
     )
-    assert "python -m posttrain.run" in card
+    assert "posttrain run " in card
     AutoModelForCausalLM.from_pretrained("exported")
     assert AutoTokenizer.from_pretrained("exported").chat_template
     again = entry(export.main, "outputs/demo/sft", "to=exported")

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.metrics.charts import card_charts, chart_of, curves, draw
 from posttrain.metrics.report_card import ScoredPair, report_card
-from posttrain.metrics.several import Run, groups, over_keys, over_one_another, table
+from posttrain.metrics.several import Run, groups, over_keys, over_kl, over_one_another
 
 
 def run(name: str, log: Path = Path("none"), reward: float = 0.0, **settings: object) -> Run:
@@ -21,11 +21,8 @@ def test_seeds_are_a_mean_and_its_standard_deviation() -> None:
     assert [len(one.runs), len(other.runs)] == [3, 1]
     assert one.number("reward") == (2.0, 1.0, 3.0)
     assert other.number("reward") == (7.0, 6.0, 8.0)
-    assert table([one, other], ["reward", "kl"]) == [
-        ["run", "runs", "beta", "reward"],
-        ["r1, r2, r3", "3", "0.1", "2.0 ± 1.0"],
-        ["alone", "1", "0.3", "7.0 (6.0 to 8.0)"],
-    ]
+    assert [one.cell("reward"), other.cell("reward"), other.cell("kl")] == ["2.0 ± 1.0", "7.0 (6.0 to 8.0)", ""]
+    assert one.settings == {"beta": 0.1}
 
 
 def test_a_number_is_drawn_over_its_key_on_a_log_axis_where_that_spans_a_decade() -> None:
@@ -43,6 +40,16 @@ def test_a_number_is_drawn_over_its_key_on_a_log_axis_where_that_spans_a_decade(
     [chart] = over_keys(groups(seeds), ["reward"])
     assert chart.series[0].points == [(1.0, 4.0), (2.0, 4.0)]
     assert chart.series[0].ends[0] == pytest.approx((4 - 2**0.5, 4 + 2**0.5))
+
+
+def test_what_was_gained_is_drawn_over_its_kl() -> None:
+    runs = [Run(f"{kl}", {}, {"kl": kl, "reward": kl * 2, "reward_low": 0, "reward_high": 9}, Path()) for kl in (3, 1)]
+    [chart] = over_kl(runs, "reward", [(0.0, 0.0), (4.0, 9.0)])
+    assert chart.names == ["1", "3"]
+    assert [series.points for series in chart.series] == [[(0.0, 0.0), (4.0, 9.0)], [(1, 2), (3, 6)]]
+    assert chart.series[1].ends == [(0, 9), (0, 9)]
+    assert not list(over_kl(runs[:1], "reward"))
+    assert not list(over_kl(runs, "accuracy"))
 
 
 def test_curves_lie_over_one_another_and_seeds_have_one_colour(tmp_path: Path) -> None:
