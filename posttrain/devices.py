@@ -167,20 +167,22 @@ def cpu_only() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
-def device_name() -> str:
-    """What this process computes on."""
+def forget_peak_memory() -> None:
+    """Let `hardware` count from here on."""
     import torch
 
-    on_gpu = torch.cuda.is_available() and not cpu_only()
-    return torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # of Linux
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int | None:
-    """Bytes that this process has held at most: tensors on a GPU, or all that is resident, where Linux says it."""
+def hardware() -> tuple[str, int | None]:
+    """What this process computes on, and the bytes that it has held at most: those of tensors on a GPU."""
     import torch
 
     if torch.cuda.is_available() and not cpu_only():
-        return int(torch.cuda.max_memory_allocated())
+        return torch.cuda.get_device_name(), int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.is_file() else "")
-    return int(found[1]) * 1024 if found else None
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads", int(found[1]) * 1024 if found else None

@@ -25,7 +25,7 @@ from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
 from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.data.template import keep_in_template
-from posttrain.devices import device_name, on_main_process, peak_memory, world_size
+from posttrain.devices import forget_peak_memory, hardware, on_main_process, world_size
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import charts_with_gold_apart
 from posttrain.metrics.charts import curves, draw
@@ -52,17 +52,7 @@ from posttrain.rlhf.rewards import load_function
 from posttrain.runs.arguments import with_the_same_updates
 from posttrain.runs.checkpoint import MANIFEST as CHECKPOINT
 from posttrain.runs.checkpoint import StopSignals, read_running, write_atomically
-from posttrain.runs.folder import (
-    Cost,
-    RunFolder,
-    State,
-    first_begun,
-    locked,
-    read_lines,
-    remove_if_empty,
-    run_path,
-    versions,
-)
+from posttrain.runs.folder import RunFolder, State, first_begun, locked, read_lines, remove_if_empty, run_path, versions
 from posttrain.runs.progress import show_progress
 from posttrain.stages.base import (
     PANEL_SIZE,
@@ -324,14 +314,11 @@ def _run(
         start()
 
     # 3. train
+    forget_peak_memory()
     tokens_per_second = _train(trainer, checkpoint)
-    cost: Cost = {
-        "device": device_name(),
-        "seconds": trainer.seconds,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "epochs": trainer.state.epoch or 0.0,
-        "peak_memory": peak_memory(),
-    }
+    device, peak = hardware()
+    cost = {"device": device, "peak_memory": peak, "seconds": trainer.seconds, "epochs": trainer.state.epoch}
+    cost["tokens"] = trainer.state.num_input_tokens_seen
     assert trainer.before is not None
     before = EvalResult(trainer.before["metrics"], [Completion(*each) for each in trainer.before["completions"]])
 

@@ -26,7 +26,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
@@ -69,16 +69,6 @@ FREE_KEYS = (
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "datasets", "peft", "accelerate", "tokenizers", "hydra-core")
 
 State = Literal["new", "interrupted", "complete"]
-
-
-class Cost(TypedDict):
-    """What training took, in a manifest: resumed runs are summed up, but for the memory, which is this process's."""
-
-    device: str
-    seconds: float
-    tokens: int  # read, in all processes, without padding
-    epochs: float
-    peak_memory: int | None  # bytes
 
 
 def versions() -> dict[str, str]:
