@@ -28,7 +28,7 @@ from posttrain.data.template import keep_in_template
 from posttrain.devices import forget_peak_memory, hardware, on_main_process, world_size
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import charts_with_gold_apart
-from posttrain.metrics.charts import curves, draw
+from posttrain.metrics.charts import card_charts, curves, draw
 from posttrain.metrics.trackers import log_tables
 from posttrain.models.generate import Completion, panel
 from posttrain.models.load import load_tokenizer, prepare_base
@@ -348,7 +348,9 @@ def _run(
             charts = list(curves(groups, folder.metrics, list(config.data.eval)))
             if charts:
                 write_atomically(folder.curves, draw(charts))
-        log_tables(trainer, tables(shown, before, after))
+        card = after.files.get("report_card.json")
+        drawn = list(card_charts(card["reliability"], card["scores"], card["by_length"])) if card else []
+        log_tables(trainer, tables(shown, before, after), drawn)
         folder.finish(_manifest(resolved, sources, data, identity, metrics) | {"cost": cost})
     trainer.accelerator.wait_for_everyone()
     show_result(config, folder, metrics, shown, before, after)

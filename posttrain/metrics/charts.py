@@ -17,6 +17,7 @@ from posttrain.metrics.report_card import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _GREY = "#808080"
 _STYLE: dict[Any, Any] = {
@@ -73,23 +74,31 @@ def chart_of(key: str, series: Sequence[Series], sets: Iterable[str] = (), x: st
     return Chart(title, series, x, metric.unit or metric.name, see=see, is_share=metric.is_share)
 
 
-def draw(charts: Sequence[Chart]) -> str:
-    """The charts side by side as one SVG, without a date, so that the same numbers give the same file."""
+def figure_of(charts: Sequence[Chart]) -> "Figure":
+    """The charts side by side, for whatever can show a figure of matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
 
     columns = min(len(charts), _COLUMNS)
     rows = math.ceil(len(charts) / columns)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": charts[0].title}):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
         places = figure.subplots(rows, columns, squeeze=False).flat
         for axes, chart in zip(places, charts, strict=False):
             _draw_chart(axes, chart)
         for axes in places[len(charts) :]:
             axes.axis("off")
-        written = StringIO()
-        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
+    return figure
+
+
+def draw(charts: Sequence[Chart]) -> str:
+    """The charts side by side as one SVG, without a date, so that the same numbers give the same file."""
+    import matplotlib
+
+    written = StringIO()
+    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": charts[0].title}):
+        figure_of(charts).savefig(written, format="svg", transparent=True, metadata=unsaid)
     drawn = written.getvalue()
     return _for_a_page(drawn[drawn.index("<svg") :], "; ".join(chart.title for chart in charts))
 
