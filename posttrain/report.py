@@ -222,11 +222,13 @@ def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart
     Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
     as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
     """
-    found = [(spec, _runs(points, spec)) for spec in STAGES.values()]
-    for spec, runs in [*found, (EVALUATED_AS, _policies(path))]:
+    runs = [(spec, _runs(points, spec)) for spec in STAGES.values()]
+    for spec, found in [*runs, (EVALUATED_AS, _policies(path))]:
         possible = _json(path / spec.name / FRONTIER) or []
-        for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in runs for key in run.metrics)):
-            yield from several.over_kl(runs, key, [(each["kl"], each[key]) for each in possible if key in each])
+        for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in found for key in run.metrics)):
+            yield from several.over_kl(
+                several.groups(found), key, [(each["kl"], each[key]) for each in possible if key in each]
+            )
 
 
 def _policies(path: Path) -> list[several.Run]:
@@ -239,7 +241,9 @@ def _policies(path: Path) -> list[several.Run]:
             key = score if score == comparison.REWARD else f"{GOLD}{score}"
             metrics |= comparison.measured(key, values)
         name = re.match(r"best of \d+", each["policy"])
-        runs.append(several.Run(name[0] if name else Path(each["policy"]).name, {}, metrics, path))
+        runs.append(
+            several.Run(name[0] if name else Path(each["policy"]).name, {"policy": each["policy"]}, metrics, path)
+        )
     return runs
 
 
@@ -289,9 +293,10 @@ def _rewards(path: Path) -> list[object]:
 def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[summary.Sentence]:
     trained = [stage["trained"] for stage in stages if not stage["point"]]
     if not trained:
-        return summary.of_points([stage["trained"] for stage in stages])
-    evaluation = _json(path / comparison.FILE) or []
-    return summary.sentences(trained, list(comparison.differences(evaluation)))
+        points = [(Path(stage["folder"]).name, Path(stage["folder"])) for stage in stages]
+        found = several.groups(_runs(points, STAGES[stages[0]["name"]]))
+        return summary.of_points(stages[0]["trained"], found)
+    return summary.sentences(trained, list(comparison.differences(_json(path / comparison.FILE) or [])))
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:

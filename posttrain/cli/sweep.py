@@ -103,7 +103,7 @@ def show_sweep(command: Command) -> None:
                 (*(str(settings.get(key, "")) for key in keys), *map(group.cell, names), "mean ± standard deviation")
             )
     show_table(f"sweep: {folder}/<point>", (*keys, *map(label, names), "state"), rows)
-    charts = [chart for name in names if name != "kl" for chart in several.over_kl(runs, name)]
+    charts = [chart for name in names if name != "kl" for chart in several.over_kl(groups, name)]
     charts += several.over_keys(groups, names)
     if charts:
         (folder / PICTURE).write_text(draw(charts), encoding="utf-8")

@@ -121,6 +121,9 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
             axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     if chart.is_log:
         axes.set_xscale("log")
+        ticks = sorted({x for series in chart.series for x, _ in series.points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
     if chart.is_share:
         axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(chart.title, fontsize=10)
@@ -169,7 +172,9 @@ def read_points(file: Path, keys: Iterable[str]) -> dict[str, Points]:
         there = table.select(["step", key]).drop_null().combine_chunks()
         if there.num_rows:  # by DLPack, as pyarrow's own conversion imports pandas
             steps, values = (np.from_dlpack(column.chunk(0)).astype(float) for column in there.columns)
-            found[key] = thinned(steps, values)
+            # at the start of DPO all pairs are ties, and there is no accuracy
+            later = steps > 0 if key.endswith("rewards/accuracies") else steps >= 0
+            found[key] = thinned(steps[later], values[later])
     return found
 
 
@@ -186,8 +191,6 @@ def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()
         series = []
         for key in keys:
             points = lines.get(key, [])
-            if key.endswith("rewards/accuracies"):
-                points = [point for point in points if point[0] > 0]  # all pairs are ties at the start: no accuracy
             low, high = (dict(lines.get(f"{key}{part}", ())) for part in parts[1:])
             ends = [(low.get(step, value), high.get(step, value)) for step, value in points]
             is_held_out = key.startswith("eval_")

@@ -97,13 +97,14 @@ def _measured(name: str, line: Sequence[tuple[float, Run | Group]], metric: str,
     return Series(name, [each[:2] for each in numbers], colour, "o", ends=[each[2:] for each in numbers])
 
 
-def over_kl(runs: Sequence[Run], metric: str, possible: Points = ()) -> Iterator[Chart]:
-    """What each run gained over the KL that it spent, and the best that is possible, where that is known."""
-    there = sorted((run for run in runs if {"kl", metric} <= run.metrics.keys()), key=lambda run: run.metrics["kl"])
+def over_kl(found: Sequence[Run | Group], metric: str, possible: Points = ()) -> Iterator[Chart]:
+    """What each gained over the KL that it spent, and the best that is possible, where that is known."""
+    there = sorted(((each.number("kl")[0], each) for each in found), key=lambda pair: pair[0])
+    there = [(kl, each) for kl, each in there if not math.isnan(kl + each.number(metric)[0])]
     if len(there) > 1:
-        measured = _measured("measured", [(run.metrics["kl"], run) for run in there], metric)._replace(line="")
-        series = [Series("best possible", possible, HELD_OUT, line="--"), measured]
-        yield chart_of(metric, series, x=label("kl"), see=GAINED)._replace(names=[run.name for run in there])
+        series = [Series("best possible", possible, HELD_OUT, line="--"), _measured("measured", there, metric)]
+        chart = chart_of(metric, [series[0], series[1]._replace(line="")], x=label("kl"), see=GAINED)
+        yield chart._replace(names=[each.name for _, each in there])
 
 
 def over_one_another(found: Sequence[Group], keys: Sequence[str]) -> Iterator[Chart]:

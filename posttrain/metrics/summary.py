@@ -7,6 +7,7 @@ from typing import NamedTuple
 from posttrain.config.stages import STAGES
 from posttrain.metrics.catalogue import label
 from posttrain.metrics.comparison import NO_DIFFERENCE, REWARD, Difference, before_and_after, change, with_interval
+from posttrain.metrics.several import Group
 
 LOWER_IS_BETTER = ("eval_loss",)
 NOTHING = "nothing beyond chance"
@@ -56,19 +57,14 @@ def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> 
     ]
 
 
-def of_points(points: Sequence[Trained]) -> list[Sentence]:
-    """The same of a sweep: what each point was, the best one and the worst one by the stage's objective."""
-    key = STAGES[points[0].stage].objective
-    found = sorted((each for each in points if key in each.metrics), key=lambda each: each.metrics[key])
-    if key not in LOWER_IS_BETTER:
-        found.reverse()
-    ends = [f"{each.name}, {label(key)} {with_interval(key, each.metrics)}" for each in found] or ["unknown"]
-    how = _how(points[0]._replace(name=points[0].stage))
-    return [
-        Sentence("Trained", [f"{points[0].model} {len(points)} times by {how}"]),
-        Sentence("Best", ends[:1]),
-        Sentence("Worst", ends[-1:]),
-    ]
+def of_points(one: Trained, points: Sequence[Group]) -> list[Sentence]:
+    """The same of a sweep: what each point was, and the best and the worst by the objective, seeds together."""
+    key, count = STAGES[one.stage].objective, sum(len(point.runs) for point in points)
+    there = sorted((point for point in points if point.cell(key)), key=lambda point: point.number(key)[0])
+    ends = [f"{point.name}, {label(key)} {point.cell(key)}" for point in there] or ["unknown"]
+    worst, best = (ends[-1], ends[0]) if key in LOWER_IS_BETTER else (ends[0], ends[-1])
+    trained = f"{one.model} {count} times by {_how(one._replace(name=one.stage))}"
+    return [Sentence("Trained", [trained]), Sentence("Best", [best]), Sentence("Worst", [worst])]
 
 
 def _how(stage: Trained) -> str:

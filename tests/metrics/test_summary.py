@@ -1,6 +1,9 @@
 """The three sentences: what counts as better and worse, and on what grounds."""
 
+from pathlib import Path
+
 from posttrain.metrics.comparison import differences, paired
+from posttrain.metrics.several import Run, groups
 from posttrain.metrics.summary import Trained, of_points, sentences
 
 SFT = Trained("sft", "sft", "gpt2", 450, 20.0, ["data/rows.jsonl"], None, {"eval_loss_before": 6.9, "eval_loss": 0.26})
@@ -52,11 +55,12 @@ def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     assert judged("ppo", reward=1.0, reward_before=0.0, reward_better=9, reward_worse=0, **fell) == ["Better", "Worse"]
 
 
-def test_a_sweep_names_its_best_and_its_worst_point() -> None:
-    points = [PPO._replace(name=f"stage.kl_coef={n}", metrics={"penalised_reward": n}) for n in (0.1, 0.3, 0.2)]
-    trained, best, worst = map(str, of_points(points))
-    assert "3 times by ppo on 900 episodes" in trained
-    assert best.startswith("Best: stage.kl_coef=0.3, ")
-    assert worst.startswith("Worst: stage.kl_coef=0.1, ")
-    losses = [SFT._replace(name=f"seed={n}", metrics={"eval_loss": n}) for n in (1, 2)]
-    assert of_points(losses)[1].parts[0].startswith("seed=1, ")
+def test_a_sweep_names_its_best_and_its_worst_point_by_the_mean_of_its_seeds() -> None:
+    scores = ((0.1, 1, 0.2), (0.1, 2, 0.6), (0.2, 1, 0.5), (0.2, 2, 0.5), (0.3, 1, 0.1))
+    runs = [Run("r", {"kl": kl, "seed": seed}, {"penalised_reward": by}, Path()) for kl, seed, by in scores]
+    trained, best, worst = map(str, of_points(PPO, groups(runs)))
+    assert "5 times by ppo on 900 episodes" in trained
+    assert best.startswith("Best: kl=0.2, ")
+    assert worst.startswith("Worst: r, ")
+    losses = [Run(f"point {n}", {"lr": n}, {"eval_loss": n}, Path()) for n in (1, 2)]
+    assert of_points(SFT, groups(losses))[1].parts[0].startswith("point 1, ")
