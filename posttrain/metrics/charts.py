@@ -104,6 +104,8 @@ def draw(charts: Sequence[Chart]) -> str:
 
 
 def _draw_chart(axes: "Axes", chart: Chart) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     for series in filter(lambda each: each.points, chart.series):
         x, y = zip(*series.points, strict=True)
         colour, name = _COLOURS[series.colour % len(_COLOURS)], series.name or None
@@ -125,7 +127,7 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
     if chart.is_share:
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title(chart.title, fontsize=10)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
