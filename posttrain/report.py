@@ -45,7 +45,6 @@ GENERATOR = '<meta name="generator" content="posttrain">'
 SAMPLES = 4
 FIRST, LAST = 2, 4  # rollouts
 ANSWERS = 6  # of the evaluation, side by side
-GAINED = "Higher at the same KL is better; best-of-N costs at most ln N − (N−1)/N nats and no training."
 LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another
 
@@ -306,8 +305,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
     """
     runs, compared = [], list[tuple[str, Path]]()
     distinct = len({path.name for path in paths}) == len(paths)
-    named = [(path.name if distinct else str(path), path) for path in paths]
-    for number, (name, path) in enumerate(named):
+    labelled = [(path.name if distinct else str(path), path) for path in paths]
+    for number, (name, path) in enumerate(labelled):
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
         within = f"{name}/" if len(paths) > 1 else ""
@@ -333,7 +332,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
     )
     environment.globals |= {"draw": draw, "label": label}
     page = environment.get_template("report.html.jinja").render(
-        runs=runs, compared=list(_compared(compared)), between=list(_between(named))
+        runs=runs, compared=list(_compared(compared)), between=list(_between(labelled))
     )
     together = "-".join(path.resolve().name for path in paths)
     file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{together}.html"))
