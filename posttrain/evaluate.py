@@ -68,6 +68,10 @@ class Evaluated:
     answers: list[str]
     scores: dict[str, list[float | None]]  # score -> of each completion; None where it does not apply
     against_first: dict[str, dict[str, float]]  # score -> comparison.paired
+    gold: list[str]  # the scores that are reward functions kept apart
+    tokens: list[int]  # of each completion
+    kl: list[float | None]  # of each completion, from the first policy; None where that reads other tokens
+    ended: list[bool]  # by EOS
 
 
 def load_scorer(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardScorer:
@@ -148,7 +152,20 @@ def compare(
             found = encode_rows(encoder, responses, ConversationEncoding(check_length(mine), "drop"))
             fitting = [row for row in found if isinstance(row, EncodedRow)]
             metrics["perplexity"] = perplexity(policy, fitting, tokenizer.pad_token_id)
-        done.append(Evaluated(name, metrics, questions, [each.text for each in answers], scores, against))
+        done.append(
+            Evaluated(
+                policy=name,
+                metrics=metrics,
+                prompts=questions,
+                answers=[each.text for each in answers],
+                scores=scores,
+                against_first=against,
+                gold=[scoring.score_name(function) for function in scorer.eval_functions],
+                tokens=[each.length for each in answers],
+                kl=[each.kl for each in answers],
+                ended=[each.ended for each in answers],
+            )
+        )
         say(f"evaluated: {name}, {len(rows)} prompts")
         del policy
     return done

@@ -3,23 +3,21 @@
 usage: posttrain report <folder> [<folder> ...] [out=<file>]
 
 Prints what was trained, what got better and what got worse. The page needs
-nothing but itself: no network, light and dark as the reader's system is. Several
-runs, or the points of a sweep, are compared: the settings that differ, the final
-numbers (mean ± standard deviation where only the seed differs), and their curves.
-out= defaults to report.html in the folder, and for several folders to a file in
-the current one that is named after them.
+nothing but itself: no network, light and dark as the reader's system is. Samples
+can be searched, filtered and sorted. Several runs, or the points of a sweep, are
+compared: the settings that differ, the final numbers (mean ± standard deviation
+where only the seed differs), and their curves. out= defaults to report.html in the
+folder, and for several folders to a file in the current one that is named after
+them.
 
 examples:
   posttrain report outputs/demo
   posttrain report outputs/seed1 outputs/seed2 outputs/seed3 out=seeds.html
 """
 
-import json
 import re
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,18 +31,16 @@ from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison, several, summary
 from posttrain.metrics.catalogue import GOLD, OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
-from posttrain.metrics.charts import TAIL, Chart, card_charts, curves, draw
+from posttrain.metrics.charts import Chart, card_charts, curves, draw
+from posttrain.metrics.samples import collect
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import IDENTITY, MANIFEST, changes, read_json
-from posttrain.values import Fields, JsonObject
+from posttrain.values import JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
-SAMPLES = 4
-FIRST, LAST = 2, 4  # rollouts
-ANSWERS = 6  # of the evaluation, side by side
 LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another
 
@@ -61,21 +57,6 @@ class Node(NamedTuple):
 
 def _json(file: Path) -> Any:
     return read_json(file, "run what wrote it again, or delete it")
-
-
-def _rollouts(file: Path) -> list[Fields]:
-    """The first and the last of them; what is between is not read, as long runs write gigabytes."""
-    if not file.is_file():
-        return []
-    with file.open("rb") as lines:
-        found = [*islice(lines, FIRST)]
-        if (tail := file.stat().st_size - TAIL) > lines.tell():
-            lines.seek(tail)
-            lines.readline()  # it began before
-        found += deque(lines, maxlen=LAST + 1)
-    if found and not found[-1].rstrip().endswith(b"}"):  # cut by a kill
-        found.pop()
-    return [json.loads(line) for line in [*found[:FIRST], *found[FIRST:][-LAST:]]]
 
 
 def stage_folders(path: Path) -> list[Path]:
@@ -135,9 +116,7 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
         else [],
         "has_curves": has_curves,
         "adapters": manifest.get("adapter_weights", {}).values(),
-        "samples": (_json(folder / "samples.json") or [])[:SAMPLES],
         "card": card,
-        "rollouts": _rollouts(folder / "rollouts.jsonl"),
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
             (key, value)
@@ -256,10 +235,6 @@ def _evaluation(path: Path) -> JsonObject | None:
     return {
         "policies": [each["policy"] for each in found],
         "rows": comparison.rows(found),
-        "answers": [
-            (prompt, [each["answers"][index] for each in found])
-            for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
-        ],
     }
 
 
@@ -303,7 +278,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
 
     That is report.html in the one folder, if `out` is not given.
     """
-    runs, compared = [], list[tuple[str, Path]]()
+    runs, compared, named = [], list[tuple[str, Path]](), []
     distinct = len({path.name for path in paths}) == len(paths)
     labelled = [(path.name if distinct else str(path), path) for path in paths]
     for number, (name, path) in enumerate(labelled):
@@ -312,6 +287,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         within = f"{name}/" if len(paths) > 1 else ""
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
+        named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
         sentences = _sentences(path, stages)
         runs.append(
             {
@@ -330,9 +306,10 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    samples = collect(named, _json)
     environment.globals |= {"draw": draw, "label": label}
     page = environment.get_template("report.html.jinja").render(
-        runs=runs, compared=list(_compared(compared)), between=list(_between(labelled))
+        runs=runs, compared=list(_compared(compared)), between=list(_between(labelled)), samples=samples
     )
     together = "-".join(path.resolve().name for path in paths)
     file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{together}.html"))

@@ -106,11 +106,18 @@ def with_interval(name: str, metrics: Mapping[str, float], when: str = "") -> st
     return f"{shown} ({' to '.join(ends)})" if all(ends) else shown
 
 
+def signs(mine: Scores, first: Scores) -> list[int | None]:
+    """Of each prompt, whether the score is higher (1), lower (-1) or the same (0); None where one of the two is."""
+    pairs = list(zip(mine, first, strict=True))
+    even = ROUNDING * max((max(abs(a), abs(b)) for a, b in pairs if a is not None and b is not None), default=0)
+    return [None if a is None or b is None else (a - b > even) - (b - a > even) for a, b in pairs]
+
+
 def paired(mine: Scores, first: Scores) -> dict[str, float]:
     """One score of a policy against the first policy's, by prompt: means, wins (a tie is half a win), p-value."""
     pairs = [(a, b) for a, b in zip(mine, first, strict=True) if a is not None and b is not None]
-    even = ROUNDING * max((abs(score) for pair in pairs for score in pair), default=0)
-    better, worse = sum(a - b > even for a, b in pairs), sum(b - a > even for a, b in pairs)
+    found = signs(mine, first)
+    better, worse = found.count(1), found.count(-1)
     wins = better + (len(pairs) - better - worse) / 2
     low, high = wilson(wins, len(pairs))
     means = (math.fsum(values) / len(pairs) if pairs else math.nan for values in zip(*pairs, strict=True))

@@ -20,6 +20,7 @@ CHANCE, ENOUGH = 0.5, 50
 FIT = "fit to optimise against"
 BINS = 10
 SCORE_BINS, LENGTH_PARTS = 24, 6  # of the pictures
+KEPT = 500  # held-out pairs with their texts, the most confidently wrong first
 
 
 @dataclass
@@ -197,9 +198,7 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         "rejected": _distribution([pair.rejected_score for pair in pairs]),
         "scores": _histograms(pairs),
         "by_length": _by_length(pairs),
-        "most_confidently_wrong": [
-            asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:5] if pair.margin < 0
-        ],
+        "lowest_margins": [asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:KEPT]],
         "thresholds": THRESHOLDS | {"chance": CHANCE, "enough_pairs": ENOUGH},
     }
     by_kind = list(slices(pairs))

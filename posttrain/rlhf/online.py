@@ -30,7 +30,7 @@ from posttrain.models.lora import active_adapter, adapter_layers
 from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
 from posttrain.rlhf.diagnostics import VLLM_TOKEN
-from posttrain.rlhf.rollout import Inputs, RolloutBuffer, laid_out, spread
+from posttrain.rlhf.rollout import Inputs, RolloutBuffer, Trace, laid_out, spread
 from posttrain.rlhf.rollout_plan import RolloutPlan, episode_order, packing_pays, prompts_of_rollout, split, wider
 from posttrain.runs.checkpoint import processes_of
 from posttrain.runs.safe_trainer import SafeTrainer
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 LARGEST = 1e15  # of a reward: sums of squares over a million tokens stay below float32's 3e38
+KEPT = 4  # completions of a rollout that rollouts.jsonl keeps
 BUFFER = "rollout_{}.safetensors"
 PromptRow = JsonObject  # "prompt" (messages), "prompt_ids", and the columns for reward functions
 
@@ -67,7 +68,7 @@ class OnlineConfig(RLOOConfig):
 
 @dataclass
 class Rollout:
-    """What one rollout was, over all processes."""
+    """What one rollout was, over all processes, and samples of this one."""
 
     number: int
     numbers: dict[str, float]
@@ -264,7 +265,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             dim=1,
         )
         numbers = self._report(per_episode, per_function) | own
-        self._finish_rollout(numbers, prompts, completions, per_function, per_episode)
+        traces = buffer.traces(self._tokenizer, k1 if self.args.stage.needs_kl else None, KEPT)
+        self._finish_rollout(numbers, prompts, completions, per_function, per_episode, traces)
         return buffer
 
     def _buffer_of(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> RolloutBuffer:
@@ -376,6 +378,7 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         completions: list[list[Message]],
         per_function: Tensor,
         per_episode: Tensor,
+        traces: list[Trace],
     ) -> None:
         samples = [
             {
@@ -385,9 +388,12 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
                 "kl": float(row[2]) if self.args.stage.needs_kl else None,
                 "tokens": int(row[4]),
                 "ended": bool(row[5]),
+                "trace": trace,
             }
             | (dict(zip(self.reward_func_names, each.tolist(), strict=True)) if len(each) > 1 else {})
-            for prompt, completion, row, each in zip(prompts, completions, per_episode, per_function, strict=True)
+            for trace, prompt, completion, row, each in zip(
+                traces, prompts[:KEPT], completions[:KEPT], per_episode[:KEPT], per_function[:KEPT], strict=True
+            )
         ]
         # for TRL's tables of completions (trainer.log_completions)
         self._logs["prompt"].extend(prompts)

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+TRACED = 256  # tokens of a completion that are kept with their numbers
+Trace = list[tuple[str, float | None, float]]  # each token with its log π/π_ref in nats, if known, and its advantage
 
 
 @dataclass
@@ -50,6 +54,16 @@ class RolloutBuffer:
 
         names = [item.name for item in fields(cls)]
         return cls(**{name: torch.cat([padded(name, vars(part)[name]) for part in parts]) for name in names})
+
+    def traces(self, tokenizer: "PreTrainedTokenizerBase", log_ratio: "Tensor | None", episodes: int) -> list[Trace]:
+        """Of the first episodes, the first tokens of the completion."""
+        found = []
+        for row, length in enumerate(self.completion_mask[:episodes].sum(-1).clamp(max=TRACED).tolist()):
+            texts = [str(tokenizer.decode([token])) for token in self.completion_ids[row, :length].tolist()]
+            ratios = [None] * length if log_ratio is None else [round(x, 4) for x in log_ratio[row, :length].tolist()]
+            advantages = [round(x, 4) for x in self.advantages[row, :length].tolist()]
+            found.append(list(zip(texts, ratios, advantages, strict=True)))
+        return found
 
     @property
     def lengths(self) -> list[int]:

@@ -63,7 +63,6 @@ RESERVED_COLUMNS = {
     *("prompts", "prompt_ids", "completions", "completion_ids"),
     *("trainer_state", "log_extra", "log_metric"),
 }
-SAMPLES = 4  # completions of each rollout that rollouts.jsonl keeps
 
 
 @dataclass
@@ -334,7 +333,7 @@ class RolloutLog:
     def __call__(self, trainer: "PPOTrainer", rollout: "Rollout") -> None:
         if is_main_process():
             with writing(self.file), self.file.open("a", encoding="utf-8") as lines:
-                for sample in rollout.samples[:SAMPLES]:
+                for sample in rollout.samples:
                     line = {"step": trainer.state.global_step, "rollout": rollout.number, **sample}
                     lines.write(json.dumps(line, ensure_ascii=False) + "\n")
         for alarm in self.alarms(rollout.numbers):

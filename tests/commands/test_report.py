@@ -74,6 +74,9 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
     for each in found:
         assert set(each["scores"]) == {"reward", "correct", "style"}
         assert {len(values) for values in each["scores"].values()} == {len(each["answers"])}
+        assert {len(each[name]) for name in ("tokens", "kl", "ended")} == {len(each["answers"])}
+        assert sum(each["tokens"]) / len(each["tokens"]) == pytest.approx(each["metrics"]["response_length"])
+        assert each["gold"] == ["correct", "style"]
     assert found[0]["against_first"] == {}
     for each in found[1:]:
         for by in each["against_first"].values():
@@ -109,7 +112,21 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
     assert manifest("outputs/demo/sft")["weights"]["model.safetensors"] in page
     assert page.count("<svg") == page.count('role="img"') >= 10
     assert not re.search(r"(?:src|href)=\"(?!#)", page), "the page would fetch something"
-    assert "<script" not in page
+    assert page.count("<script") == 2, "the samples, and what shows them"
+    shown = page[page.index('id="samples-data">') + 18 :].split("</script>")[0]
+    tables = {table["id"]: table for table in json.loads(shown)}
+    assert list(tables) == [
+        "evaluation",
+        "sft/samples",
+        "reward/report_card",
+        "ppo/rollouts",
+        "ppo/samples",
+        "dpo/samples",
+    ]
+    assert len(tables["evaluation"]["rows"]) == len(found[0]["answers"])
+    columns = [tuple(each[:2]) for each in tables["evaluation"]["columns"]]
+    for name in ("completion", "reward", "correct", "style", "tokens", "KL", "ended", "by reward", "by gold functions"):
+        assert (name, "outputs/demo/ppo") in columns, name
 
     # again by hand: the same policies, the same numbers
     again = entry(
@@ -274,8 +291,9 @@ def test_the_logs_of_a_long_run_are_not_held_in_memory(tmp_path: Path) -> None:
     assert peak < 5 * 2**20 < (tmp_path / "long" / "ppo" / "rollouts.jsonl").stat().st_size / 3
     page = file.read_text()
     shown = [number for number in range(10_000) if f"answer {number} " in page]
-    assert shown == [0, 1, 9996, 9997, 9998, 9999]
-    assert len(page) < 150_000
+    assert {shown[0], shown[-1]} == {0, 9999}
+    assert 100 < len(shown) <= 200
+    assert len(page) < 600_000
 
 
 def test_a_thinned_line_keeps_its_ends_and_its_extremes(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_card_of_three_right_one_wrong_one_tie() -> None:
     assert card["mean_margin"] == pytest.approx((2 + 1 + 1 - 3 + 0) / 5)
     assert card["baselines"]["longer_wins"] == pytest.approx((1 + 0 + 0.5 + 1 + 0.5) / 5)
     assert card["loss"] == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in (2, 1, 1, -3, 0)) / 5)
-    assert [row["prompt"] for row in card["most_confidently_wrong"]] == ["wrong"]
+    assert [row["prompt"] for row in card["lowest_margins"]] == ["wrong", "a", "a", "a", "a"]
     assert card["chosen"]["max"] == 2
 
 

@@ -85,6 +85,10 @@ def test_ppo_takes_both_models_of_the_run(
     samples = read_rows(PPO / "rollouts.jsonl")
     assert {sample["rollout"] for sample in samples} == {0, 1, 2, 3}
     assert {"prompt", "answer", "reward", "kl", "tokens", "ended"} <= samples[0].keys()
+    for sample in samples:
+        assert len(sample["trace"]) == sample["tokens"]
+        assert sum(ratio for _, ratio, _ in sample["trace"]) == pytest.approx(sample["kl"], abs=1e-3)
+    assert any(advantage for *_, advantage in samples[0]["trace"])
     assert Path("outputs/demo/ppo/curves.svg").is_file()
 
 
