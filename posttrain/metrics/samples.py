@@ -2,9 +2,10 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
@@ -86,12 +87,12 @@ def collect(
         share = left // (len(files) - count)
         table = _rollouts(file, share) if file.name == "rollouts.jsonl" else _table_of(file.name, read_json(file))
         if table is not None and table.rows:
-            rows, size = _within(table.rows, share)
-            kept = f"{len(rows):,} of {len(table.rows):,} rows; all of them are in {file}"
-            kept = f"{len(rows):,} rows, from {file}" if len(rows) == len(table.rows) else kept
-            found[file] = table._replace(title=title, id=anchor, rows=rows, kept=kept)
-            left -= size
-    return [found[file] for _, _, file in files if file in found]
+            sizes = list(accumulate(len(_json(row).encode()) + 1 for row in table.rows))
+            fits, total = bisect_right(sizes, share), len(sizes)
+            kept = f"{total:,} rows, from {file}" if fits == total else f"{fits:,} of {total:,} rows; all are in {file}"
+            found[anchor] = table._replace(title=title, id=anchor, rows=table.rows[:fits], kept=kept)
+            left -= sizes[fits - 1] if fits else 0
+    return [found[anchor] for _, anchor, _ in files if anchor in found]
 
 
 def _table_of(name: str, content: object) -> Table | None:
@@ -106,17 +107,6 @@ def _table_of(name: str, content: object) -> Table | None:
 
 def _json(content: object) -> str:
     return htmlsafe_json_dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def _within(rows: list[tuple[Cell, ...]], share: int) -> tuple[list[tuple[Cell, ...]], int]:
-    """The first rows whose JSON fits into `share` bytes, and how many they take."""
-    taken = 0
-    for count, row in enumerate(rows):
-        size = len(_json(row).encode()) + 1
-        if taken + size > share:
-            return rows[:count], taken
-        taken += size
-    return rows, taken
 
 
 def _table(about: str, columns: Iterable[tuple[Column, Sequence[object]]], slider: str = "") -> Table:

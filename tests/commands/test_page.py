@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 Select = pytest.importorskip("selenium.webdriver.support.select").Select
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no browser: apt-get install chromium chromium-driver"
 )
@@ -99,6 +100,12 @@ class Page:
     def press(self, *keys: str) -> None:
         webdriver.ActionChains(self.driver).send_keys(*keys).perform()
 
+    def until(self, condition: str) -> None:
+        """Wait for what the browser does in its own time; it has five seconds."""
+        end = time.monotonic() + 5
+        while not self.run(f"return {condition}"):
+            assert time.monotonic() < end, condition
+
     @property
     def count(self) -> str:
         return str(self.run("return document.querySelector('#samples p[role=status]').textContent"))
@@ -165,11 +172,9 @@ def test_rows_are_drawn_as_they_come_into_view_and_each_table_is_there(page: Pag
     assert page.rows[3][1] == ATTACK
     assert page.rows[5][2].startswith(COMMENT)
     assert "reward 21" in page.rows[3][2]
-    while len(page.rows) < 120:
-        before = len(page.rows)
+    while (before := len(page.rows)) < 120:
         page.run("window.scrollTo(0, document.body.scrollHeight)")
-        page.driver.execute_async_script("setTimeout(arguments[0], 50)")
-        assert len(page.rows) > before
+        page.until(f"document.querySelectorAll('#samples tbody tr').length > {before}")
     page.select("samples of", "Supervised fine-tuning: before and after")
     assert [row[2] for row in page.rows] == ["(nothing)ended yes"]
     page.select("samples of", "Reward model: held-out pairs")
@@ -205,16 +210,16 @@ def test_a_link_leads_to_a_sample(page: Page) -> None:
     assert "sample 2" in str(page.opened)
     assert "pair 7" in str(page.opened)
     page.press(Keys.ESCAPE)
+    page.until("location.hash === ''")
     assert page.opened is None
-    assert page.run("return location.hash") == ""
     page.driver.find_element("css selector", "#samples tbody tr:nth-child(3) a").click()
     assert page.run("return location.hash") == "#sample/reward%2Freport_card/3"
     assert page.opened is None
     page.run("location.hash = '#sample/evaluation/103'")
-    page.driver.execute_async_script("setTimeout(arguments[0], 50)")
+    page.until("document.querySelector('dialog').open")
     assert "Question 102?" in str(page.opened)
     page.press("k", "k", "k", Keys.ESCAPE)
-    assert page.run("return document.activeElement.cells[0].textContent") == "100", "rows before it are drawn too"
+    page.until("document.activeElement.cells?.[0].textContent === '100'")  # rows before it are drawn, too
     assert page.numbers() == list(range(51, 121))
     page.driver.find_element("xpath", "//button[.='Earlier samples']").click()
     assert page.numbers() == list(range(1, 121))
@@ -231,7 +236,7 @@ def test_keys(page: Page) -> None:
     page.press("j")
     assert ATTACK in str(page.opened)
     page.press(Keys.ESCAPE)
-    assert page.opened is None
+    page.until("document.activeElement.cells?.[0].textContent === '4'")
     page.press("k", "/", "jk?", Keys.ESCAPE)
     assert page.count == "0 of 120 samples"
     assert page.run("return document.activeElement === document.body")

@@ -70,6 +70,9 @@ def test_which_scores_are_gold_is_read(tmp_path: Path) -> None:
     assert list(found) == ["evaluation", "evaluation-mine"]
     assert column(found["evaluation"], "by gold functions", "b") == ["tie"]
     assert found["evaluation-mine"].rows == [("p", "x")]
+    several = samples.collect([(tmp_path, []), (tmp_path / ".", [])], lambda file: json.loads(file.read_text()))
+    assert [table.id for table in several] == [f"{run}/evaluation{name}" for run in (1, 2) for name in ("", "-mine")]
+    assert several[0].title == f"{tmp_path}: Evaluation"
 
 
 def test_the_most_confidently_wrong_pairs_come_first(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path: Path, monkeyp
     found = tables(tmp_path, "sft")
     rows = len(found["evaluation"].rows)
     assert 100 < rows < 1000
-    assert found["evaluation"].kept == f"{rows} of 1,000 rows; all of them are in {file}"
+    assert found["evaluation"].kept == f"{rows} of 1,000 rows; all are in {file}"
     [text] = column(found["sft/samples"], "completion", "after")
     assert samples.CHARACTERS < len(text) < samples.CHARACTERS + 50
     assert "9,000" in text
