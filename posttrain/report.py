@@ -239,10 +239,7 @@ def _policies(path: Path) -> list[several.Run]:
         for score, values in each["scores"].items():
             key = score if score == comparison.REWARD else f"{GOLD}{score}"
             metrics |= comparison.measured(key, values)
-        name = re.match(r"best of \d+", each["policy"])
-        runs.append(
-            several.Run(name[0] if name else Path(each["policy"]).name, {"policy": each["policy"]}, metrics, path)
-        )
+        runs.append(several.Run(comparison.name_of(each["policy"]), {"policy": each["policy"]}, metrics, path))
     return runs
 
 
@@ -269,8 +266,8 @@ def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]
     for name, path in others:
         for mine in _json(path / comparison.FILE) or []:
             for its in _json(start / comparison.FILE) or []:
-                policy = Path(mine["policy"]).name
-                if policy != Path(its["policy"]).name or mine["prompts"] != its["prompts"]:
+                policy = comparison.name_of(mine["policy"])
+                if policy != comparison.name_of(its["policy"]) or mine["prompts"] != its["prompts"]:
                     continue
                 shared = [score for score in mine["scores"] if score in its["scores"]]
                 by = {
