@@ -44,7 +44,6 @@ FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
 SAMPLES = 4
 FIRST, LAST = 2, 4  # rollouts
-ANSWERS = 6  # of the evaluation, side by side
 LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another
 
@@ -203,6 +202,8 @@ def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[sev
     """The runs of each stage that has several: its title, groups of runs, the metrics to show, and charts."""
     for spec in STAGES.values():
         runs = _runs(named, spec)
+        if len(runs) < 2:
+            continue
         found, measured = several.groups(runs), dict.fromkeys(key for run in runs for key in run.metrics)
         shown, swept = (
             [key for key in with_gold_apart(keys, measured) if key in measured] for keys in (spec.shown, spec.swept)
@@ -211,8 +212,7 @@ def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[sev
         if len(runs) <= CURVES:
             keys = dict.fromkeys(key for keys in charts_with_gold_apart(spec.charts, measured) for key in keys)
             charts += several.over_one_another(found, list(keys))
-        if len(runs) > 1:
-            yield spec.title, found, shown, charts
+        yield spec.title, found, shown, charts
 
 
 def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart]:
@@ -233,7 +233,7 @@ def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart
 def _policies(path: Path) -> list[several.Run]:
     """The policies of an evaluation with their scores as a run has them; the KL of best-of-N is its bound."""
     runs = []
-    for each in _json(path / comparison.FILE) or []:
+    for each in _evaluated(path):
         metrics = dict(each["metrics"])
         metrics |= {"kl": metrics["kl_bound"]} if "kl_bound" in metrics else {}
         for score, values in each["scores"].items():
@@ -243,29 +243,21 @@ def _policies(path: Path) -> list[several.Run]:
     return runs
 
 
-def _evaluation(path: Path) -> JsonObject | None:
-    found = _json(path / comparison.FILE)
-    if not found:
-        return None
-    if "scores" not in found[0]:
+def _evaluated(path: Path) -> list[JsonObject]:
+    """The policies of a run's evaluation; none where there is none, or an older posttrain wrote it."""
+    found: list[JsonObject] = _json(path / comparison.FILE) or []
+    if found and "scores" not in found[0]:
         say(f"{path / comparison.FILE} was written by an older posttrain; evaluate again to see it in the report")
-        return None
-    return {
-        "policies": [each["policy"] for each in found],
-        "rows": comparison.rows(found),
-        "answers": [
-            (prompt, [each["answers"][index] for each in found])
-            for index, prompt in enumerate(found[0]["prompts"][:ANSWERS])
-        ],
-    }
+        return []
+    return found
 
 
 def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
     """The same policies of the first run and the others, by prompt, where both were evaluated on the same ones."""
     (first, start), *others = paths
     for name, path in others:
-        for mine in _json(path / comparison.FILE) or []:
-            for its in _json(start / comparison.FILE) or []:
+        for mine in _evaluated(path):
+            for its in _evaluated(start):
                 policy = comparison.name_of(mine["policy"])
                 if policy != comparison.name_of(its["policy"]) or mine["prompts"] != its["prompts"]:
                     continue
@@ -292,7 +284,7 @@ def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[summary.Sentenc
         points = [(Path(stage["folder"]).name, Path(stage["folder"])) for stage in stages]
         found = several.groups(_runs(points, STAGES[stages[0]["name"]]))
         return summary.of_points(stages[0]["trained"], found)
-    return summary.sentences(trained, list(comparison.differences(_json(path / comparison.FILE) or [])))
+    return summary.sentences(trained, list(comparison.differences(_evaluated(path))))
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
@@ -317,7 +309,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
                 "sentences": sentences,
                 "lineage": _lineage(stages),
                 "frontiers": list(_frontiers(path, [(point.name.removeprefix("stage."), point) for point in points])),
-                "evaluation": _evaluation(path),
+                "evaluation": _evaluated(path),
             }
         )
         say("\n  ".join([f"{path}:", *map(str, sentences)]))
@@ -327,7 +319,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"draw": draw, "label": label}
+    environment.globals |= {"draw": draw, "label": label, "rows": comparison.rows}
     page = environment.get_template("report.html.jinja").render(
         runs=runs, compared=list(_compared(compared)), between=list(_between(labelled))
     )
