@@ -215,14 +215,14 @@ def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[sev
         yield spec.title, found, shown, charts
 
 
-def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart]:
+def _frontiers(path: Path, points: Sequence[tuple[str, Path]], policies: Sequence[several.Run]) -> Iterator[Chart]:
     """What the points of a sweep, and the policies of an evaluation, gained over the KL that they spent.
 
     Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
     as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
     """
     runs = [(spec, _runs(points, spec)) for spec in STAGES.values()]
-    for spec, found in [*runs, (EVALUATED_AS, _policies(path))]:
+    for spec, found in [*runs, (EVALUATED_AS, policies)]:
         possible = _json(path / spec.name / FRONTIER) or []
         for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in found for key in run.metrics)):
             yield from several.over_kl(
@@ -230,26 +230,26 @@ def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart
             )
 
 
-def _policies(path: Path) -> list[several.Run]:
+def _policies(found: Sequence[JsonObject]) -> list[several.Run]:
     """The policies of an evaluation with their scores as a run has them; the KL of best-of-N is its bound."""
     runs = []
-    for each in _evaluated(path):
+    for each in found:
         metrics = dict(each["metrics"])
         metrics |= {"kl": metrics["kl_bound"]} if "kl_bound" in metrics else {}
         for score, values in each["scores"].items():
             key = score if score == comparison.REWARD else f"{GOLD}{score}"
             metrics |= comparison.measured(key, values)
-        runs.append(several.Run(comparison.name_of(each["policy"]), {"policy": each["policy"]}, metrics, path))
+        runs.append(several.Run(comparison.name_of(each["policy"]), {"policy": each["policy"]}, metrics, Path()))
     return runs
 
 
 def _evaluated(path: Path) -> list[JsonObject]:
     """The policies of a run's evaluation; none where there is none, or an older posttrain wrote it."""
-    found: list[JsonObject] = _json(path / comparison.FILE) or []
+    found = _json(path / comparison.FILE) or []
     if found and "scores" not in found[0]:
         say(f"{path / comparison.FILE} was written by an older posttrain; evaluate again to see it in the report")
-        return []
-    return found
+        found = []
+    return list(found)
 
 
 def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
@@ -278,13 +278,12 @@ def _rewards(path: Path) -> list[object]:
     return [each["weights"] if each else path for each in manifests]
 
 
-def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[summary.Sentence]:
+def _sentences(stages: Sequence[JsonObject], found: Sequence[comparison.Difference]) -> list[summary.Sentence]:
     trained = [stage["trained"] for stage in stages if not stage["point"]]
     if not trained:
         points = [(Path(stage["folder"]).name, Path(stage["folder"])) for stage in stages]
-        found = several.groups(_runs(points, STAGES[stages[0]["name"]]))
-        return summary.of_points(stages[0]["trained"], found)
-    return summary.sentences(trained, list(comparison.differences(_evaluated(path))))
+        return summary.of_points(stages[0]["trained"], several.groups(_runs(points, STAGES[stages[0]["name"]])))
+    return summary.sentences(trained, found)
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
@@ -301,15 +300,17 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         within = f"{name}/" if len(paths) > 1 else ""
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
-        sentences = _sentences(path, stages)
+        evaluation = _evaluated(path)
+        swept = [(point.name.removeprefix("stage."), point) for point in points]
+        sentences = _sentences(stages, list(comparison.differences(evaluation)))
         runs.append(
             {
                 "path": str(path),
                 "stages": stages,
                 "sentences": sentences,
                 "lineage": _lineage(stages),
-                "frontiers": list(_frontiers(path, [(point.name.removeprefix("stage."), point) for point in points])),
-                "evaluation": _evaluated(path),
+                "frontiers": list(_frontiers(path, swept, _policies(evaluation))),
+                "evaluation": evaluation,
             }
         )
         say("\n  ".join([f"{path}:", *map(str, sentences)]))
