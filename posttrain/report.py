@@ -182,6 +182,8 @@ def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[sev
     """The runs of each stage that has several: its title, groups of runs, the metrics to show, and charts."""
     for spec in STAGES.values():
         runs = _runs(named, spec)
+        if len(runs) < 2:
+            continue
         found, measured = several.groups(runs), dict.fromkeys(key for run in runs for key in run.metrics)
         shown, swept = (
             [key for key in with_gold_apart(keys, measured) if key in measured] for keys in (spec.shown, spec.swept)
@@ -190,18 +192,17 @@ def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[sev
         if len(runs) <= CURVES:
             keys = dict.fromkeys(key for keys in charts_with_gold_apart(spec.charts, measured) for key in keys)
             charts += several.over_one_another(found, list(keys))
-        if len(runs) > 1:
-            yield spec.title, found, shown, charts
+        yield spec.title, found, shown, charts
 
 
-def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart]:
+def _frontiers(path: Path, points: Sequence[tuple[str, Path]], policies: Sequence[several.Run]) -> Iterator[Chart]:
     """What the points of a sweep, and the policies of an evaluation, gained over the KL that they spent.
 
     Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
     as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
     """
     runs = [(spec, _runs(points, spec)) for spec in STAGES.values()]
-    for spec, found in [*runs, (EVALUATED_AS, _policies(path))]:
+    for spec, found in [*runs, (EVALUATED_AS, policies)]:
         possible = _json(path / spec.name / FRONTIER) or []
         for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in found for key in run.metrics)):
             yield from several.over_kl(
@@ -209,43 +210,36 @@ def _frontiers(path: Path, points: Sequence[tuple[str, Path]]) -> Iterator[Chart
             )
 
 
-def _policies(path: Path) -> list[several.Run]:
+def _policies(found: Sequence[JsonObject]) -> list[several.Run]:
     """The policies of an evaluation with their scores as a run has them; the KL of best-of-N is its bound."""
     runs = []
-    for each in _json(path / comparison.FILE) or []:
+    for each in found:
         metrics = dict(each["metrics"])
         metrics |= {"kl": metrics["kl_bound"]} if "kl_bound" in metrics else {}
         for score, values in each["scores"].items():
             key = score if score == comparison.REWARD else f"{GOLD}{score}"
             metrics |= comparison.measured(key, values)
-        name = re.match(r"best of \d+", each["policy"])
-        runs.append(
-            several.Run(name[0] if name else Path(each["policy"]).name, {"policy": each["policy"]}, metrics, path)
-        )
+        runs.append(several.Run(comparison.name_of(each["policy"]), {"policy": each["policy"]}, metrics, Path()))
     return runs
 
 
-def _evaluation(path: Path) -> JsonObject | None:
-    found = _json(path / comparison.FILE)
-    if not found:
-        return None
-    if "scores" not in found[0]:
+def _evaluated(path: Path) -> list[JsonObject]:
+    """The policies of a run's evaluation; none where there is none, or an older posttrain wrote it."""
+    found = _json(path / comparison.FILE) or []
+    if found and "scores" not in found[0]:
         say(f"{path / comparison.FILE} was written by an older posttrain; evaluate again to see it in the report")
-        return None
-    return {
-        "policies": [each["policy"] for each in found],
-        "rows": comparison.rows(found),
-    }
+        found = []
+    return list(found)
 
 
 def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
     """The same policies of the first run and the others, by prompt, where both were evaluated on the same ones."""
     (first, start), *others = paths
     for name, path in others:
-        for mine in _json(path / comparison.FILE) or []:
-            for its in _json(start / comparison.FILE) or []:
-                policy = Path(mine["policy"]).name
-                if policy != Path(its["policy"]).name or mine["prompts"] != its["prompts"]:
+        for mine in _evaluated(path):
+            for its in _evaluated(start):
+                policy = comparison.name_of(mine["policy"])
+                if policy != comparison.name_of(its["policy"]) or mine["prompts"] != its["prompts"]:
                     continue
                 shared = [score for score in mine["scores"] if score in its["scores"]]
                 by = {
@@ -264,13 +258,12 @@ def _rewards(path: Path) -> list[object]:
     return [each["weights"] if each else path for each in manifests]
 
 
-def _sentences(path: Path, stages: Sequence[JsonObject]) -> list[summary.Sentence]:
+def _sentences(stages: Sequence[JsonObject], found: Sequence[comparison.Difference]) -> list[summary.Sentence]:
     trained = [stage["trained"] for stage in stages if not stage["point"]]
     if not trained:
         points = [(Path(stage["folder"]).name, Path(stage["folder"])) for stage in stages]
-        found = several.groups(_runs(points, STAGES[stages[0]["name"]]))
-        return summary.of_points(stages[0]["trained"], found)
-    return summary.sentences(trained, list(comparison.differences(_json(path / comparison.FILE) or [])))
+        return summary.of_points(stages[0]["trained"], several.groups(_runs(points, STAGES[stages[0]["name"]])))
+    return summary.sentences(trained, found)
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
@@ -288,15 +281,17 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
-        sentences = _sentences(path, stages)
+        evaluation = _evaluated(path)
+        swept = [(point.name.removeprefix("stage."), point) for point in points]
+        sentences = _sentences(stages, list(comparison.differences(evaluation)))
         runs.append(
             {
                 "path": str(path),
                 "stages": stages,
                 "sentences": sentences,
                 "lineage": _lineage(stages),
-                "frontiers": list(_frontiers(path, [(point.name.removeprefix("stage."), point) for point in points])),
-                "evaluation": _evaluation(path),
+                "frontiers": list(_frontiers(path, swept, _policies(evaluation))),
+                "evaluation": evaluation,
             }
         )
         say("\n  ".join([f"{path}:", *map(str, sentences)]))
@@ -307,7 +302,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         lstrip_blocks=True,
     )
     samples = collect(named, _json)
-    environment.globals |= {"draw": draw, "label": label}
+    environment.globals |= {"draw": draw, "label": label, "rows": comparison.rows}
     page = environment.get_template("report.html.jinja").render(
         runs=runs, compared=list(_compared(compared)), between=list(_between(labelled)), samples=samples
     )

@@ -1,8 +1,10 @@
 """What policies are compared by: numbers that need no model to compute, their names, and what they say in words."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -39,6 +41,12 @@ class Difference(NamedTuple):
         by = self.by
         counts = f"{by['better']} better, {by['worse']} worse of {by['prompts']} prompts, p = {by['p']:.2g}"
         return f"{by['first']:.3f} → {by['mean']:.3f} ({counts})"
+
+
+def name_of(policy: str) -> str:
+    """What an evaluated policy is called beside others: by its folder, or `best of N`."""
+    best = re.match(r"best of \d+", policy)
+    return best[0] if best else Path(policy).name
 
 
 def distinct(texts: Sequence[str], size: int) -> float:

@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 from posttrain.config.stages import STAGES
 from posttrain.metrics.catalogue import label
-from posttrain.metrics.comparison import NO_DIFFERENCE, REWARD, Difference, before_and_after, change, with_interval
+from posttrain.metrics.comparison import (
+    NO_DIFFERENCE,
+    REWARD,
+    Difference,
+    before_and_after,
+    change,
+    name_of,
+    with_interval,
+)
 from posttrain.metrics.several import Group
 
 LOWER_IS_BETTER = ("eval_loss",)
@@ -46,7 +54,9 @@ class Claim(NamedTuple):
 
 def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> list[Sentence]:
     """The three sentences about the stages of a run, and what an evaluation of its policies has found."""
-    evaluated = {Path(each.policy).name for each in differences}
+    names = [each.name for each in trained]
+    differences = [each for each in differences if name_of(each.policy) in names]  # best-of-N was not trained
+    evaluated = {name_of(each.policy) for each in differences}
     claims = [claim for each in trained if each.name not in evaluated for claim in _claims(each)]
     claims += map(_of_difference, sorted(differences, key=lambda each: each.score == REWARD))
     better, worse, same = ([claim.text for claim in claims if claim.way == way] for way in (1, -1, 0))
@@ -102,7 +112,7 @@ def _claims(stage: Trained) -> Iterator[Claim]:
 
 
 def _of_difference(found: Difference) -> Claim:
-    by, policy, first = found.by, Path(found.policy).name, Path(found.first).name
+    by, policy, first = found.by, name_of(found.policy), name_of(found.first)
     wins = f"wins {by['win_rate']:.0%} ({by['win_rate_low']:.0%} to {by['win_rate_high']:.0%}) against {first}"
     score = "the reward that PPO optimises" if found.score == REWARD else found.score
     return Claim(f"{policy}: {score} {found}, {wins}", found.way)

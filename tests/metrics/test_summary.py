@@ -24,6 +24,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
             },
         },
     ]
+    policies.append({"policy": "best of 4 of outputs/demo/sft", "against_first": {"reward": paired([3.0] * 20, right)}})
     trained, better, worse = map(str, sentences([SFT, PPO], list(differences(policies))))
     assert trained == (
         "Trained: gpt2 by sft on 450 rows of rows.jsonl, 20 epochs; "
