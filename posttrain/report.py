@@ -86,6 +86,8 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
         if " WARNING posttrain: " in line
     ]
     card = _json(folder / "report_card.json")
+    models = [f"the reward model of {Path(given['reward_model']['path']).name}"] if "reward_model" in given else []
+    functions = [re.split(r"[:.]", spec)[-1] for spec in manifest["config"]["stage"].get("reward_functions", ())]
     return {
         "name": name,
         "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
@@ -105,7 +107,7 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
             manifest["data"]["counts"]["train"].get("kept", 0),
             manifest.get("cost", {}).get("epochs"),
             [source for source, rows in manifest["data"].get("rows_of", {}).items() if rows.get("train")],
-            Path(given["reward_model"]["path"]).name if "reward_model" in given else None,
+            " and ".join([*models, *functions]),
             metrics,
         ),
         "charts": list(curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets))

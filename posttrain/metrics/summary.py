@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     rows: int
     epochs: float | None  # how often it went through them; unknown of a run of an older posttrain
     sources: Sequence[str]
-    rewarded_by: str | None
+    rewarded_by: str  # the reward model and the reward functions, if there are any
     metrics: Mapping[str, float]
 
 
@@ -84,7 +84,7 @@ def _how(stage: Trained) -> str:
         rows = f"{round(stage.rows * stage.epochs):,} {spec.unit}" if stage.epochs else f"{stage.rows:,} prompts"
         passes = ""
     files = ", ".join(Path(source).name for source in stage.sources)
-    rewarded = f" with the reward model of {stage.rewarded_by}" if stage.rewarded_by else ""
+    rewarded = f" with {stage.rewarded_by}" if stage.rewarded_by else ""
     return f"{stage.name} on {rows} of {files}{passes}{rewarded}"
 
 

@@ -6,8 +6,8 @@ from posttrain.metrics.comparison import differences, paired
 from posttrain.metrics.several import Run, groups
 from posttrain.metrics.summary import Trained, of_points, sentences
 
-SFT = Trained("sft", "sft", "gpt2", 450, 20.0, ["data/rows.jsonl"], None, {"eval_loss_before": 6.9, "eval_loss": 0.26})
-PPO = Trained("ppo", "ppo", "outputs/demo/sft", 450, 2.0, ["prompts.jsonl"], "reward", {})
+SFT = Trained("sft", "sft", "gpt2", 450, 20.0, ["data/rows.jsonl"], "", {"eval_loss_before": 6.9, "eval_loss": 0.26})
+PPO = Trained("ppo", "ppo", "outputs/demo/sft", 450, 2.0, ["prompts.jsonl"], "the reward model of reward", {})
 
 
 def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_apart() -> None:
@@ -41,7 +41,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
 
 def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     def judged(stage: str, **metrics: float) -> list[str]:
-        known = Trained(stage, stage, "gpt2", 9, None, ["a"], None, metrics)
+        known = Trained(stage, stage, "gpt2", 9, None, ["a"], "", metrics)
         told = [(each.title, part) for each in sentences([known], [])[1:] for part in each.parts if stage in part]
         return ["same" if part.startswith("no difference seen in ") else title for title, part in told]
 
