@@ -2,10 +2,13 @@
 
 import datetime
 import os
+import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
@@ -162,3 +165,24 @@ def wanted_precision(precision: str, launched: str | None) -> str | None:
 
 def cpu_only() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def forget_peak_memory() -> None:
+    """Let `hardware` count from here on."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # of Linux
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def hardware() -> tuple[str, int | None]:
+    """What this process computes on, and the bytes that it has held at most: those of tensors on a GPU."""
+    import torch
+
+    if torch.cuda.is_available() and not cpu_only():
+        return torch.cuda.get_device_name(), int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.is_file() else "")
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads", int(found[1]) * 1024 if found else None

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from posttrain.cli.next_steps import next_commands, quoted, relative
+from posttrain.cli.entry import quoted
+from posttrain.cli.next_steps import next_commands, relative
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
 from posttrain.console import say, show_table

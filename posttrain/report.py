@@ -2,41 +2,57 @@
 
 usage: posttrain report <folder> [<folder> ...] [out=<file>]
 
-The page needs nothing but itself: no network, light and dark as the reader's
-system is. Samples can be searched, filtered and sorted. out= defaults to
-report.html in the folder, and for several folders to a file in the current one
-that is named after them.
+Prints what was trained, what got better and what got worse. The page needs
+nothing but itself: no network, light and dark as the reader's system is. Samples
+can be searched, filtered and sorted. Several runs, or the points of a sweep, are
+compared: the settings that differ, the final numbers (mean ± standard deviation
+where only the seed differs), and their curves. out= defaults to report.html in the
+folder, and for several folders to a file in the current one that is named after
+them.
 
 examples:
   posttrain report outputs/demo
-  posttrain report outputs/demo outputs/other out=both.html
+  posttrain report outputs/seed1 outputs/seed2 outputs/seed3 out=seeds.html
 """
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
-from posttrain.config.stages import STAGES, followers
+from posttrain.config.check import leaves
+from posttrain.config.stages import EVALUATED_AS, STAGES, StageSpec
 from posttrain.console import say
 from posttrain.errors import ConfigError
-from posttrain.metrics import comparison
-from posttrain.metrics.catalogue import OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
-from posttrain.metrics.charts import Chart, Series, curves, draw
+from posttrain.metrics import comparison, several, summary
+from posttrain.metrics.catalogue import GOLD, OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
+from posttrain.metrics.charts import Chart, card_charts, curves, draw
 from posttrain.metrics.samples import collect
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import MANIFEST, read_json
+from posttrain.runs.folder import IDENTITY, MANIFEST, changes, read_json
 from posttrain.values import JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
 GENERATOR = '<meta name="generator" content="posttrain">'
-CURVES = 8  # points of a sweep whose curves are drawn
+LONGEST = 60  # characters of a setting in the table of those that differ
+CURVES = 16  # runs whose curves are drawn over one another
+
+
+class Node(NamedTuple):
+    """A stage in the lineage, and those that started from its model; or a model that no stage here has made."""
+
+    title: str
+    anchor: str
+    rewarded_by: str
+    numbers: Sequence[tuple[str, str, str, str]]
+    children: "list[Node]"
 
 
 def _json(file: Path) -> Any:
@@ -58,17 +74,10 @@ def stage_folders(path: Path) -> list[Path]:
     return found
 
 
-def _flat(node: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _stage(folder: Path, has_curves: bool) -> JsonObject:
+def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
+    """What the page says of a stage of the run with that number."""
     manifest = _json(folder / MANIFEST)
-    name, metrics = manifest["stage"], manifest["metrics"]
+    name, metrics, given = manifest["stage"], manifest["metrics"], manifest["inputs"]
     sets = list(manifest["config"].get("data", {}).get("eval", {}))
     log = folder / "run.log"
     warnings = [
@@ -77,10 +86,12 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
         if " WARNING posttrain: " in line
     ]
     card = _json(folder / "report_card.json")
+    models = [f"the reward model of {Path(given['reward_model']['path']).name}"] if "reward_model" in given else []
+    functions = [re.split(r"[:.]", spec)[-1] for spec in manifest["config"]["stage"].get("reward_functions", ())]
     return {
         "name": name,
         "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
-        "anchor": folder.name,
+        "anchor": f"run{number}-{folder.name}",
         "point": "=" in folder.name,
         "folder": str(folder),
         "manifest": manifest,
@@ -89,18 +100,31 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
             for key in [*with_gold_apart(STAGES[name].shown, metrics), *of_sets(OF_NAMED, sets)]
             if key in metrics
         ],
-        "curves": [
-            draw([each])
-            for each in curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets)
-        ]
+        "trained": summary.Trained(
+            folder.name,
+            name,
+            given.get("model", {}).get("path") or manifest["config"]["model"]["base_model"],
+            manifest["data"]["counts"]["train"].get("kept", 0),
+            manifest.get("cost", {}).get("epochs"),
+            [source for source, rows in manifest["data"].get("rows_of", {}).items() if rows.get("train")],
+            " and ".join([*models, *functions]),
+            metrics,
+        ),
+        "charts": list(curves(charts_with_gold_apart(STAGES[name].charts, metrics), folder / "metrics.jsonl", sets))
         if has_curves
         else [],
+        "card_charts": list(card_charts(card["reliability"], card.get("scores"), card.get("by_length", ())))
+        if card
+        else [],
         "has_curves": has_curves,
+        "adapters": manifest.get("adapter_weights", {}).values(),
         "card": card,
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
             (key, value)
-            for key, value in _flat({section: manifest["config"][section] for section in ("stage", "trainer", "model")})
+            for key, value in leaves(
+                {section: manifest["config"][section] for section in ("stage", "trainer", "model")}
+            )
             if value is not None
         ],
         "sources": manifest["data"]["sources"],
@@ -108,61 +132,171 @@ def _stage(folder: Path, has_curves: bool) -> JsonObject:
     }
 
 
-def _frontiers(path: Path, stages: Sequence[JsonObject]) -> Iterator[str]:
-    """What each point of a sweep gained, over the KL that it spent.
+def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
+    """Every stage below the model that it started from, known by its weights; the points of a sweep are one."""
+    roots: dict[str, Node] = {}
+    nodes: dict[str, Node] = {}
+    made = {each["anchor"]: {*each["manifest"]["weights"].values(), *each["adapters"]} for each in stages}
+    titles = {each["anchor"]: each["title"] for each in stages}
+
+    def maker(weights: Mapping[str, str]) -> str:
+        return next((stage for stage, files in made.items() if weights and files >= {*weights.values()}), "")
+
+    for stage in stages:
+        given, count = stage["manifest"]["inputs"], 1
+        if stage["point"]:
+            count = sum(each["point"] and each["name"] == stage["name"] for each in stages)
+        key = stage["anchor"] if count == 1 else stage["name"]
+        if key in nodes:
+            continue
+        title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
+        by = given.get("reward_model", {"weights": {}, "path": ""})
+        rewarded_by = titles.get(maker(by["weights"]), by["path"])
+        nodes[key] = Node(title, stage["anchor"], rewarded_by, stage["numbers"][: 2 if count == 1 else 0], [])
+        above = nodes.get(maker(given["model"]["weights"])) if "model" in given else None
+        start = stage["trained"].model
+        (above or roots.setdefault(start, Node(start, "", "", [], []))).children.append(nodes[key])
+    return list(roots.values())
+
+
+def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Run]:
+    """The runs of a stage among folders, with the settings in which they differ."""
+    manifests = [(name, folder, _json(folder / MANIFEST)) for name, folder in named]
+    found = [(name, folder, manifest) for name, folder, manifest in manifests if manifest["stage"] == spec.name]
+    identities = [_json(folder / IDENTITY) or {"config": manifest["config"]} for _, folder, manifest in found]
+    keys = dict.fromkeys(key for each in identities[1:] for key in changes(identities[0], each))
+    flat = [dict(leaves(each)) for each in identities]
+    runs = []
+    for (name, folder, manifest), values in zip(found, flat, strict=True):
+        settings = {
+            key.removeprefix("config."): re.sub(r"\b(\w{8})[0-9a-f]{56}\b", r"\1", str(values.get(key)))[:LONGEST]
+            for key in keys
+            if key.startswith(("config.", "data.", "code."))
+        }
+        for part, given in manifest["inputs"].items():  # what another stage has made differs with that stage's settings
+            if given["stage"] is None and any(key.startswith(f"{part}.") for key in keys):
+                settings[part] = given["path"]
+        runs.append(several.Run(name, settings, manifest["metrics"], folder / "metrics.jsonl"))
+    return runs
+
+
+def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[several.Group], list[str], list[Chart]]]:
+    """The runs of each stage that has several: its title, groups of runs, the metrics to show, and charts."""
+    for spec in STAGES.values():
+        runs = _runs(named, spec)
+        if len(runs) < 2:
+            continue
+        found, measured = several.groups(runs), dict.fromkeys(key for run in runs for key in run.metrics)
+        shown, swept = (
+            [key for key in with_gold_apart(keys, measured) if key in measured] for keys in (spec.shown, spec.swept)
+        )
+        charts = list(several.over_keys(found, swept))
+        if len(runs) <= CURVES:
+            keys = dict.fromkeys(key for keys in charts_with_gold_apart(spec.charts, measured) for key in keys)
+            charts += several.over_one_another(found, list(keys))
+        yield spec.title, found, shown, charts
+
+
+def _frontiers(path: Path, points: Sequence[tuple[str, Path]], policies: Sequence[several.Run]) -> Iterator[Chart]:
+    """What the points of a sweep, and the policies of an evaluation, gained over the KL that they spent.
 
     Where the best that is possible at each KL is known, as in benchmarks/closed_form.py, <stage>/frontier.json holds it
     as a list of {"kl": ..., <metric>: ...}, and it is drawn as a line.
     """
-    measured = dict.fromkeys(key for stage in stages for key in stage["manifest"]["metrics"])
-    for spec, key in [(each, key) for each in STAGES.values() for key in with_gold_apart(each.frontier, measured)]:
-        points = [s for s in stages if s["name"] == spec.name and s["point"]]
-        points = [point for point in points if {"kl", key} <= point["manifest"]["metrics"].keys()]
-        points.sort(key=lambda point: point["manifest"]["metrics"]["kl"])
-        if len(points) > 1:
-            theory = [(each["kl"], each[key]) for each in _json(path / spec.name / FRONTIER) or [] if key in each]
-            places = [(p["manifest"]["metrics"]["kl"], p["manifest"]["metrics"][key]) for p in points]
-            series = [Series("best possible", theory), Series("measured", places, True)]
-            names = [point["anchor"].removeprefix("stage.") for point in points]
-            yield draw([Chart(f"{spec.title}: {label(key)}", series, label("kl"), names)])
+    runs = [(spec, _runs(points, spec)) for spec in STAGES.values()]
+    for spec, found in [*runs, (EVALUATED_AS, policies)]:
+        possible = _json(path / spec.name / FRONTIER) or []
+        for key in with_gold_apart(spec.frontier, dict.fromkeys(key for run in found for key in run.metrics)):
+            yield from several.over_kl(
+                several.groups(found), key, [(each["kl"], each[key]) for each in possible if key in each]
+            )
 
 
-def _evaluation(path: Path) -> JsonObject | None:
-    found = _json(path / comparison.FILE)
-    if not found:
-        return None
-    if "scores" not in found[0]:
+def _policies(found: Sequence[JsonObject]) -> list[several.Run]:
+    """The policies of an evaluation with their scores as a run has them; the KL of best-of-N is its bound."""
+    runs = []
+    for each in found:
+        metrics = dict(each["metrics"])
+        metrics |= {"kl": metrics["kl_bound"]} if "kl_bound" in metrics else {}
+        for score, values in each["scores"].items():
+            key = score if score == comparison.REWARD else f"{GOLD}{score}"
+            metrics |= comparison.measured(key, values)
+        runs.append(several.Run(comparison.name_of(each["policy"]), {"policy": each["policy"]}, metrics, Path()))
+    return runs
+
+
+def _evaluated(path: Path) -> list[JsonObject]:
+    """The policies of a run's evaluation; none where there is none, or an older posttrain wrote it."""
+    found = _json(path / comparison.FILE) or []
+    if found and "scores" not in found[0]:
         say(f"{path / comparison.FILE} was written by an older posttrain; evaluate again to see it in the report")
-        return None
-    return {
-        "policies": [each["policy"] for each in found],
-        "rows": comparison.rows(found),
-        "changes": list(comparison.in_words(found)),
-    }
+        found = []
+    return list(found)
 
 
-def _columns() -> list[list[str]]:
-    """The stages from left to right, each after what it follows; those that nothing follows stand last, together."""
-    inner = [[spec.name] for spec in STAGES.values() if followers(spec.name)]
-    return [*inner, [spec.name for spec in STAGES.values() if not followers(spec.name)]]
+def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
+    """The same policies of the first run and the others, by prompt, where both were evaluated on the same ones."""
+    (first, start), *others = paths
+    for name, path in others:
+        for mine in _evaluated(path):
+            for its in _evaluated(start):
+                policy = comparison.name_of(mine["policy"])
+                if policy != comparison.name_of(its["policy"]) or mine["prompts"] != its["prompts"]:
+                    continue
+                shared = [score for score in mine["scores"] if score in its["scores"]]
+                by = {
+                    score: comparison.paired(mine["scores"][score], its["scores"][score])
+                    for score in shared
+                    if score != comparison.REWARD or _rewards(path) == _rewards(start)
+                }
+                yield from comparison.in_words(
+                    [{"policy": f"{first}/{policy}"}, {"policy": f"{name}/{policy}", "against_first": by}]
+                )
+
+
+def _rewards(path: Path) -> list[object]:
+    """The weights of the reward models of a run: rewards of different ones are on different scales."""
+    manifests = [_json(path / spec.name / MANIFEST) for spec in STAGES.values() if spec.is_classifier]
+    return [each["weights"] if each else path for each in manifests]
+
+
+def _sentences(stages: Sequence[JsonObject], found: Sequence[comparison.Difference]) -> list[summary.Sentence]:
+    trained = [stage["trained"] for stage in stages if not stage["point"]]
+    if not trained:
+        points = [(Path(stage["folder"]).name, Path(stage["folder"])) for stage in stages]
+        return summary.of_points(stages[0]["trained"], several.groups(_runs(points, STAGES[stages[0]["name"]])))
+    return summary.sentences(trained, found)
 
 
 def write_report(*paths: Path, out: Path | None = None) -> Path:
-    """Write the page about the folders and return its path: report.html in the one folder, if `out` is not given."""
-    runs, named = [], []
-    for path in paths:
+    """Write the page about the folders, print its first sentences, and return its path.
+
+    That is report.html in the one folder, if `out` is not given.
+    """
+    runs, compared, named = [], list[tuple[str, Path]](), []
+    distinct = len({path.name for path in paths}) == len(paths)
+    labelled = [(path.name if distinct else str(path), path) for path in paths]
+    for number, (name, path) in enumerate(labelled):
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
-        stages = [_stage(folder, folder not in points or len(points) <= CURVES) for folder in folders]
+        within = f"{name}/" if len(paths) > 1 else ""
+        compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
+        stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
+        evaluation = _evaluated(path)
+        swept = [(point.name.removeprefix("stage."), point) for point in points]
+        sentences = _sentences(stages, list(comparison.differences(evaluation)))
         runs.append(
             {
                 "path": str(path),
                 "stages": stages,
-                "frontiers": list(_frontiers(path, stages)),
-                "evaluation": _evaluation(path),
+                "sentences": sentences,
+                "lineage": _lineage(stages),
+                "frontiers": list(_frontiers(path, swept, _policies(evaluation))),
+                "evaluation": evaluation,
             }
         )
+        say("\n  ".join([f"{path}:", *map(str, sentences)]))
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "templates"),
         autoescape=select_autoescape(default=True),
@@ -170,9 +304,12 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         lstrip_blocks=True,
     )
     samples = collect(named, _json)
-    page = environment.get_template("report.html.jinja").render(runs=runs, columns=_columns(), samples=samples)
-    names = "-".join(path.resolve().name for path in paths)
-    file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{names}.html"))
+    environment.globals |= {"draw": draw, "label": label, "rows": comparison.rows}
+    page = environment.get_template("report.html.jinja").render(
+        runs=runs, compared=list(_compared(compared)), between=list(_between(labelled)), samples=samples
+    )
+    together = "-".join(path.resolve().name for path in paths)
+    file = out or (paths[0] / FILE if len(paths) == 1 else Path(f"report-{together}.html"))
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise ConfigError(f"out={file} is there already and is not a report; choose another file")
     write_atomically(file, page)

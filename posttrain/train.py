@@ -25,10 +25,10 @@ from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
 from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.data.template import keep_in_template
-from posttrain.devices import on_main_process, world_size
+from posttrain.devices import forget_peak_memory, hardware, on_main_process, world_size
 from posttrain.errors import PosttrainError
 from posttrain.metrics.catalogue import charts_with_gold_apart
-from posttrain.metrics.charts import curves, draw
+from posttrain.metrics.charts import card_charts, curves, draw
 from posttrain.metrics.trackers import log_tables
 from posttrain.models.generate import Completion, panel
 from posttrain.models.load import load_tokenizer, prepare_base
@@ -315,7 +315,11 @@ def _run(
         start()
 
     # 3. train
+    forget_peak_memory()
     tokens_per_second = _train(trainer, checkpoint)
+    device, peak = hardware()
+    cost = {"device": device, "peak_memory": peak, "seconds": trainer.seconds, "epochs": trainer.state.epoch}
+    cost["tokens"] = trainer.state.num_input_tokens_seen
     assert trainer.before is not None
     before = EvalResult(trainer.before["metrics"], [Completion(*each) for each in trainer.before["completions"]])
 
@@ -345,8 +349,10 @@ def _run(
             charts = list(curves(groups, folder.metrics, list(config.data.eval)))
             if charts:
                 write_atomically(folder.curves, draw(charts))
-        log_tables(trainer, tables(shown, before, after))
-        folder.finish(_manifest(resolved, sources, data, identity, metrics))
+        card = after.files.get("report_card.json")
+        drawn = list(card_charts(card["reliability"], card["scores"], card["by_length"])) if card else []
+        log_tables(trainer, tables(shown, before, after), drawn)
+        folder.finish(_manifest(resolved, sources, data, identity, metrics) | {"cost": cost})
     trainer.accelerator.wait_for_everyone()
     show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, spec.objective)

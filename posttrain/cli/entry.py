@@ -38,7 +38,13 @@ def entry_point(command: str, body: Callable[[], None]) -> NoReturn:
 
 def command_line() -> str:
     """The command of this process, as it would be typed again."""
-    return shlex.join(["python", "-m", f"posttrain.{name}", *typed]) if name else "run_stage(…) in Python"
+    return " ".join(["posttrain", name, *map(quoted, typed)]) if name else "run_stage(…) in Python"
+
+
+def quoted(word: str) -> str:
+    """A word as it can be pasted into a shell, with as few marks as it needs."""
+    plain = shlex.quote(word)
+    return plain if plain == word or set('"$`\\!') & set(word) else f'"{word}"'
 
 
 def guarded(body: Callable[[], None]) -> int:

@@ -1,10 +1,10 @@
 """What to type after a stage: commands that can be pasted as they are."""
 
-import shlex
 from pathlib import Path
 
 from posttrain import paths
 from posttrain.cli import entry
+from posttrain.cli.entry import quoted
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, StageSpec, followers
 from posttrain.models.resolve import of_quickstart
@@ -13,12 +13,6 @@ from posttrain.runs.folder import run_path
 # words of a command that hold for the stages after it, too
 CARRIED = ("run_name", "output_dir", "precision", "seed", "model", "accelerate")
 NAMES_A_MODEL = ("model.model_name_or_path", "model.model_revision", "model.from_scratch", "model.chat_template_path")
-
-
-def quoted(word: str) -> str:
-    """A word as it can be pasted into a shell, with as few marks as it needs."""
-    plain = shlex.quote(word)
-    return plain if plain == word or set('"$`\\!') & set(word) else f'"{word}"'
 
 
 def relative(path: Path) -> str:

@@ -1,8 +1,6 @@
 """The points of a sweep, read from their folders: which are complete, and their metrics."""
 
-import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,8 +11,9 @@ from posttrain.config.stages import STAGES
 from posttrain.console import say, show_table
 from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.sources import data_files, is_local_data
+from posttrain.metrics import several
 from posttrain.metrics.catalogue import label, with_gold_apart
-from posttrain.metrics.charts import Chart, Series, draw
+from posttrain.metrics.charts import draw
 from posttrain.models.resolve import all_reward_functions, code_hashes, resolve, weight_hashes
 from posttrain.runs.folder import IDENTITY, MANIFEST, RunFolder, changes, read_object
 from posttrain.values import JsonObject
@@ -92,26 +91,25 @@ def show_sweep(command: Command) -> None:
         state = "complete" if metrics is not None else "not finished" if begun else "did not begin"
         cells = [f"{metrics[name]:.4g}" if metrics and name in metrics else "" for name in names]
         rows.append((*(values.get(key, "") for key in keys), *cells, state))
+    runs = [several.Run(_short(_values(point)), _values(point), metrics, point) for point, metrics in found if metrics]
+    groups = several.groups(runs)
     rows.sort(
         key=lambda row: [(0, float(cell), "") if _is_number(cell) else (1, 0.0, cell) for cell in row[: len(keys)]]
     )
+    for group in groups:
+        if (seeds := len(group.runs)) > 1:
+            settings = {**group.settings, several.SEED: f"{seeds} seeds"}
+            rows.append(
+                (*(str(settings.get(key, "")) for key in keys), *map(group.cell, names), "mean ± standard deviation")
+            )
     show_table(f"sweep: {folder}/<point>", (*keys, *map(label, names), "state"), rows)
-    finished = [(_values(point), metrics) for point, metrics in found if metrics is not None]
-    if len(finished) > 1 and names:
-        (folder / PICTURE).write_text(draw(list(_charts(finished, names))), encoding="utf-8")
+    charts = [chart for name in names if name != "kl" for chart in several.over_kl(groups, name)]
+    charts += several.over_keys(groups, names)
+    if charts:
+        (folder / PICTURE).write_text(draw(charts), encoding="utf-8")
         say(f"picture: {folder / PICTURE}")
 
 
-def _charts(points: list[tuple[dict[str, str], dict[str, float]]], metrics: list[str]) -> Iterator[Chart]:
-    """One chart a metric, over KL where the stage measures it (the trade-off), else over the points in order."""
-    over_kl = "kl" in metrics
-    if over_kl:
-        points = sorted(points, key=lambda point: point[1]["kl"])
-    names = [", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items()) for values, _ in points]
-    names = [name if len(name) <= NAMED else f"{name[: NAMED - 1]}…" for name in names]
-    for key in metrics:
-        places = [
-            (found["kl"] if over_kl else place, found.get(key, math.nan)) for place, (_, found) in enumerate(points)
-        ]
-        if key != "kl":
-            yield Chart(label(key), [Series("", places, True)], label("kl") if over_kl else "point", names)
+def _short(values: dict[str, str]) -> str:
+    name = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
+    return name if len(name) <= NAMED else f"{name[: NAMED - 1]}…"

@@ -45,11 +45,11 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _leaves(node: object, path: str = "", whole: typing.Container[str] = ()) -> typing.Iterator[tuple[str, object]]:
+def leaves(node: object, path: str = "", whole: typing.Container[str] = ()) -> typing.Iterator[tuple[str, object]]:
     """Each value with its dotted path; those of `whole` in one piece."""
     if isinstance(node, dict) and node and path not in whole:
         for name, value in node.items():
-            yield from _leaves(value, f"{path}.{name}" if path else str(name), whole)
+            yield from leaves(value, f"{path}.{name}" if path else str(name), whole)
     else:
         yield path, node
 
@@ -297,9 +297,9 @@ def check(composed: DictConfig) -> Config:
     trainer = plain.pop("trainer", None)
     # 2. each value alone
     whole = {path for path, item in keys.items() if "dict[" in str(item.type)}
-    leaves = [*_leaves(plain, whole=whole), *_leaves(trainer, "trainer")]
-    problems = [text for path, value in leaves if (text := _leaf_problem(path, value, schema, keys, spec)) is not None]
-    problems += _missing(keys, {path for path, _ in _leaves(plain, whole=whole)})
+    found = [*leaves(plain, whole=whole), *leaves(trainer, "trainer")]
+    problems = [text for path, value in found if (text := _leaf_problem(path, value, schema, keys, spec)) is not None]
+    problems += _missing(keys, {path for path, _ in leaves(plain, whole=whole)})
     if trainer is None:
         problems.append("trainer is missing; trainer={} sets nothing")
     elif problems:
@@ -333,7 +333,7 @@ def _leaf_problem(
     path: str, value: object, schema: DictConfig, keys: dict[str, dataclasses.Field[object]], spec: StageSpec
 ) -> str | None:
     """What is wrong with one value; a value that is right is put into `schema`."""
-    for inner, part in _leaves(value, path):
+    for inner, part in leaves(value, path):
         if "_target_" in inner.split("."):
             return f"{inner}: a configuration cannot name code to run"
         if problem := _secret_problem(inner, part):
@@ -372,7 +372,7 @@ def to_dict(config: Config) -> JsonObject:
 
 def differences(old: typing.Mapping[str, object], new: typing.Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Dotted key -> (old value, new value), for each key whose values differ."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return {
         path: (before.get(path), after.get(path))
         for path in [*after, *(path for path in before if path not in after)]

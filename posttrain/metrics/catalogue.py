@@ -25,7 +25,7 @@ METRICS = {
     "train_loss": Metric("train loss"),
     "learning_rate": Metric("learning rate", short="lr"),
     "accuracy": Metric("accuracy", is_share=True),
-    "rewards/accuracies": Metric("accuracy"),
+    "rewards/accuracies": Metric("accuracy", is_share=True),
     "mean_margin": Metric("mean margin"),
     "calibration_error": Metric("calibration error"),
     "length_correlation": Metric("length correlation"),
@@ -44,6 +44,18 @@ METRICS = {
     "distinct_1": Metric("distinct words", is_share=True),
     "distinct_2": Metric("distinct pairs of words", is_share=True),
     "perplexity": Metric("perplexity of held-out responses"),
+}
+# what to look for in a chart
+SEE = {
+    "loss": "Both should fall. Held-out loss that turns up while training loss falls is overfitting.",
+    "rewards/accuracies": "The share of pairs ranked as labelled; 50 % is chance.",
+    "reward": "This is what is optimised. A rise counts as far as scores that are not trained on rise, too.",
+    GOLD: "Not trained on. If it falls while the reward rises, the reward is over-optimised.",
+    "kl": "The distance that the reward has cost. A sudden jump is an unstable update.",
+    "response_length": "With a steady drift, the reward may be paying for length.",
+    "entropy": "Near 0 completions hardly vary, and exploration has ended.",
+    "explained_variance": "1: the critic predicts returns exactly. 0: no better than their mean.",
+    "vllm_difference": "It should stay near 0 throughout.",
 }
 # what a line of progress says, in this order
 PROGRESS = ("reward", "kl", "loss", "eval_loss", "eval_reward", "eval_kl", "learning_rate")
@@ -65,9 +77,16 @@ def label(key: str, sets: Iterable[str] = ()) -> str:
     for name in sets:
         if key.startswith(f"eval_{name}_"):
             return f"{name}: {label('eval_' + key.removeprefix(f'eval_{name}_'))}"
-    metric = METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
+    metric = metric_of(key)
     unit = f" ({metric.unit})" if metric.unit else ""
     return f"{'held-out ' if key.startswith('eval_') else ''}{metric.name}{unit}"
+
+
+def metric_of(key: str, sets: Iterable[str] = ()) -> Metric:
+    """How the metric of a key is shown, held out on one of `sets` or not."""
+    for name in sets:
+        key = key.replace(f"eval_{name}_", "eval_", 1)
+    return METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
 
 
 def short_label(key: str) -> str:
@@ -76,13 +95,19 @@ def short_label(key: str) -> str:
     return f"{'held-out ' if key.startswith('eval_') else ''}{metric.short or metric.name}"
 
 
-def formatted(key: str, value: float | None) -> str:
-    """A value for a table: shares as percentages, what is missing as nothing."""
+def formatted(key: str, value: float | None, spread: float = 0.0) -> str:
+    """A value for a table, with the digits that it deserves: two of its uncertainty `spread`, or four of its own.
+
+    Shares are percentages, and what is missing is nothing.
+    """
     if value is None or math.isnan(value):
         return ""
     of_named = key.endswith(("_accuracy", "_rewards/accuracies"))
-    is_share = of_named or (key in METRICS and METRICS[key].is_share)
-    return f"{value:.1%}" if is_share else f"{value:.4f}"
+    if of_named or (key in METRICS and METRICS[key].is_share):
+        return f"{value:.1%}"
+    size, digits = (spread, 2) if spread > 0 else (abs(value), 4)
+    places = digits - 1 - math.floor(math.log10(size)) if 0 < size < math.inf else 0
+    return f"{value:.{min(max(places, 0), 4)}f}"
 
 
 def with_gold_apart(shown: Iterable[str], metrics: Collection[str]) -> list[str]:

@@ -1,13 +1,23 @@
 """Every picture: line charts as SVG whose colours serve on light and dark pages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import html
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posttrain.metrics.catalogue import label, of_sets
+from posttrain.metrics.catalogue import GOLD, SEE, label, metric_of, of_sets
+from posttrain.metrics.report_card import wilson
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _GREY = "#808080"
 _STYLE: dict[Any, Any] = {
@@ -20,7 +30,10 @@ _STYLE: dict[Any, Any] = {
 }
 TAIL = 2**20  # bytes, more than a line has
 POINTS = 400  # of a line, more than its chart has room for
-_TRAINING, _HELD_OUT = ("#4c8dd6", ""), ("#e08a2e", "o")  # colour and marker
+TRAINING, HELD_OUT = 0, 1  # colours
+_COLOURS = ("#4c8dd6", "#e08a2e", "#3a9d6b", "#c2569f", "#8b76d6", "#b8931f", "#d2564f", "#2f9db0")
+STEP = "optimizer step"
+_COLUMNS = 4  # charts in a row
 
 FloatArray = np.typing.NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
@@ -31,44 +44,104 @@ class Series(NamedTuple):
 
     name: str
     points: Points
-    is_held_out: bool = False
+    colour: int = TRAINING
+    marker: str = ""
+    line: str = "-"  # "" for points alone, "--" for what is known and not measured
+    ends: Points = ()  # of the interval of each point
+    is_histogram: bool = False  # points are the middles of the bins and their counts
 
 
 class Chart(NamedTuple):
-    """One chart: its title, its lines, what is on its x-axis, and names of the last line's points."""
+    """One chart: its title, its lines, its axes, names of the last line's points, and what to look for in it."""
 
     title: str
     series: Sequence[Series]
-    x: str = "step"
+    x: str = STEP
+    y: str = ""
     names: Sequence[str] = ()
+    see: str = ""
+    is_share: bool = False  # the y-axis has percentages
+    is_log: bool = False  # the x-axis
+
+
+def chart_of(key: str, series: Sequence[Series], sets: Iterable[str] = (), x: str = STEP, see: str = "") -> Chart:
+    """The chart of a metric, with the name, unit and caption that the catalogue has for it."""
+    metric = metric_of(key, sets)
+    title = label(key, sets).removesuffix(f" ({metric.unit})")
+    see = see or next(
+        (words for name, words in SEE.items() if key.endswith(name) or (GOLD in key and name == GOLD)), ""
+    )
+    return Chart(title, series, x, metric.unit or metric.name, see=see, is_share=metric.is_share)
+
+
+def figure_of(charts: Sequence[Chart]) -> "Figure":
+    """The charts side by side, for whatever can show a figure of matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(len(charts), _COLUMNS)
+    rows = math.ceil(len(charts) / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, chart in zip(places, charts, strict=False):
+            _draw_chart(axes, chart)
+        for axes in places[len(charts) :]:
+            axes.axis("off")
+    return figure
 
 
 def draw(charts: Sequence[Chart]) -> str:
     """The charts side by side as one SVG, without a date, so that the same numbers give the same file."""
     import matplotlib
-    from matplotlib.figure import Figure
 
+    written = StringIO()
+    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": charts[0].title}):
-        figure = Figure(figsize=(3.7 * len(charts), 2.3), layout="constrained")
-        for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-            for series in chart.series:
-                colour, marker = _HELD_OUT if series.is_held_out else _TRAINING
-                if series.points:
-                    x, y = zip(*series.points, strict=True)
-                    axes.plot(x, y, color=colour, marker=marker, markersize=4, label=series.name)
-            if chart.names:
-                axes.margins(0.2)
-                for point, name in zip(chart.series[-1].points, chart.names, strict=True):
-                    axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-            axes.set_title(chart.title, fontsize=10)
-            axes.set_xlabel(chart.x)
-            if sum(bool(series.points) for series in chart.series) > 1:
-                axes.legend(frameon=False, fontsize=8)
-        written = StringIO()
-        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
+        figure_of(charts).savefig(written, format="svg", transparent=True, metadata=unsaid)
     drawn = written.getvalue()
-    return drawn[drawn.index("<svg") :]
+    return _for_a_page(drawn[drawn.index("<svg") :], "; ".join(chart.title for chart in charts))
+
+
+def _draw_chart(axes: "Axes", chart: Chart) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    for series in filter(lambda each: each.points, chart.series):
+        x, y = zip(*series.points, strict=True)
+        colour, name = _COLOURS[series.colour % len(_COLOURS)], series.name or None
+        if series.is_histogram:
+            axes.step(x, y, where="mid", color=colour, label=name)
+            axes.fill_between(x, y, step="mid", alpha=0.15, color=colour)
+            continue
+        axes.plot(x, y, linestyle=series.line or "none", marker=series.marker, markersize=4, color=colour, label=name)
+        if series.ends:
+            low, high = zip(*series.ends, strict=True)
+            axes.vlines(x, low, high, color=colour, alpha=0.5)
+    if chart.names:
+        axes.margins(0.2)
+        for point, name in zip(chart.series[-1].points, chart.names, strict=True):
+            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if chart.is_log:
+        axes.set_xscale("log")
+        ticks = sorted({x for series in chart.series for x, _ in series.points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+    if chart.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title(chart.title, fontsize=10)
+    axes.set_xlabel(chart.x)
+    axes.set_ylabel(chart.y)
+    if sum(bool(series.points and series.name) for series in chart.series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _for_a_page(drawn: str, title: str) -> str:
+    """The SVG with a title for screen readers, and ids that no other picture of a page has."""
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', drawn))
+    salt = hashlib.sha256(drawn.encode()).hexdigest()[:8]
+    drawn = re.sub(r' id="([^"]+)"', lambda found: f' id="{salt}-{found[1]}"' if found[1] in used else "", drawn)
+    drawn = re.sub(r'(url\(#|href="#)', rf"\g<1>{salt}-", drawn)
+    return re.sub(r"<svg([^>]*)>", rf'<svg role="img"\1><title>{html.escape(title)}</title>', drawn, count=1)
 
 
 def thinned(steps: FloatArray, values: FloatArray) -> Points:
@@ -101,7 +174,9 @@ def read_points(file: Path, keys: Iterable[str]) -> dict[str, Points]:
         there = table.select(["step", key]).drop_null().combine_chunks()
         if there.num_rows:  # by DLPack, as pyarrow's own conversion imports pandas
             steps, values = (np.from_dlpack(column.chunk(0)).astype(float) for column in there.columns)
-            found[key] = thinned(steps, values)
+            # at the start of DPO all pairs are ties, and there is no accuracy
+            later = steps > 0 if key.endswith("rewards/accuracies") else steps >= 0
+            found[key] = thinned(steps[later], values[later])
     return found
 
 
@@ -112,16 +187,44 @@ def curves(groups: Sequence[Sequence[str]], file: Path, sets: Sequence[str] = ()
     """
     held_out = [[key for key in keys if key.startswith("eval_")] for keys in groups]
     groups = [*groups, *([key] for name in sets for keys in held_out for key in of_sets(keys, [name]))]
-    lines = read_points(file, dict.fromkeys(key for keys in groups for key in keys))
+    parts = ("", "_low", "_high")
+    lines = read_points(file, dict.fromkeys(f"{key}{part}" for keys in groups for key in keys for part in parts))
     for keys in groups:
-        series = [
-            Series(
-                "held out" if key.startswith("eval_") else "training",
-                lines.get(key, []),
-                key.startswith("eval_"),
-            )
-            for key in keys
-        ]
+        series = []
+        for key in keys:
+            points = lines.get(key, [])
+            low, high = (dict(lines.get(f"{key}{part}", ())) for part in parts[1:])
+            ends = [(low.get(step, value), high.get(step, value)) for step, value in points]
+            is_held_out = key.startswith("eval_")
+            held = Series("held out", points, HELD_OUT, "o", ends=ends if low else ())
+            series.append(held if is_held_out else Series("training", points))
         if any(len(each.points) > 1 for each in series):
-            title = label(keys[0], sets) if len(keys) == 1 and sets else label(keys[0].removeprefix("eval_"))
-            yield Chart(title, series)
+            yield chart_of(keys[0] if len(keys) == 1 and sets else keys[0].removeprefix("eval_"), series, sets)
+
+
+Bins = Sequence[Mapping[str, float]]
+
+
+def card_charts(reliability: Bins, scores: Mapping[str, Sequence[float]] | None, by_length: Bins) -> Iterator[Chart]:
+    """Pictures of a reward model's report card, those of an older posttrain's being fewer."""
+    right = "pairs ranked as labelled"
+    measured = [(part["confidence"], part["accuracy"]) for part in reliability]
+    ends = [wilson(part["accuracy"] * part["pairs"], int(part["pairs"])) for part in reliability]
+    diagonal = Series("calibrated", [(0.5, 0.5), (1, 1)], HELD_OUT, line="--")
+    series = [diagonal, Series("measured", measured, marker="o", line="", ends=ends)]
+    see = "Below the diagonal the model is surer than it is right. Bars are 95 % intervals."
+    yield Chart("reliability", series, "probability that a margin stands for", right, see=see, is_share=True)
+    if scores is not None:
+        middles = [(low + high) / 2 for low, high in pairwise(scores["edges"])]
+        series = [
+            Series(name, list(zip(middles, scores[name], strict=True)), colour, is_histogram=True)
+            for name, colour in (("chosen", TRAINING), ("rejected", HELD_OUT))
+        ]
+        yield Chart(
+            "scores", series, "score", "completions", see="The less they overlap, the better they are told apart."
+        )
+    if by_length:
+        places = [(part["difference"], part["accuracy"]) for part in by_length]
+        series = [Series("", places, marker="o", ends=[(part["low"], part["high"]) for part in by_length])]
+        see = "Level is good. High on one side alone: the model goes by length, whatever the completion says."
+        yield Chart("accuracy by length", series, "tokens by which chosen is longer", right, see=see, is_share=True)

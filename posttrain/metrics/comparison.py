@@ -1,9 +1,12 @@
 """What policies are compared by: numbers that need no model to compute, their names, and what they say in words."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from posttrain.metrics import catalogue
 from posttrain.metrics.catalogue import GOLD, formatted
@@ -19,6 +22,32 @@ STDERR = "_stderr"  # after the name of a benchmark's metric: its standard error
 ROUNDING = 1e-5  # of the largest score: the same completion, scored in another batch, is a tie
 
 Scores = Sequence[float | None]  # of each prompt; None where a reward function does not apply
+
+
+class Difference(NamedTuple):
+    """One score of a policy against the first policy's."""
+
+    policy: str
+    first: str
+    score: str
+    by: Mapping[str, float]  # `paired`
+
+    @property
+    def way(self) -> int:
+        """1 where the score rose beyond chance, -1 where it fell, else 0."""
+        better, worse = self.by["better"], self.by["worse"]
+        return 0 if self.by["p"] >= ALPHA or better == worse else 1 if better > worse else -1
+
+    def __str__(self) -> str:
+        by = self.by
+        counts = f"{by['better']} better, {by['worse']} worse of {by['prompts']} prompts, p = {by['p']:.2g}"
+        return f"{by['first']:.3f} → {by['mean']:.3f} ({counts})"
+
+
+def name_of(policy: str) -> str:
+    """What an evaluated policy is called beside others: by its folder, or `best of N`."""
+    best = re.match(r"best of \d+", policy)
+    return best[0] if best else Path(policy).name
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
@@ -76,12 +105,14 @@ def before_and_after(name: str, metrics: Mapping[str, float]) -> tuple[str, str,
     if words:
         better, worse = int(metrics[f"{name}_better"]), int(metrics[f"{name}_worse"])
         words += f" ({better} better, {worse} worse, p = {sign_test(better, worse):.2g})"
-    return _with_interval(name, metrics, "_before"), _with_interval(name, metrics), words
+    return with_interval(name, metrics, "_before"), with_interval(name, metrics), words
 
 
-def _with_interval(name: str, metrics: Mapping[str, float], when: str = "") -> str:
-    value, low, high = (formatted(name, metrics.get(f"{name}{end}{when}")) for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})" if low and high else value
+def with_interval(name: str, metrics: Mapping[str, float], when: str = "") -> str:
+    """A metric and its 95 % interval, where it has one."""
+    value, low, high = (metrics.get(f"{name}{end}{when}", math.nan) for end in ("", "_low", "_high"))
+    shown, *ends = (formatted(name, each, (high - low) / 2) for each in (value, low, high))
+    return f"{shown} ({' to '.join(ends)})" if all(ends) else shown
 
 
 def signs(mine: Scores, first: Scores) -> list[int | None]:
@@ -108,7 +139,7 @@ def paired(mine: Scores, first: Scores) -> dict[str, float]:
 def rows(policies: Sequence[JsonObject]) -> list[tuple[str, list[str]]]:
     """Each number that any policy has: its name, and a cell for each policy; scores first, then wins by each."""
     scores = list(dict.fromkeys(name for each in policies for name in each["scores"]))
-    found = [(label(name), [_mean(each, name) for each in policies]) for name in scores]
+    found = [(label(name), [_mean(name, each["scores"].get(name, ())) for each in policies]) for name in scores]
     found += [
         (f"wins by {label(name)}", [_wins(each["against_first"].get(name)) for each in policies])
         for name in scores
@@ -131,7 +162,7 @@ def _benchmarks(policies: Sequence[Mapping[str, Mapping[str, float]]]) -> list[t
 
 def _benchmark(name: str, found: Mapping[str, float]) -> str:
     value, spread = found.get(name, math.nan), 1.96 * found.get(f"{name}{STDERR}", math.nan)
-    return _with_interval(name, {name: value, f"{name}_low": value - spread, f"{name}_high": value + spread})
+    return with_interval(name, {name: value, f"{name}_low": value - spread, f"{name}_high": value + spread})
 
 
 def label(score: str) -> str:
@@ -143,27 +174,28 @@ def _label(metric: str) -> str:
     return catalogue.label(metric).replace("the reference", "the first policy")
 
 
+def differences(policies: Sequence[JsonObject]) -> Iterator[Difference]:
+    """Each score of each policy after the first: those that fell, then those that rose, then the rest."""
+    for each in policies[1:]:
+        found = [
+            Difference(each["policy"], policies[0]["policy"], name, by)
+            for name, by in each["against_first"].items()
+            if by["prompts"]
+        ]
+        yield from sorted(found, key=lambda one: (-1, 1, 0).index(one.way))
+
+
 def in_words(policies: Sequence[JsonObject]) -> Iterator[tuple[str, list[str]]]:
     """For each policy after the first: which scores fell, then which rose, then which did not change beyond chance."""
-    for each in policies[1:]:
-        found = {name: result for name, result in each["against_first"].items() if result["prompts"]}
-        if found:
-            fell = [name for name, by in found.items() if by["p"] < ALPHA and by["worse"] > by["better"]]
-            rose = [name for name, by in found.items() if by["p"] < ALPHA and by["worse"] < by["better"]]
-            same = [name for name in found if name not in (*fell, *rose)]
-            verbs = [(" fell:", fell), (" rose:", rose), (f": {NO_DIFFERENCE},", same)]
-            phrases = [_phrase(name, verb, found[name]) for verb, names in verbs for name in names]
-            yield f"{each['policy']} against {policies[0]['policy']}", phrases
+    verbs = {-1: " fell:", 1: " rose:", 0: f": {NO_DIFFERENCE},"}
+    for policy, found in groupby(differences(policies), key=lambda each: each.policy):
+        phrases = [f"{label(each.score)}{verbs[each.way]} {each}" for each in found]
+        yield f"{policy} against {policies[0]['policy']}", phrases
 
 
-def _phrase(score: str, verb: str, by: Mapping[str, float]) -> str:
-    counts = f"{by['better']} better, {by['worse']} worse of {by['prompts']} prompts, p = {by['p']:.2g}"
-    return f"{label(score)}{verb} {by['first']:.3f} → {by['mean']:.3f} ({counts})"
-
-
-def _mean(policy: JsonObject, score: str) -> str:
-    values = [value for value in policy["scores"].get(score, []) if value is not None]
-    return _with_interval(score, measured(score, values)) if values else ""
+def _mean(score: str, values: Scores) -> str:
+    there = [value for value in values if value is not None]
+    return with_interval(score, measured(score, there)) if there else ""
 
 
 def _wins(by: Mapping[str, float] | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev, quantiles
 
+import numpy as np
+
 from posttrain.values import JsonObject
 
 # A model is fit when, of held-out pairs, the lower end of its accuracy's interval, its calibration error and the
@@ -19,6 +21,7 @@ FIT = "fit to optimise against"
 BINS = 10
 GROUP = "group: "  # how the kind of a pair begins that the data name
 FEW_GROUPS = 30
+SCORE_BINS, LENGTH_PARTS = 24, 6  # of the pictures
 KEPT = 500  # held-out pairs with their texts, the most confidently wrong first
 
 
@@ -125,6 +128,27 @@ def _distribution(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def _histograms(pairs: Sequence[ScoredPair]) -> dict[str, list[float]]:
+    """How many chosen and rejected completions have a score in each of SCORE_BINS bins of equal width."""
+    scores = {"chosen": [pair.chosen_score for pair in pairs], "rejected": [pair.rejected_score for pair in pairs]}
+    _, edges = np.histogram([*scores["chosen"], *scores["rejected"]], SCORE_BINS)
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in scores.items()}
+    return {"edges": edges.tolist(), **counts}
+
+
+def _by_length(pairs: Sequence[ScoredPair]) -> list[dict[str, float]]:
+    """The accuracy of pairs that are alike in how many tokens chosen is longer than rejected: parts of equal size."""
+    ordered = sorted(pairs, key=lambda pair: pair.chosen_length - pair.rejected_length)
+    found = []
+    for part in np.array_split(np.arange(len(pairs)), min(LENGTH_PARTS, len(pairs))):
+        mine = [ordered[place] for place in part]
+        right = sum(pair.margin > 0 for pair in mine)
+        low, high = wilson(right, len(mine))
+        apart = fmean(pair.chosen_length - pair.rejected_length for pair in mine)
+        found.append({"difference": apart, "pairs": len(mine), "accuracy": right / len(mine), "low": low, "high": high})
+    return found
+
+
 def _first_wins(pair: ScoredPair) -> bool:
     """What a rule scores that knows nothing: the completion whose text happens to come first by its hash."""
     first, second = (hashlib.sha256(text.encode()).digest() for text in (pair.chosen, pair.rejected))
@@ -174,6 +198,8 @@ def report_card(pairs: Sequence[ScoredPair], best_accuracy: float | None = None)
         "reliability": bins,
         "chosen": _distribution([pair.chosen_score for pair in pairs]),
         "rejected": _distribution([pair.rejected_score for pair in pairs]),
+        "scores": _histograms(pairs),
+        "by_length": _by_length(pairs),
         "lowest_margins": [asdict(pair) for pair in sorted(pairs, key=lambda pair: pair.margin)[:KEPT]],
         "thresholds": THRESHOLDS | {"chance": CHANCE, "enough_pairs": ENOUGH},
     }

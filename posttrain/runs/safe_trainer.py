@@ -118,6 +118,11 @@ class SafeTrainer(_TrainerBase):
         return found
 
     @property
+    def seconds(self) -> float:
+        """How long it has trained, before a resume, too."""
+        return self._earlier_seconds + (time.monotonic() - self.began if self.began else 0.0)
+
+    @property
     def rounds_as(self) -> str:
         """`no` (float32), `bf16` or `fp16`: the coarsest precision that this run computes in."""
         import torch
@@ -240,7 +245,7 @@ class SafeTrainer(_TrainerBase):
             "evaluated": self._evaluated,
             "evaluation_due": self._evaluation_due,
             "before": self.before,
-            "seconds": self._earlier_seconds + time.monotonic() - self.began,
+            "seconds": self.seconds,
             "logs": log_sizes(Path(self.args.output_dir)),
         }
 

@@ -117,7 +117,7 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     found: dict[str, str] = {}
     exec(code, {"path": "exported"}, found)
     assert isinstance(found["completion"], str)
-    assert "python -m posttrain.run" in card
+    assert "posttrain run " in card
     AutoModelForCausalLM.from_pretrained("exported")
     assert AutoTokenizer.from_pretrained("exported").chat_template
     (Path("llama.cpp") / export.CONVERT).write_text("raise SystemExit('this architecture is unknown')")

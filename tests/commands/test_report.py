@@ -1,5 +1,6 @@
 """Policies compared, and the page about a run: the right numbers, nothing from elsewhere, no torch."""
 
+import html
 import json
 import math
 import re
@@ -8,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,9 +96,21 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
         "Versions and hashes",
     ):
         assert words in page, words
-    assert "python -m posttrain.pipeline recipes=quickstart" in page
+    assert "posttrain pipeline recipes=quickstart" in page
+    sentences = [line.strip() for line in trained.splitlines() if line.startswith("  ")][-3:]
+    assert [line.split(":")[0] for line in sentences] == ["Trained", "Better", "Worse"]
+    assert sentences[0].startswith("Trained: posttrain/tiny by sft on ")
+    for part in sentences[1].removeprefix("Better: ").removesuffix(".").split("; "):
+        assert html.escape(part, quote=False) in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    cost = manifest("outputs/demo/ppo")["cost"]
+    assert cost["tokens"] > 0
+    assert cost["seconds"] > 0
+    assert cost["epochs"] > 0
+    assert "CPU" in cost["device"]
     assert manifest("outputs/demo/sft")["weights"]["model.safetensors"] in page
-    assert page.count("<svg") >= 6
+    assert page.count("<svg") == page.count('role="img"') >= 10
     assert not re.search(r"(?:src|href)=\"(?!#)", page), "the page would fetch something"
     assert page.count("<script") == 2, "the samples, and what shows them"
     shown = page[page.index('id="samples-data">') + 18 :].split("</script>")[0]
@@ -150,6 +165,51 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
     assert "Reward model" not in Path("outputs/demo/dpo/report.html").read_text()
 
 
+def test_the_lineage_is_what_each_stage_started_from(trained: str) -> None:
+    stages = [report._stage(folder, 0, False) for folder in report.stage_folders(Path("outputs/demo"))]
+    [root] = report._lineage(stages)
+    assert root.title == "posttrain/tiny"
+    [sft] = root.children
+    assert [node.title for node in sft.children] == ["Reward model", "PPO", "DPO"]
+    assert [node.rewarded_by for node in sft.children] == ["", "Reward model", ""]
+    assert not any(node.children for node in sft.children)
+    stages[0]["manifest"]["weights"] = {"model.safetensors": "another"}  # trained again since
+    assert [root.title for root in report._lineage(stages)] == ["posttrain/tiny", "outputs/demo/sft"]
+
+
+def test_several_runs_are_compared(trained: str, entry: Posttrain) -> None:
+    def changed(file: str, change: Callable[[Any], None]) -> None:
+        content = json.loads(Path(file).read_text())
+        change(content)
+        Path(file).write_text(json.dumps(content))
+
+    for number, name in enumerate("abc"):
+        for part in ("reward", "ppo"):
+            shutil.copytree(f"outputs/demo/{part}", f"outputs/{name}/{part}")
+        shutil.copy("outputs/demo/evaluation.json", f"outputs/{name}")
+        changed(f"outputs/{name}/ppo/run.json", lambda run, n=number: run["config"].update(seed=n))
+        changed(f"outputs/{name}/ppo/posttrain.json", lambda run, n=number: run["metrics"].update(reward=float(n)))
+    changed("outputs/c/ppo/run.json", lambda run: run["config"]["stage"].update(kl_coef=0.5))
+    count = len(json.loads(Path("outputs/a/evaluation.json").read_text())[1]["answers"])
+    changed("outputs/a/evaluation.json", lambda found: found[1]["scores"].update(correct=[0.0] * count))
+    changed("outputs/b/evaluation.json", lambda found: found[1]["scores"].update(correct=[1.0] * count))
+    changed("outputs/c/reward/posttrain.json", lambda run: run.update(weights={"model.safetensors": "another"}))
+    done = entry(report.main, *(f"outputs/{name}" for name in "abc"), "out=all.html")
+    assert done.code == 0, done
+    assert done.out.count("Trained: ") == 3
+    page = Path("all.html").read_text()
+    lines = re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL)
+    [alike, other] = [line for line in lines if ">a, b (2 runs)<" in line or ">c<" in line]
+    assert ">0.50 ± 0.71<" in alike
+    assert ">0.05<" in alike
+    assert ">0.5<" in other
+    between = re.sub(r"<[^>]+>", "\n", page[page.index("Between runs") : page.index("All about")])
+    assert f"correct rose: 0.000 → 1.000 ({count} better, 0 worse of {count} prompts" in between
+    b, c = (between[between.index(f"{name}/ppo against a/ppo") :].split("against")[1] for name in "bc")
+    assert "reward (which PPO optimises): no difference seen" in b
+    assert "reward (which" not in c, "rewards of different models"
+
+
 def test_text_of_models_and_data_cannot_write_the_page(tmp_path: Path, trained: str) -> None:
     samples = tmp_path / "outputs/demo/sft/samples.json"
     content = json.loads(samples.read_text())
@@ -201,10 +261,10 @@ def test_a_sweep_ends_in_a_frontier_and_is_drawn_on_what_is_possible(posttrain: 
     assert "best possible" in report.write_report(tmp_path / "outputs/demo").read_text()
 
 
-def finished(folder: Path, entries: int) -> None:
+def finished(folder: Path, entries: int, **settings: float) -> None:
     """A PPO run as it is left: its manifest, and logs of that many lines of two kilobytes."""
     folder.mkdir(parents=True)
-    config: dict[str, object] = {"stage": {"name": "ppo"}, "trainer": {}, "model": {"base_model": "x"}}
+    config: dict[str, object] = {"stage": {"name": "ppo", **settings}, "trainer": {}, "model": {"base_model": "x"}}
     known = {"stage": "ppo", "metrics": {"kl": 1.0}, "config": config, "data": {"sources": {}, "counts": {"train": {}}}}
     more = {"finished": "2026-01-01", "inputs": {}, "versions": {}, "weights": {}, "command": "posttrain run"}
     (folder / "posttrain.json").write_text(json.dumps(known | more))
@@ -252,9 +312,9 @@ def test_a_thinned_line_keeps_its_ends_and_its_extremes(tmp_path: Path) -> None:
 
 def test_the_curves_of_a_wide_sweep_are_left_to_a_report_of_each_point(tmp_path: Path) -> None:
     for number in range(50):
-        finished(tmp_path / "wide" / "ppo" / f"stage.beta={number}", 3)
+        finished(tmp_path / "wide" / "ppo" / f"stage.beta={number}", 3, beta=number)
     page = report.write_report(tmp_path / "wide").read_text()
-    assert "<svg" not in page
+    assert page.count("<svg") == 1, "KL over beta"
     point = tmp_path / "wide" / "ppo" / "stage.beta=7"
     assert f"posttrain report {point}" in page
     assert "<svg" in report.write_report(point).read_text()

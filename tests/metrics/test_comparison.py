@@ -28,7 +28,7 @@ def test_a_score_is_compared_prompt_by_prompt_with_the_first_evaluation() -> Non
     assert change("reward", same) == "no difference seen"
     before = {f"{key}_before": value for key, value in measured("reward", [0.0, 1.0, 2.0]).items()}
     assert before_and_after("reward", same | before) == (
-        *("1.0000 (-0.1316 to 2.1316)", "2.0000 (0.8684 to 3.1316)"),
+        *("1.0 (-0.1 to 2.1)", "2.0 (0.9 to 3.1)"),
         "no difference seen (3 better, 0 worse, p = 0.25)",
     )
     assert before_and_after("loss", {"loss": 0.5}) == ("", "0.5000", "")

@@ -157,7 +157,7 @@ def test_the_reward_rises_and_the_reference_stays(posttrain: Posttrain, prompts:
     assert (metrics["reward_better"], metrics["gold/odd_worse"], metrics["gold/constant_worse"]) == (8, 8, 0)
     assert metrics["reward_low_before"] < metrics["reward_before"] < metrics["reward_high_before"]
     assert done.out.count("warning over-optimisation on the same held-out prompts: reward rose (8 better") == 1
-    assert "; odd fell (0 better, 8 worse, p = 0.0078): -3.3750 (" in done.out
+    assert "; odd fell (0 better, 8 worse, p = 0.0078): -3." in done.out
     assert "stage.kl_coef=0.1 holds on to the reference" in done.out
     assert "trainer.metric_for_best_model=eval_gold/odd trainer.save_steps=0.2" in done.out
     assert "rose (8 better, 0 worse, p = 0.0078)" in done.out

@@ -239,9 +239,13 @@ def test_warnings_tell_what_would_go_unseen(posttrain: Posttrain, rows: Path) ->
 
 
 def test_trackers_write_where_they_are_told(posttrain: Posttrain) -> None:
-    done = posttrain("trainer.report_to=tensorboard", *SMALL)
+    recipe = ("recipes=quickstart/reward", "model.model_name_or_path=posttrain/tiny", "data.max_rows=120")
+    done = posttrain("trainer.report_to=tensorboard", *recipe, *SHORT)
     assert done.code == 0, done
-    assert list(Path("outputs/demo/sft/runs").rglob("events.out.tfevents.*"))
+    written = b"".join(file.read_bytes() for file in Path("outputs/demo/reward/runs").rglob("events.out.tfevents.*"))
+    assert b"report card/text_summary" in written
+    assert b"report card, drawn" in written
+    assert manifest("outputs/demo/reward")["cost"].keys() == {"device", "seconds", "tokens", "epochs", "peak_memory"}
 
 
 def test_low_memory_trains_with_checkpointed_activations_and_an_8_bit_optimizer(posttrain: Posttrain) -> None:
