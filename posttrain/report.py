@@ -32,6 +32,7 @@ from posttrain.errors import ConfigError
 from posttrain.metrics import comparison, several, summary
 from posttrain.metrics.catalogue import GOLD, OF_NAMED, charts_with_gold_apart, label, of_sets, with_gold_apart
 from posttrain.metrics.charts import Chart, card_charts, curves, draw
+from posttrain.metrics.report_card import FIT
 from posttrain.metrics.samples import collect
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
@@ -225,13 +226,19 @@ def _policies(found: Sequence[JsonObject]) -> list[several.Run]:
     return runs
 
 
-def _evaluated(path: Path) -> list[JsonObject]:
-    """The policies of a run's evaluation; none where there is none, or an older posttrain wrote it."""
-    found = _json(path / comparison.FILE) or []
+def _evaluated(path: Path, name: str = comparison.FILE) -> list[JsonObject]:
+    """The policies of an evaluation; none where there is none, or something else or an older posttrain wrote it."""
+    found = _json(path / name)
+    if not isinstance(found, list) or not all(isinstance(each, dict) and "policy" in each for each in found):
+        return []
     if found and "scores" not in found[0]:
-        say(f"{path / comparison.FILE} was written by an older posttrain; evaluate again to see it in the report")
+        say(f"{path / name} was written by an older posttrain; evaluate again to see it in the report")
         found = []
     return list(found)
+
+
+def _names(path: Path, pattern: str) -> list[str]:
+    return sorted(file.name for file in path.glob(pattern))
 
 
 def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
@@ -293,7 +300,9 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
                 "sentences": sentences,
                 "lineage": _lineage(stages),
                 "frontiers": list(_frontiers(path, swept, _policies(evaluation))),
-                "evaluation": evaluation,
+                "evaluations": [
+                    (each, _evaluated(path, each)) for each in [comparison.FILE, *_names(path, "evaluation-*.json")]
+                ],
             }
         )
         say("\n  ".join([f"{path}:", *map(str, sentences)]))
@@ -304,7 +313,7 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         lstrip_blocks=True,
     )
     samples = collect(named, _json)
-    environment.globals |= {"draw": draw, "label": label, "rows": comparison.rows}
+    environment.globals |= {"draw": draw, "label": label, "rows": comparison.rows, "fit": FIT}
     page = environment.get_template("report.html.jinja").render(
         runs=runs, compared=list(_compared(compared)), between=list(_between(labelled)), samples=samples
     )
