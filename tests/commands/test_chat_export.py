@@ -15,6 +15,7 @@ from conftest import Outcome, Posttrain, ended, start
 from posttrain import export
 from posttrain.chat import read_chat
 from posttrain.errors import ConfigError
+from posttrain.metrics.catalogue import formatted
 
 RUN = ("trainer.max_steps=2", "stage.max_length=64")
 
@@ -106,9 +107,10 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     assert card.startswith("---\nlibrary_name: transformers")
     assert "- sft" in card
     metrics = json.loads(Path("exported/posttrain.json").read_text())["metrics"]
-    assert f"| {metrics['eval_loss_before']:.4f} | {metrics['eval_loss']:.4f} |" in card
+    before, after = (formatted("eval_loss", metrics[name]) for name in ("eval_loss_before", "eval_loss"))
+    assert f"| {before} | {after} |" in card
     assert "| data.jsonl | 36 to train on, 4 held out |" in card
-    assert "| mine: acc | 0.2500 (0.1520 to 0.3480) |" in card
+    assert "| mine: acc | 0.250 (0.152 to 0.348) |" in card
     assert "evaluation-sft.json" in card
     assert "evaluation-other.json" not in card
     assert "license" not in card
