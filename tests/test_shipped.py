@@ -133,9 +133,7 @@ def slow_if(slow: Callable[[str], bool], found: list[str]) -> list[Any]:
     return [pytest.param(command, marks=pytest.mark.slow if slow(command) else ()) for command in found]
 
 
-@pytest.mark.parametrize(
-    "command", slow_if(lambda command: " -m " in command and not command.endswith("stage.beta=0.1,0.3"), runs())
-)
+@pytest.mark.parametrize("command", slow_if(lambda command: " -m " in command, runs()))
 def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
     arguments = shlex.split(command.removeprefix("posttrain run"))
     names = {"instruction": "Say", "response": "It is", "question": "Say", "answer": "It is", "output": "It is"}

@@ -172,6 +172,7 @@ def test_a_digest_is_taken_anew_where_a_file_may_have_changed(tmp_path: Path, mo
         assert Hashes(tmp_path).known == {}
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_rows(tmp_path: Path) -> None:
     held, peaks = {}, {}
     for count in (1_000, 6_000):
