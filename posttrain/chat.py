@@ -15,6 +15,7 @@ examples:
   posttrain chat outputs/demo/sft outputs/demo/dpo temperature=0
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def read_chat(arguments: Sequence[str]) -> tuple[list[str], dict[str, float], st
             numbers[name] = float(options[name])
         except ValueError as error:
             raise ConfigError(f"{name}={options[name]} must be a number") from error
+    if not 0 <= numbers["temperature"] < math.inf or not 1 <= numbers["max_new_tokens"] < math.inf:
+        raise ConfigError("temperature= must be at least 0, and max_new_tokens= at least 1")
     if len(models) not in (1, 2):
         raise ConfigError("name one model, or two: posttrain chat outputs/demo/sft outputs/demo/dpo")
     return models, numbers, options.get("system", "")

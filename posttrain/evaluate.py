@@ -46,7 +46,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from posttrain import judges
-from posttrain.cli.command import parse, read_command
+from posttrain.cli.command import names_in, parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.schema import Config
@@ -361,15 +361,11 @@ def read_evaluation(arguments: Sequence[str]) -> Asked:
                 "policies= and their options are a command of their own"
             )
         words.append(f"model.model_name_or_path='{given['reward_model']}'")
-    policies, tasks = _names(given.get("policies", "")), _names(given.get("tasks", ""))
+    policies, tasks = names_in(given.get("policies", "")), names_in(given.get("tasks", ""))
     if not policies and not pairs:
         raise ConfigError("policies=[…] is required: run folders, model folders or Hub ids; the first is the reference")
     numbers = {key: int(given[key]) for key, least in OPTIONS.items() if least is not None and key in given}
     return Asked(policies, given.get("out"), words, tasks=tasks, tasks_folder=given.get("tasks_folder"), **numbers)
-
-
-def _names(value: str) -> list[str]:
-    return [name.strip() for name in value.strip("[]").split(",") if name.strip()]
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class Judge:
         url, model = self.endpoint()
         distinct = list(dict.fromkeys(prompts))
         with ThreadPoolExecutor(self.parallel) as pool:
-            answers = list(pool.map(lambda prompt: self._ask(url, model, prompt), distinct))
+            answers = list(pool.map(lambda prompt: self._ask(url, model, prompt, pattern), distinct))
         for _, counted in answers:
             self.counts.update(counted)
         found = []
@@ -146,8 +146,11 @@ class Judge:
             found.append(matches[-1] if matches else None)
         return found
 
-    def _ask(self, url: str, model: str, prompt: str) -> tuple[str, Mapping[str, int]]:
-        """The reply and what it cost; one in the cache is known by all that is sent, and costs nothing."""
+    def _ask(self, url: str, model: str, prompt: str, pattern: str) -> tuple[str, Mapping[str, int]]:
+        """The reply and what it cost; one in the cache is known by all that is sent, and costs nothing.
+
+        Only a reply in which `pattern` is found is kept there.
+        """
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], **self.options}
         data = json.dumps(body, sort_keys=True)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -163,10 +166,11 @@ class Judge:
             raise PosttrainError(
                 f"the judge's endpoint {url} gave no chat completion: {content[:300]!r}; {NEXT}"
             ) from error
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{uuid.uuid4().hex}")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        if re.search(pattern, text):
+            folder.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{uuid.uuid4().hex}")
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)
         return text, {REQUESTS: 1, **{name.replace("_", " "): usage.get(name) or 0 for name in TOKENS}}
 
     def _send(self, url: str, data: bytes) -> bytes:

@@ -305,7 +305,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
                 ],
             }
         )
-        say("\n  ".join([f"{path}:", *map(str, sentences)]))
+        parts = [(f"  {each.title}:", *(f"    {part}" for part in each.parts)) for each in sentences]
+        say("\n".join([f"{path}:", *(line for each in parts for line in each)]))
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "templates"),
         autoescape=select_autoescape(default=True),

@@ -10,7 +10,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage
+from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
 from posttrain.data.sources import EVAL, TRAIN, Given, check_given, is_local_data
 from posttrain.data.template import keep_in_template
 from posttrain.devices import forget_peak_memory, hardware, on_main_process, world_size
-from posttrain.errors import PosttrainError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import charts_with_gold_apart
 from posttrain.metrics.charts import card_charts, curves, draw
 from posttrain.metrics.trackers import log_tables
@@ -376,7 +377,22 @@ def _judge_start(stage: Stage, context: StageContext, trainer: "SafeTrainer", ch
     if kept is None:
         result = _evaluate(stage, context, trainer)
         kept = {"metrics": result.metrics, "completions": result.completions, "scores": result.scores}
+        if trainer.args.load_best_model_at_end and context.data.test is not None:
+            _check_best(str(trainer.args.metric_for_best_model), trainer.evaluate())
     trainer.before = kept
+
+
+def _check_best(wanted: str, found: Mapping[str, float]) -> None:
+    """The number that says which checkpoint is the best is there.
+
+    Raises:
+        ConfigError: it is not; transformers would say so at the first checkpoint.
+    """
+    if f"eval_{wanted.removeprefix('eval_')}" not in found:
+        raise ConfigError(
+            f"trainer.metric_for_best_model={wanted} is none of the held-out numbers{nearest(wanted, found)}; they are "
+            f"{', '.join(found)}"
+        )
 
 
 def _begin(folder: RunFolder, identity: JsonObject, state: State) -> Path | None:

@@ -112,11 +112,23 @@ def read_words(arguments: Sequence[str], options: Collection[str]) -> tuple[list
     flagged = [word for word in arguments if word.startswith("-")]
     if flagged:
         raise ConfigError(f"{flagged[0]} is unknown; --help lists what can be given")
-    pairs = dict(word.split("=", 1) for word in arguments if "=" in word)
+    # the folder of a sweep's point has = in its name
+    pairs = dict(word.split("=", 1) for word in arguments if "=" in word and not Path(word).exists())
     for name in pairs:
         if name not in options:
             raise ConfigError(f"{name} is unknown; the options are {', '.join(options)}{nearest(name, options)}")
-    return [word for word in arguments if "=" not in word], pairs
+    return [word for word in arguments if "=" not in word or Path(word).exists()], pairs
+
+
+def names_in(value: str) -> list[str]:
+    """The names of a list such as [a,b]; the commas in the name of a folder that is there part nothing."""
+    names: list[str] = []
+    parts = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n])).exists()), 1)
+        names.append(",".join(parts[:count]))
+        parts = parts[count:]
+    return names
 
 
 def named_stages(overrides: Sequence[Override]) -> list[str]:

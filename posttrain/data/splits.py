@@ -153,6 +153,7 @@ _MEASURES = re.compile(r"(?:^|_)(?:ranks?|scores?)(?:_|$)", re.IGNORECASE)
 _ALIASES = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
     "instruction": ("question", "prompt", "query", "problem"),
+    "completion": ("response", "output", "answer", "solution"),
     "response": ("output", "answer", "completion", "solution"),
     "prompt": ("question", "instruction", "input", "query", "problem"),
     "input": ("context", "passage"),
@@ -165,7 +166,7 @@ _PAIRS = (("response_chosen", "response_rejected"), ("preferred", "dispreferred"
 def _hints(record: Fields, columns: dict[str, str | None]) -> str:
     """The keys that would read a row which no known shape fits."""
     if {"completion", "label"} <= record.keys():
-        return "; rows of one answer and a label are unpaired: KTO's losses take them, pairs cannot be made of them"
+        return "; rows of one completion and a label are for stage=kto: pairs cannot be made of them"
     if {"chosen", "rejected"} <= record.keys() and "response" in columns:
         texts = all(isinstance(record.get(name), str) for name in ("prompt", "chosen"))
         how = (
@@ -184,7 +185,10 @@ def _hints(record: Fields, columns: dict[str, str | None]) -> str:
             found.append(f"data.columns.{ours}={alias}")
     if not found and isinstance(record.get("text"), str) and "text" in columns:
         return "; try data.columns.text=text (raw text) or data.columns.messages=text (a transcript)"
-    if "chosen" in columns and at(record, columns["chosen"]) is None:
+    if "label" in columns:
+        says = next((name for name, value in record.items() if isinstance(value, bool)), "…")
+        found += [f"data.columns.label={says}"] if at(record, columns["label"]) is None else []
+    elif "chosen" in columns and at(record, columns["chosen"]) is None:
         better, worse = next((pair for pair in _PAIRS if set(pair) <= record.keys()), ("…", "…"))
         found.append(f"data.columns.chosen={better} data.columns.rejected={worse}")
         if better == "…":

@@ -31,7 +31,7 @@ METRICS = {
     "length_correlation": Metric("length correlation"),
     "reward": Metric("reward"),
     "penalised_reward": Metric("reward − kl_coef × KL"),
-    "reward_margin": Metric("reward margin"),
+    **dict.fromkeys(("reward_margin", "rewards/margins"), Metric("reward margin")),
     "kl": Metric("KL from the reference", "nats per completion", short="KL"),
     "kl_bound": Metric("KL from the reference at most, ln N − (N−1)/N", "nats per completion"),
     "entropy": Metric("entropy", "nats per token"),
@@ -49,6 +49,7 @@ METRICS = {
 SEE = {
     "loss": "Both should fall. Held-out loss that turns up while training loss falls is overfitting.",
     "rewards/accuracies": "The share of pairs ranked as labelled; 50 % is chance.",
+    "rewards/margins": "β times how much more likely liked completions have become than the others. It should rise.",
     "reward": "This is what is optimised. A rise counts as far as scores that are not trained on rise, too.",
     GOLD: "Not trained on. If it falls while the reward rises, the reward is over-optimised.",
     "kl": "The distance that the reward has cost. A sudden jump is an unstable update.",

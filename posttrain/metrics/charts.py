@@ -34,6 +34,7 @@ TRAINING, HELD_OUT = 0, 1  # colours
 _COLOURS = ("#4c8dd6", "#e08a2e", "#3a9d6b", "#c2569f", "#8b76d6", "#b8931f", "#d2564f", "#2f9db0")
 STEP = "optimizer step"
 _COLUMNS = 4  # charts in a row
+_LONGEST = 28  # characters of a name in a legend
 
 FloatArray = np.typing.NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
@@ -108,7 +109,8 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
 
     for series in filter(lambda each: each.points, chart.series):
         x, y = zip(*series.points, strict=True)
-        colour, name = _COLOURS[series.colour % len(_COLOURS)], series.name or None
+        colour = _COLOURS[series.colour % len(_COLOURS)]
+        name = series.name[:_LONGEST] + "…" * (len(series.name) > _LONGEST) or None
         if series.is_histogram:
             axes.step(x, y, where="mid", color=colour, label=name)
             axes.fill_between(x, y, step="mid", alpha=0.15, color=colour)

@@ -199,4 +199,4 @@ def _mean(score: str, values: Scores) -> str:
 
 
 def _wins(by: Mapping[str, float] | None) -> str:
-    return f"{by['win_rate']:.0%} ({by['win_rate_low']:.0%}–{by['win_rate_high']:.0%})" if by else ""
+    return f"{by['win_rate']:.0%} ({by['win_rate_low']:.0%}–{by['win_rate_high']:.0%})" if by and by["prompts"] else ""

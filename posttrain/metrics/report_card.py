@@ -236,7 +236,7 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
     """The card's lines for a person."""
     accuracy = f"{card['accuracy']:.1%} ({card['accuracy_low']:.1%} to {card['accuracy_high']:.1%})"
     rows = [
-        ("held-out pairs", f"{card['pairs']:,}, {card['ties']} of them ties"),
+        ("pairs", f"{card['pairs']:,}, {card['ties']} of them ties"),
         ("accuracy (95 % interval)", accuracy),
     ]
     if card["best_accuracy"] is not None:

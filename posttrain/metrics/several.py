@@ -11,7 +11,7 @@ from posttrain.metrics.charts import HELD_OUT, Chart, Points, Series, chart_of, 
 from posttrain.metrics.comparison import with_interval
 
 SEED = "seed"
-DECADE = 10.0  # a key whose largest value is more than so many times the smallest is drawn on a log axis
+DECADE = 10.0  # a key whose largest value is so many times the smallest or more is drawn on a log axis
 GAINED = "Higher at the same KL is better; best-of-N costs at most ln N − (N−1)/N nats and no training."
 
 
@@ -86,8 +86,9 @@ def over_keys(found: Sequence[Group], metrics: Sequence[str]) -> Iterator[Chart]
         for value, group in sorted(zip(values, found, strict=True), key=lambda pair: pair[0]):
             others = {name: other for name, other in group.settings.items() if name != key}
             lines.setdefault(_short(others), []).append((value, group))
-        is_log = min(values) > 0 and max(values) > DECADE * min(values)
-        for metric in metrics:
+        lines = {name: line for name, line in lines.items() if len(line) > 1}  # runs that differ in it alone
+        is_log = min(values) > 0 and max(values) >= DECADE * min(values)
+        for metric in metrics if lines else ():
             series = [_measured(name, line, metric, colour) for colour, (name, line) in enumerate(lines.items())]
             yield chart_of(metric, series, x=key, see=see)._replace(is_log=is_log)
 

@@ -73,6 +73,8 @@ def of_points(one: Trained, points: Sequence[Group]) -> list[Sentence]:
     there = sorted((point for point in points if point.cell(key)), key=lambda point: point.number(key)[0])
     ends = [f"{point.name}, {label(key)} {point.cell(key)}" for point in there] or ["unknown"]
     worst, best = (ends[-1], ends[0]) if key in LOWER_IS_BETTER else (ends[0], ends[-1])
+    if there and there[0].number(key)[0] == there[-1].number(key)[0]:
+        worst = best = f"none: all points have {label(key)} {there[0].cell(key)}"
     trained = f"{one.model} {count} times by {_how(one._replace(name=one.stage))}"
     return [Sentence("Trained", [trained]), Sentence("Best", [best]), Sentence("Worst", [worst])]
 

@@ -33,6 +33,7 @@ def test_a_number_is_drawn_over_its_key_on_a_log_axis_where_that_spans_a_decade(
     assert [series.name for series in chart.series] == ["kind=a", "kind=b"]
     assert chart.series[0].points == [(0.1, 0.1), (1.0, 1.0), (10.0, 10.0)]
     assert chart.series[0].ends[1] == (0.0, 2.0)
+    assert not list(over_keys(groups([run("a", beta=0.1, lr=1), run("b", beta=0.2, lr=2)]), ["reward"]))
     [chart] = over_keys(groups([run("a", beta=0.1), run("b", beta=0.2)]), ["reward"])
     assert not chart.is_log
     assert not list(over_keys(groups([run("a", kind="x"), run("b", kind="y")]), ["reward"]))

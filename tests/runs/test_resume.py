@@ -566,7 +566,11 @@ def test_the_best_checkpoint_is_the_result_after_a_kill_too(
 def test_early_stopping_goes_on_waiting_after_a_resume(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
     """The best evaluation is the one after step 4; two worse ones end the run at step 12, interrupted or not."""
     command, metric, _ = BEST_OF["sft"]
-    waits = (*command, *BEST, f"trainer.metric_for_best_model={metric}", "trainer.early_stopping_patience=2")
+    waits = (*command, *BEST, "trainer.early_stopping_patience=2")
+    wrong = posttrain(*waits, "trainer.metric_for_best_model=eval_los", "run_name=wrong")
+    assert wrong.code == 2, wrong
+    assert "trainer.metric_for_best_model=eval_los is none of the held-out numbers" in wrong.err
+    waits = (*waits, f"trainer.metric_for_best_model={metric}")
     done = posttrain(*waits, "output_dir=straight")
     assert done.code == 0, done
     straight = Path("straight/demo/sft")

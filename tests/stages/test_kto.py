@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import SHORT, Outcome, logged, manifest, read_rows, write_rows
 
+from posttrain.report import write_report
 from posttrain.stages.kto import completions_of
 from posttrain.stages.trainers import with_others_completions
 
@@ -57,6 +58,7 @@ def test_it_learns_what_was_liked(posttrain: Posttrain, tmp_path: Path) -> None:
     assert last["eval_rewards/margins"] == pytest.approx(last["eval_rewards/chosen"] - last["eval_rewards/rejected"])
     assert not any("kl" in line for line in logged(KTO))
     assert len(read_rows(KTO / "metrics.jsonl")) > 2
+    assert ">reward margin<" in write_report(Path("outputs/demo")).read_text()
 
     # the same completions as pairs: each row is two of them
     pairs = [
