@@ -166,9 +166,12 @@ def compare(
         opened = reference if count == 1 else None  # KL of completions that are chosen is bounded alone
         seeds = range(config.seed, config.seed + count * len(rows), len(rows))
         samples = [_answers(policy, opened, encoder, rows, config, scorer, seed) for seed in seeds]
+        if count > 1 and all(_reward(each) == -math.inf for part in samples for each in part):
+            raise ConfigError(f"best_of={best_of} chooses by the reward, which applies to none of the completions")
         answers = [max(each, key=_reward) for each in zip(*samples, strict=True)]
         scores = {score: [each.scores[score] for each in answers] for score in answers[0].scores}
         against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
+        against = {name: by for name, by in against.items() if by["prompts"]}
         name, metrics = path, _metrics(answers)
         # Nakano et al. 2021, https://arxiv.org/abs/2112.09332; an upper bound: Beirami et al. 2024,
         # https://arxiv.org/abs/2401.01879
@@ -382,6 +385,8 @@ def _main(arguments: Sequence[str]) -> None:
     stem = Path(names if isinstance(names, str) else names[0]).stem
     kind = "evaluation" if asked.policies else "report_card"
     file = Path(asked.out) if asked.out is not None else _free_file(config, kind, stem)
+    if file.is_dir() or len(set(asked.policies)) < len(asked.policies):
+        raise ConfigError(f"out={file} is a folder" if file.is_dir() else "policies= names one of them twice")
     if file.exists() and not config.overwrite:
         raise ConfigError(f"out={file} is there already; choose another file, or pass overwrite=true")
     if not asked.policies:

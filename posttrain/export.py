@@ -30,7 +30,8 @@ from jinja2 import Environment, FileSystemLoader
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.config.stages import STAGES
-from posttrain.console import say
+from posttrain.config.suggest import one_of
+from posttrain.console import say, warn
 from posttrain.data.chat import ChatEncoder
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics import comparison
@@ -45,6 +46,7 @@ TOLERANCE = 1e-3
 CARD = "README.md"
 OPTIONS = ("to", "to_gguf", "llama_cpp", "push_to_hub", "private", "license")
 CONVERT = "convert_hf_to_gguf.py"  # of llama.cpp
+KINDS = ("q8_0", "f16", "bf16", "f32", "auto")  # that it writes
 # architectures whose safetensors every version of `ollama create` takes as they are
 # (https://docs.ollama.com/import)
 OLLAMA = ("LlamaForCausalLM", "MistralForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM")
@@ -67,11 +69,15 @@ def read_export(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
         raise ConfigError("say where: to=<folder>, or push_to_hub=<owner/name>")
     if "to" in options and Path(options["to"]).exists():
         raise ConfigError(f"to={options['to']} is there already")
+    if options.get("to_gguf", KINDS[0]) not in KINDS:
+        raise ConfigError(one_of("to_gguf", options["to_gguf"], KINDS))
     if ("to_gguf" in options) != ("llama_cpp" in options) or ("to_gguf" in options and "to" not in options):
         raise ConfigError("to_gguf=q8_0 goes with llama_cpp=<folder of llama.cpp> and to=<folder>")
     script = Path(options.get("llama_cpp", ""), CONVERT)
     if "to_gguf" in options and not script.is_file():
         raise ConfigError(f"llama_cpp: no {script}; name a clone of https://github.com/ggml-org/llama.cpp")
+    if "to" in options and Path(options["to"]).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"to={options['to']} lies in the run's own folder {folder}; choose another one")
     return folder, options
 
 
@@ -83,8 +89,12 @@ def model_card(folder: Path, manifest: JsonObject, licence: str | None, encoder:
     spec, rows_of = STAGES[manifest["stage"]], data.get("rows_of", {})
     if licence is None and (card := Path(base, CARD)).is_file():
         from huggingface_hub import ModelCard
+        from yaml import YAMLError
 
-        licence = ModelCard.load(card).data.license
+        try:
+            licence = ModelCard.load(card).data.license
+        except (YAMLError, ValueError) as error:
+            warn(f"{card} cannot be read for its licence ({type(error).__name__}); license= names it")
     environment = Environment(
         loader=FileSystemLoader(PACKAGE / "templates"), autoescape=False, trim_blocks=True, lstrip_blocks=True
     )
@@ -113,7 +123,7 @@ def evaluations(folder: Path) -> Iterator[tuple[str, str, int, list[tuple[str, s
     """Of each evaluation beside a stage that has its model: file, first policy, number of prompts, labels and cells."""
     for file in sorted(folder.absolute().parent.glob(f"{Path(comparison.FILE).stem}*.json")):
         found = read_json(file, "delete it to leave it out of the card")
-        for each in found:
+        for each in found if isinstance(found, list) else ():
             ours = isinstance(each, dict) and {"policy", "prompts", "scores", "against_first", "metrics"} <= each.keys()
             if ours and Path(each["policy"]).absolute() == folder.absolute():
                 first = found[0]["policy"] if each is not found[0] else ""

@@ -45,6 +45,9 @@ PAIR = (
     "\n\n<conversation>\n{prompt}\n</conversation>\n\n<completion_A>\n{a}\n</completion_A>\n\n<completion_B>\n{b}\n"
     f"</completion_B>\n\n{ASIDE}one of the lines\nVerdict: A\nVerdict: B\nVerdict: tie"
 )
+# how a line of a reply ends
+A_SCORE = r"(?im)score:[\s*]*(10(?:\.0+)?|[1-9](?:\.\d+)?)[\s*]*(?:/ *10|out of 10)?[\s*.]*$"
+A_VERDICT = r"(?im)verdict:[\s*]*(A|B|tie)[\s*.]*$"
 REQUESTS, CACHED, UNREAD = "requests", "replies from the cache", "replies that could not be read"
 TOKENS = ("prompt_tokens", "completion_tokens")  # as the endpoint counts them
 LONGEST_WAIT = 60.0  # seconds between two tries
@@ -77,7 +80,7 @@ class Judge:
             SCORE.format(rubric=self.rubric, prompt=_text(prompt), completion=completion[-1]["content"])
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        found = self._ask_all(asked, r"Score:\W*(10|[1-9](?:\.\d+)?)(?![\d.]*\d)")
+        found = self._ask_all(asked, A_SCORE)
         return [None if text is None else float(text) for text in found]
 
     def pairwise(
@@ -106,7 +109,7 @@ class Judge:
             for a, b in ((mine, other), (other, mine))
             if other not in (None, mine)
         ]
-        verdicts = iter(self._ask_all(asked, r"Verdict:\W*(A|B|tie)\b"))
+        verdicts = iter(self._ask_all(asked, A_VERDICT))
         found: list[float | None] = []
         for _, mine, other in rows:
             if other in (None, mine):  # a first policy is compared with itself
@@ -124,6 +127,8 @@ class Judge:
             ConfigError: neither the judge nor the environment names them.
         """
         url, model = self.base_url or os.environ.get(URL, ""), self.model or os.environ.get(MODEL, "")
+        if "@" in url.partition("/v1")[0]:
+            raise ConfigError(f"{URL} holds a name or a password, which errors would print; {KEY} is where a key goes")
         if not url.startswith(("http://", "https://")) or not model:
             raise ConfigError(f"a judge needs an endpoint and a model, and has {url!r} and {model!r}: {NEXT}")
         return f"{url.rstrip('/')}/chat/completions", model
@@ -143,7 +148,7 @@ class Judge:
                 if not self.counts[UNREAD]:
                     warn(f"judge {model}: no score or verdict in its reply {text[-200:]!r}; it does not count")
                 self.counts[UNREAD] += 1
-            found.append(matches[-1] if matches else None)
+            found.append(matches[-1].upper() if matches else None)
         return found
 
     def _ask(self, url: str, model: str, prompt: str, pattern: str) -> tuple[str, Mapping[str, int]]:
@@ -161,7 +166,8 @@ class Judge:
         content = self._send(url, data.encode())
         try:
             answer = json.loads(content)
-            text, usage = str(answer["choices"][0]["message"]["content"] or ""), answer.get("usage") or {}
+            text, usage = str(answer["choices"][0]["message"]["content"] or ""), dict(answer.get("usage") or {})
+            text = text.encode(errors="replace").decode()
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise PosttrainError(
                 f"the judge's endpoint {url} gave no chat completion: {content[:300]!r}; {NEXT}"
@@ -180,11 +186,13 @@ class Judge:
             PosttrainError: the endpoint refuses the request, is not there, or gives no answer after all tries.
         """
         key = os.environ.get(KEY)
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        if key:  # not sent on to where the endpoint may redirect
+            request.add_unredirected_header("Authorization", f"Bearer {key.strip()}")
         for tried in range(1, self.tries + 1):
             delay, again = self.wait * 2 ** (tried - 1), True
             try:
-                with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=self.timeout) as answer:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     return bytes(answer.read())
             except urllib.error.HTTPError as error:
                 problem = f"answered {error.code} {error.reason}: {error.read(500).decode(errors='replace').strip()}"

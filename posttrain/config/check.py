@@ -221,6 +221,8 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     half = "fp16" in (config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     if ppo and ppo.target_kl and (half or engine == "DeepSpeed"):
         yield f"stage.target_kl={ppo.target_kl:g} skips optimizer steps, which DeepSpeed and fp16 cannot; leave it out"
+    if ppo and ppo.kl_controller == "adaptive" and not ppo.kl_coef:
+        yield "stage.kl_controller=adaptive multiplies stage.kl_coef, and 0 stays 0; begin with 0.1"
     coefficient = ppo.ptx_coef if ppo else None
     if coefficient and not config.data.ptx:
         yield f"stage.ptx_coef={coefficient:g} needs data.ptx=<a file or Hub id of instruction rows>"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
 from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
 from posttrain.metrics import comparison
 
@@ -100,13 +101,14 @@ def _table_of(name: str, content: object) -> Table | None:
         return _panel(cast("Sequence[Mapping[str, object]]", content))
     if name == "report_card.json":
         return _pairs(cast("Mapping[str, object]", content))
-    if not isinstance(content, list) or not content or "answers" not in content[0]:
+    if not isinstance(content, list) or not content or not all(isinstance(e, dict) and "answers" in e for e in content):
         return None  # what another evaluation wrote
     return _evaluation(cast("Sequence[_Evaluated]", content))
 
 
 def _json(content: object) -> str:
-    return htmlsafe_json_dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = htmlsafe_json_dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.encode(errors="replace").decode())  # half a surrogate pair is no text
 
 
 def _table(about: str, columns: Iterable[tuple[Column, Sequence[object]]], slider: str = "") -> Table:

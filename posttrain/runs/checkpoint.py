@@ -64,6 +64,8 @@ def writing(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: str) -> None:
     """Write a file so that a reader, whenever it looks, finds the old content, the new, or no file."""
     staged = path.with_name(path.name + ".part")
+    if staged.exists() and staged.name != PART:  # somebody else's
+        staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path), staged.open("w", encoding="utf-8") as file:
         file.write(content)
         file.flush()

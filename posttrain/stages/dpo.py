@@ -219,15 +219,16 @@ class DPOEvalMetrics:
             self.warned = True
             stage = self.context.config.stage
             assert isinstance(stage, DPOStage)
-            remedy = (
-                f"let the chosen ones count for more: stage.desirable_weight={stage.desirable_weight * 2:g}"
-                if isinstance(stage, KTOStage)
-                else "add the chosen ones' own likelihood: +trainer.loss_type=[sigmoid,sft] "
-                "+trainer.loss_weights=[1.0,0.2]"
+            cause, remedy = (
+                "DPO only widens the gap between the two",
+                "add the chosen ones' own likelihood: +trainer.loss_type=[sigmoid,sft] +trainer.loss_weights=[1.0,0.2]",
             )
+            if isinstance(stage, KTOStage):
+                cause = "KTO asks that liked ones gain on its KL term, which may fall as well"
+                remedy = f"let them count for more: stage.desirable_weight={stage.desirable_weight * 2:g}"
             warn(
                 f"chosen completions have become less likely ({fall:+.1f} nats since the start, rejected ones "
-                f"{others:+.1f}): the loss asks for the gap between the two alone. If completions get worse, {remedy}, "
+                f"{others:+.1f}): {cause}. If completions get worse, {remedy}, "
                 f"or hold on to the reference: stage.beta={stage.beta * 3:g}"
             )
         return more

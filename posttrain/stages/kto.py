@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import KTOStage
+from posttrain.console import warn
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import ratings
 from posttrain.data.prepared import Encoded
@@ -67,6 +68,9 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
         f"{liked:,} completions were liked, {others:,} were not"
         + ("" if EVEN[0] <= ratio <= EVEN[1] else f"; stage.desirable_weight={even:.3g} makes both count alike")
     )
+
+    if found.test is not None and not all(len(rows_with(found.test.dataset, side)) for side in SIDES):
+        warn("the held-out completions were all liked, or none was: there is no reward margin")
 
     def apart(part: Encoded) -> Encoded:
         return replace(part, dataset=completions_of(part.dataset))

@@ -223,18 +223,31 @@ class DPOTrainer(ReferenceTrainer, trl.DPOTrainer):
         return super().measure()
 
 
-def with_others_completions(collator: Callable[[list[Fields]], Batch], rows: Sequence[Fields]) -> Batch:
-    """A batch of rated completions, in which each prompt also has another row's, from which KTO estimates KL."""
-    said = [row["chosen_ids"] or row["rejected_ids"] for row in rows]
+def said_in(row: Fields) -> object:
+    """The completion of a rated row."""
+    return row["chosen_ids"] or row["rejected_ids"]
+
+
+def with_others_completions(
+    collator: Callable[[list[Fields]], Batch], spare: Sequence[Fields], rows: Sequence[Fields]
+) -> Batch:
+    """A batch of rated completions, in which each prompt also has another row's, from which KTO estimates KL.
+
+    A row that is alone in its batch takes one of the `spare` rows'.
+    """
+    said = [said_in(row) for row in rows]
+    others = said[-1:] + said[:-1]
+    if len(rows) == 1:
+        others = [next((other for other in map(said_in, spare) if other != said[0]), said[0])]
     return collator(
         [
             {
                 "prompt_ids": row["prompt_ids"],
-                "completion_ids": said[place],
-                "KL_completion_ids": said[place - 1],
+                "completion_ids": mine,
+                "KL_completion_ids": other,
                 "label": row["chosen_ids"] is not None,
             }
-            for place, row in enumerate(rows)
+            for row, mine, other in zip(rows, said, others, strict=True)
         ]
     )
 
@@ -250,7 +263,8 @@ class KTOTrainer(ReferenceTrainer, trl.KTOTrainer):
         args.train_sampling_strategy = "sequential"  # TRL insists on it
         super().__init__(args=args, **options)
         args.train_sampling_strategy = "random"
-        self.data_collator = partial(with_others_completions, self.data_collator)
+        spare = [self.train_dataset[place] for place in (0, len(self.train_dataset) - 1)]
+        self.data_collator = partial(with_others_completions, self.data_collator, spare)
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded already

@@ -127,7 +127,7 @@ def test_an_exported_model_is_whole_and_has_a_card(posttrain: Posttrain, entry: 
     failed = entry(export.main, *words, "to_gguf=q8_0", "llama_cpp=llama.cpp")
     assert failed.code == 1
     assert "this architecture is unknown" in failed.err
-    assert "\nlicense: mit\n" in Path("second/README.md").read_text()
+    assert '\nlicense: "mit"\n' in Path("second/README.md").read_text()
     again = entry(export.main, "outputs/demo/sft", "to=exported")
     assert again.code == 2
     assert "to=exported is there already" in again.err

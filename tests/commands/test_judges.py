@@ -1,6 +1,7 @@
 """Language models as judges, asked over HTTP on this machine: what is sent, cached, retried, counted and refused."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from conftest import Outcome, write_rows
 
 from posttrain import judges
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.judges import Judge
+from posttrain.judges import A_SCORE, A_VERDICT, Judge
 
 PROMPTS = [[{"role": "user", "content": f"Say {n}."}] for n in range(3)]
 COMPLETIONS = [[{"role": "assistant", "content": text}] for text in ("one", "a longer one", "two")]
@@ -82,14 +83,15 @@ def test_a_score_is_read_counted_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
         assert judge.score(PROMPTS, COMPLETIONS) == [3.0, 10.0, None]
         other = Judge("m", endpoint.url, rubric="Be harsh.", cache=tmp_path)
         assert other.score(PROMPTS[:1] * 2, COMPLETIONS[:1] * 2) == [3.0, 3.0]
-    counts = {"requests": 3, "replies from the cache": 3, "prompt tokens": 30, "completion tokens": 6}
+    # a reply that cannot be read is asked for again
+    counts = {"requests": 4, "replies from the cache": 2, "prompt tokens": 40, "completion tokens": 8}
     assert judge.counts == {**counts, "replies that could not be read": 2}
     assert other.counts["requests"] == 1  # another rubric is another request, and two equal ones are one
     assert set(endpoint.paths) == {"/v1/chat/completions"}
     assert set(endpoint.keys) == {"Bearer secret"}
     assert {asked(body, "conversation") for body in endpoint.bodies} == {f"[user]\nSay {n}." for n in range(3)}
     kept = list(tmp_path.iterdir())
-    assert len(kept) == 4
+    assert len(kept) == 3
     assert not any("secret" in file.read_text() for file in kept)
 
 
@@ -171,3 +173,11 @@ def test_an_evaluation_is_judged(entry: Any, tmp_path: Path, monkeypatch: pytest
     assert len(endpoint.bodies) == 2 * sum(a != b for a, b in zip(first["answers"], second["answers"], strict=True))
     assert f"{len(endpoint.bodies)} requests" in done.out
     assert f"{len(endpoint.bodies)} replies from the cache" in again.out
+
+
+def test_what_is_a_score_and_a_verdict() -> None:
+    scores = {"Score: 7": "7", "**score: 8.5/10**": "8.5", "Score: 10.0": "10.0", "so\nScore: 6 out of 10.\n": "6"}
+    none = ("Score: -3", "Score: 1 to 10", "Score: 3-4", "Score: 11", "Score: 0", "no")
+    assert {text: found[-1] for text in (*scores, *none) if (found := re.findall(A_SCORE, text))} == scores
+    verdicts = {"Verdict: A": "A", "verdict: **tie**": "tie", "Verdict: A would be hasty.\nVerdict: B.": "B"}
+    assert {text: found[-1] for text in (*verdicts, "Verdict: C") if (found := re.findall(A_VERDICT, text))} == verdicts

@@ -97,11 +97,11 @@ def test_a_pipeline_ends_in_an_evaluation_and_a_page(trained: str, entry: Posttr
     ):
         assert words in page, words
     assert "posttrain pipeline recipes=quickstart" in page
-    sentences = [line.strip() for line in trained.splitlines() if line.startswith("  ")][-3:]
-    assert [line.split(":")[0] for line in sentences] == ["Trained", "Better", "Worse"]
-    assert sentences[0].startswith("Trained: posttrain/tiny by sft on ")
-    for part in sentences[1].removeprefix("Better: ").removesuffix(".").split("; "):
-        assert html.escape(part, quote=False) in page
+    said = trained[trained.rindex("  Trained:\n") :].split("\nreport: ")[0].splitlines()
+    assert [line.strip() for line in said if not line.startswith("    ")] == ["Trained:", "Better:", "Worse:"]
+    assert said[1].startswith("    posttrain/tiny by sft on ")
+    for line in said[1:]:
+        assert html.escape(line.strip().removesuffix(":"), quote=False) in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     cost = manifest("outputs/demo/ppo")["cost"]
@@ -196,7 +196,7 @@ def test_several_runs_are_compared(trained: str, entry: Posttrain) -> None:
     changed("outputs/c/reward/posttrain.json", lambda run: run.update(weights={"model.safetensors": "another"}))
     done = entry(report.main, *(f"outputs/{name}" for name in "abc"), "out=all.html")
     assert done.code == 0, done
-    assert done.out.count("Trained: ") == 3
+    assert done.out.count("Trained:\n") == 3
     page = Path("all.html").read_text()
     lines = re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL)
     [alike, other] = [line for line in lines if ">a, b (2 runs)<" in line or ">c<" in line]

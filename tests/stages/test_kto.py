@@ -38,7 +38,9 @@ def test_rows_taken_apart_and_paired_for_the_kl_term() -> None:
     ]
     some = completions_of(Dataset.from_list(rows).select([2, 1])).to_list()
     assert [row["prompt_ids"] for row in some] == [[7], [5]]
-    batch = with_others_completions(lambda each: {"rows": each}, apart)["rows"]
+    alone = [with_others_completions(lambda each: {"rows": each}, apart[::3], [row])["rows"][0] for row in apart[:2]]
+    assert [row["KL_completion_ids"] for row in alone] == [[6], [2]]
+    batch = with_others_completions(lambda each: {"rows": each}, apart[::3], apart)["rows"]
     assert [row["completion_ids"] for row in batch] == [[2], [8], [3, 4], [6]]
     assert [row["KL_completion_ids"] for row in batch] == [[6], [2], [8], [3, 4]]
     assert [row["label"] for row in batch] == [True, True, False, False]
