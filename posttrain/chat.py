@@ -26,7 +26,7 @@ from posttrain.console import say, tame
 from posttrain.data.messages import Message
 from posttrain.devices import setup_device
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_model_and_tokenizer
+from posttrain.models.load import load_model_and_tokenizer, max_positions
 from posttrain.models.resolve import beside, input_hashes, naming, resolve_path
 from posttrain.values import JsonObject
 
@@ -65,6 +65,7 @@ class Talker:
         with naming("model"):
             input_hashes(Path(resolve_path(settings)))  # refuses a result that has changed since
             self.model, self.tokenizer = load_model_and_tokenizer(settings)
+            self.positions = max_positions(settings)
         self.model = self.model.to(setup_device()).eval()
         self.path, self.system = path, system
         self.messages: list[Message] = []
@@ -93,6 +94,11 @@ class Talker:
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
+        room = (self.positions or sys.maxsize) - inputs["input_ids"].size(1)
+        if room < 1:
+            say(f"the conversation is longer than the model's {self.positions} positions; /reset begins another one")
+            self.messages.pop()
+            return ""
         sampled: JsonObject = {"do_sample": False}
         if numbers["temperature"] > 0:
             sampled = {"do_sample": True, "temperature": numbers["temperature"]}
@@ -101,7 +107,7 @@ class Talker:
                 self.model.generate(
                     **inputs,
                     **sampled,
-                    max_new_tokens=int(numbers["max_new_tokens"]),
+                    max_new_tokens=min(int(numbers["max_new_tokens"]), room),
                     streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 )
         except KeyboardInterrupt:

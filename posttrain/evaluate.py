@@ -16,7 +16,8 @@ usage: posttrain evaluate policies=[<folder or Hub id>,...] [key=value ...]
   best_of=8                    as one more column, the best of 8 completions of the
                                first policy by the reward: what training has to beat
   out=<file>                   where the numbers go; default: a new file
-                               <output_dir>/<run_name>/evaluation-<data>.json
+                               evaluation-<data>.json in the run of the first
+                               policy, or in <output_dir>/<run_name>
 
 To evaluate a reward model instead, name pairs that it has not been trained on:
 reward_model=<folder or Hub id> data.preferences=pairs.jsonl. Its report card is
@@ -51,6 +52,7 @@ from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, STAGES, OnlineStage, RewardStage
+from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import ConversationEncoding, EncodedRow, PromptEncoding, encode_rows
@@ -66,7 +68,7 @@ from posttrain.models.resolve import all_reward_functions, beside, input_hashes,
 from posttrain.rlhf import rewards, roles, scoring
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import EARLIER, read_json
+from posttrain.runs.folder import EARLIER, MANIFEST, read_json
 from posttrain.stages.base import PANEL_SIZE, check_length, data_sources, prepare_rows
 from posttrain.stages.reward import score_pairs
 
@@ -317,6 +319,9 @@ OPTIONS: dict[str, int | None] = {
 }
 
 
+CONFIG = {"recipes", *(item.name for item in fields(Config))}  # keys and groups of every command
+
+
 class Asked(NamedTuple):
     """What a command line asks for: `words` is the configuration that completes prompts, or has pairs scored."""
 
@@ -351,6 +356,8 @@ def read_evaluation(arguments: Sequence[str]) -> Asked:
         key, _, value = argument.partition("=")
         if key in OPTIONS or (pairs and key in ("reward_model", "data.preferences")):
             given[key] = value
+        elif key.isidentifier() and key not in {*keys, *CONFIG}:
+            raise ConfigError(f"{key} is unknown{nearest(key, [*OPTIONS, *keys])}")
         else:
             words.append(f"stage.{argument}" if key in keys else argument)
     parse(words)  # an unknown flag is named first
@@ -384,7 +391,10 @@ def _main(arguments: Sequence[str]) -> None:
     names = with_data(config).data.dataset_name if asked.completes else asked.tasks[0]
     stem = Path(names if isinstance(names, str) else names[0]).stem
     kind = "evaluation" if asked.policies else "report_card"
-    file = Path(asked.out) if asked.out is not None else _free_file(config, kind, stem)
+    folder = Path(config.output_dir) / config.run_name
+    if asked.policies and (Path(asked.policies[0]) / MANIFEST).is_file() and not _names_a_run(arguments):
+        folder = run_of(Path(asked.policies[0]))
+    file = Path(asked.out) if asked.out is not None else _free_file(folder, kind, stem)
     if file.is_dir() or len(set(asked.policies)) < len(asked.policies):
         raise ConfigError(f"out={file} is a folder" if file.is_dir() else "policies= names one of them twice")
     if file.exists() and not config.overwrite:
@@ -420,9 +430,19 @@ def _answers_in(file: Path) -> list[tuple[object, object]]:
     return [(each.get("answers"), each.get("scores")) for each in content]
 
 
-def _free_file(config: Config, kind: str, about: str) -> Path:
-    """A file in the run's folder that is not there yet."""
-    folder, number = Path(config.output_dir) / config.run_name, 1
+def _names_a_run(arguments: Sequence[str]) -> bool:
+    return any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
+
+
+def run_of(stage: Path) -> Path:
+    """The folder of the run that a finished stage, or a point of a sweep over it, belongs to."""
+    stage = stage if stage.name else stage.resolve()
+    return (stage.parent if "=" in stage.name else stage).parent
+
+
+def _free_file(folder: Path, kind: str, about: str) -> Path:
+    """A file in a run's folder that is not there yet."""
+    number = 1
     while (file := folder / f"{kind}-{about}{f'-{number}' if number > 1 else ''}.json").exists():
         number += 1
     return file

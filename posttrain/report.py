@@ -290,7 +290,9 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
-        evaluation = _evaluated(path)
+        evaluations = [(each, _evaluated(path, each)) for each in [comparison.FILE, *_names(path, "evaluation-*.json")]]
+        evaluation = evaluations[0][1]
+        with_best_of = (found for _, found in evaluations if any("kl_bound" in each["metrics"] for each in found))
         swept = [(point.name.removeprefix("stage."), point) for point in points]
         sentences = _sentences(stages, list(comparison.differences(evaluation)))
         runs.append(
@@ -299,10 +301,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
                 "stages": stages,
                 "sentences": sentences,
                 "lineage": _lineage(stages),
-                "frontiers": list(_frontiers(path, swept, _policies(evaluation))),
-                "evaluations": [
-                    (each, _evaluated(path, each)) for each in [comparison.FILE, *_names(path, "evaluation-*.json")]
-                ],
+                "frontiers": list(_frontiers(path, swept, _policies(next(with_best_of, evaluation)))),
+                "evaluations": evaluations,
             }
         )
         parts = [(f"  {each.title}:", *(f"    {part}" for part in each.parts)) for each in sentences]

@@ -23,6 +23,7 @@ class RewardStage(StageConfig):
     """Reward modelling."""
 
     label_smoothing: float = key(at_least=0, below=0.5)
+    ties: str = key(choices=("drop", "half"))
     best_accuracy: float | None = key(above=0.5, at_most=1)
 
 

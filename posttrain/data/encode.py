@@ -136,11 +136,13 @@ class PairEncoding:
     max_length: int
     overlength: str
     learns_tokens: bool = False
+    keeps_ties: bool = False  # as `tie`
 
     @property
     def types(self) -> dict[str, ColumnType]:
         prompt: dict[str, ColumnType] = {"prompt_ids": "ids"} if self.learns_tokens else {"prompt_length": "integer"}
-        return {**prompt, "chosen_ids": "ids", "rejected_ids": "ids", "margin": "number"}
+        tie: dict[str, ColumnType] = {"tie": "flag"} if self.keeps_ties else {}
+        return {**prompt, "chosen_ids": "ids", "rejected_ids": "ids", "margin": "number", **tie}
 
     def segments(self, encoder: ChatEncoder, row: Pair) -> list[list[Segment]]:
         if self.learns_tokens and max(len(row.chosen), len(row.rejected)) > 1:
@@ -168,6 +170,7 @@ class PairEncoding:
         made: Fields = {name: ids[start:] for name, ids in zip(names, sides, strict=True)}
         made |= {"prompt_ids": sides[0][:prompt]} if self.learns_tokens else {"prompt_length": prompt}
         made |= {"margin": row.margin} if row.margin is not None else {}
+        made |= {"tie": row.tie} if self.keeps_ties else {}
         tokens, cut = sum(map(len, sides)), room < longer
         return EncodedRow(made, max(map(len, sides)), tokens, tokens - len(sides) * prompt, cut, cut)
 

@@ -25,7 +25,7 @@ from posttrain.data.messages import (
     role_of,
     without_nulls,
 )
-from posttrain.data.splits import NO_INPUTS, Reader, Shape, Tally, TemplateInputs
+from posttrain.data.splits import IS_TIE, NO_INPUTS, Reader, Shape, Tally, TemplateInputs
 from posttrain.values import Fields
 
 
@@ -72,6 +72,7 @@ class Pair(NamedTuple):
     margin: float | None = None  # by how much, where the data says so
     inputs: TemplateInputs = NO_INPUTS
     group: str | None = None  # which kind of pair, where the data says so; no part of `content`
+    tie: bool = False  # neither is better
 
     @property
     def reference(self) -> str:
@@ -81,7 +82,8 @@ class Pair(NamedTuple):
     @property
     def content(self) -> str:
         """What makes two rows the same row."""
-        return _content(self.prompt, self.chosen, self.rejected, self.margin, inputs=self.inputs)
+        ties = [IS_TIE] if self.tie else []
+        return _content(self.prompt, self.chosen, self.rejected, self.margin, *ties, inputs=self.inputs)
 
 
 class Prompt(NamedTuple):
@@ -358,7 +360,15 @@ _DIFFERS = "in {count:,} rows 'prompt' is not how chosen and rejected begin, whi
 _ANSWERED = "the answers after the last prompt of {count:,} rows are left out: the policy gives its own"
 
 
-def preferences(data: DataConfig) -> Reader[Pair]:
+_HALVES = "{count:,} ties are kept, each as half a pair either way ({line})"
+
+
+def preferences_and_ties(data: DataConfig) -> Reader[Pair]:
+    """Reads preference rows, those among them of which neither answer is better."""
+    return preferences(data, keeps_ties=True)
+
+
+def preferences(data: DataConfig, keeps_ties: bool = False) -> Reader[Pair]:
     """Reads preference rows."""
     keys, tally = message_keys(data.messages), Tally()
     of_group = {"group": vars(data.columns)["group"]}
@@ -381,12 +391,14 @@ def preferences(data: DataConfig) -> Reader[Pair]:
         prompt, chosen, rejected, differs = _preference(row, keys)
         if differs is not None:
             tally.told[_DIFFERS].add(where, differs)
+        if tie := IS_TIE in row:
+            tally.told[_HALVES].add(where, "")
         by = None if margin is None else float(margin)
-        return Pair(prompt, chosen, rejected, where, by, _inputs(row), None if group is None else str(group))
+        return Pair(prompt, chosen, rejected, where, by, _inputs(row), None if group is None else str(group), tie)
 
     shapes = [*_ANSWERS, _documented(data.columns, "chosen", "rejected", more=["prompt", "margin"]), _OPENAI]
     shapes = [shape._replace(more={**shape.more, **of_group}) for shape in shapes]
-    return Reader(data, make, shapes, keys=keys, tally=tally)
+    return Reader(data, make, shapes, keys=keys, tally=tally, keeps_ties=keeps_ties)
 
 
 def ratings(data: DataConfig) -> Reader[Pair]:

@@ -160,6 +160,8 @@ _ALIASES = {
     "system": ("system_prompt", "system_message"),
 }
 
+IS_TIE = "tie"  # of a row in our names: neither of its two answers is better
+
 _PAIRS = (("response_chosen", "response_rejected"), ("preferred", "dispreferred"), ("better", "worse"))
 
 
@@ -235,7 +237,9 @@ class Reader(Generic[Row]):
         hands_on: bool = False,
         keys: MessageKeys | None = None,
         tally: Tally | None = None,
+        keeps_ties: bool = False,
     ) -> None:
+        self.keeps_ties = keeps_ties
         self.data, self.keys, self.tally = data, keys or message_keys(data.messages), tally or Tally()
         self.tally.ignored_keys, self.tally.trained_keys = self.keys.ignored, self.keys.seen
         self.columns: dict[str, str | None] = dict(vars(data.columns))
@@ -323,7 +327,7 @@ class Reader(Generic[Row]):
         if self.rule.winner is not None and "chosen" in mapped:
             says = at(record, self.rule.winner)
             if _is(says, self.rule.tie):
-                return None
+                return self.make({**mapped, IS_TIE: True}, where, others) if self.keeps_ties else None
             if _is(says, self.rule.b):
                 mapped = {**mapped, "chosen": mapped["rejected"], "rejected": mapped["chosen"]}
             elif not _is(says, self.rule.a):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.config.stages import STAGES
-from posttrain.metrics.catalogue import label
+from posttrain.metrics.catalogue import GOLD, label
 from posttrain.metrics.comparison import (
     NO_DIFFERENCE,
     REWARD,
@@ -93,7 +93,8 @@ def _how(stage: Trained) -> str:
 def _claims(stage: Trained) -> Iterator[Claim]:
     """What a stage has changed by its own held-out numbers: those that a test speaks for, or else its headline."""
     metrics, spec = stage.metrics, STAGES[stage.stage]
-    tested = [key.removesuffix("_better") for key in metrics if key.endswith("_better")]
+    scores = [key.removesuffix("_better") for key in metrics if key.endswith("_better")]
+    tested = [key for key in scores if key == REWARD or key.startswith(GOLD)]  # not those of the sets of data.eval
     for key in sorted(tested, key=lambda key: key == REWARD):
         before, after, words = before_and_after(key, metrics)
         way = {"rose": 1, "fell": -1, NO_DIFFERENCE: 0}[change(key, metrics)]

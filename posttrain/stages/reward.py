@@ -10,7 +10,7 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import RewardStage
 from posttrain.console import say
 from posttrain.data.encode import PairEncoding
-from posttrain.data.formats import preferences
+from posttrain.data.formats import preferences, preferences_and_ties
 from posttrain.data.prepared import Encoded
 from posttrain.devices import setup_device
 from posttrain.errors import PosttrainError
@@ -35,7 +35,10 @@ STEP_0_TOLERANCE = {"no": 1e-3, "bf16": 0.05, "fp16": 0.05}  # of the largest sc
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
     """Read and encode the preference rows, both of each whole conversations."""
-    return prepare_rows(config, tokenizer, sources, preferences, PairEncoding)
+    assert isinstance(config.stage, RewardStage)
+    halves = config.stage.ties == "half"
+    format = preferences_and_ties if halves else preferences
+    return prepare_rows(config, tokenizer, sources, format, partial(PairEncoding, keeps_ties=halves))
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":
@@ -104,6 +107,7 @@ def _pairs(part: Encoded, scores: Sequence[tuple[float, float]]) -> list[ScoredP
             group=row.group,
         )
         for row, ids, (chosen, rejected) in zip(part.rows, part.dataset, scores, strict=True)
+        if not row.tie  # of which neither is right
     ]
 
 
@@ -141,7 +145,10 @@ def evaluate_model(context: StageContext, trainer: "RewardModelTrainer") -> Eval
         return EvalResult({})
     trainer.evaluate()
     assert isinstance(context.config.stage, RewardStage)
-    card = report_card(_pairs(test, trainer.scores[""]), context.config.stage.best_accuracy)
+    pairs = _pairs(test, trainer.scores[""])
+    if not pairs:  # ties alone
+        return EvalResult({})
+    card = report_card(pairs, context.config.stage.best_accuracy)
     named = {name: report_card(_pairs(rows, trainer.scores[name])) for name, rows in context.data.named.items()}
     if named:
         card["named"] = {name: {key: each[key] for key in IN_SHORT} for name, each in named.items()}

@@ -74,13 +74,20 @@ class SFTTrainer(SafeTrainer, trl.SFTTrainer):
         return mean
 
 
-def smoothing_loss(differences: Tensor, label_smoothing: float) -> Tensor:
+def smoothing_loss(differences: Tensor, label_smoothing: "float | Tensor") -> Tensor:
     """What is added to the mean of -log σ(d) for a share ε of wrong labels, from d (pairs): the mean of ε d.
+
+    Of a tie ε is one half.
 
     Because log σ(d) - log σ(-d) = d, the sum is the mean of -(1 - ε) log σ(d) - ε log σ(-d): Mitchell 2023, equation 3,
     https://ericmitchell.ai/cdpo.pdf
     """
-    return label_smoothing * differences.mean()
+    return (label_smoothing * differences).mean()
+
+
+def with_ties(collator: Callable[[list[Fields]], Batch], rows: list[Fields]) -> Batch:
+    """A batch of pairs that says which of them are ties."""
+    return collator(rows) | {"tie": torch.tensor([bool(row["tie"]) for row in rows])}
 
 
 class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
@@ -94,6 +101,11 @@ class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
         # of each held-out set, the scores of chosen and rejected of each pair at the last evaluation
         self.scores: dict[str, list[tuple[float, float]]] = {}
         super().__init__(**options)
+        if "tie" in self.train_dataset.column_names:
+            self.data_collator = partial(with_ties, self.data_collator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "tie"]
 
     def _prepare_dataset(self, dataset: "Dataset", *args: object, **kwargs: object) -> "Dataset":
         return dataset  # encoded and cut already
@@ -101,10 +113,14 @@ class RewardModelTrainer(SafeTrainer, trl.RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> "Tensor | tuple[Tensor, SequenceClassifierOutput]":
+        ties = inputs.pop("tie", None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.label_smoothing and self.model.training:
+        share: float | Tensor = self.label_smoothing if self.model.training else 0.0
+        if ties is not None:
+            share = torch.where(ties, 0.5, share)
+        if ties is not None or share:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            loss = loss + smoothing_loss(chosen - rejected - inputs.get("margin", 0), self.label_smoothing)
+            loss = loss + smoothing_loss(chosen - rejected - inputs.get("margin", 0), share)
         return (loss, outputs) if return_outputs else loss
 
     def held_out_loss(self, inputs: Batch) -> Tensor:

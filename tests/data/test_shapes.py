@@ -278,7 +278,7 @@ def test_two_readings_that_differ_stop_the_run(tmp_path: Path) -> None:
         ("sft", {"text": "a", "replies": [{"text": "b"}]}, "'replies'"),
         ("sft", {"messages": [ASKED, {**SAID, "content": [{"type": "image_url"}]}]}, "'image_url'"),
         ("sft", {"instruction": "a", "response": "b", "history": "c"}, "data.columns.history=null"),
-        ("dpo", {"prompt": "a", "completion": "b", "label": True}, "unpaired"),
+        ("dpo", {"prompt": "a", "completion": "b", "label": True}, "stage=kto"),
         ("dpo", {"prompt": "a", "answers": [{"answer": "b", "rank": 1}, {"answer": "c", "rank": 2}]}, "'answers'"),
         ("dpo", {"q": "a", "human_ref_A": "b", "human_ref_B": "c"}, "data.columns.chosen="),
         ("dpo", {"question": "a", "chosen": "b", "rejected": "c"}, "data.columns.prompt=question"),

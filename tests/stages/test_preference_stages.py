@@ -55,6 +55,37 @@ def test_smoothed_labels() -> None:
     found.backward()
     assert differences.grad is not None
     assert differences.grad.tolist() == pytest.approx([(0.5 - 0.9) / 2, (0.75 - 0.9) / 2])  # best where σ(d) is 0.9
+    # the second pair is a tie: -½ log σ(d) - ½ log σ(-d)
+    found = plain + trainers.smoothing_loss(differences, torch.tensor([0.0, 0.5]))
+    assert float(found) == pytest.approx((math.log(2) + 0.5 * math.log(4 / 3) + 0.5 * math.log(4)) / 2)
+
+
+def test_ties_are_kept_as_half_a_pair_where_asked(posttrain: Posttrain, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No {n}.", "best": ("a", "b", "both")[n % 3]}
+        for n in range(48)
+    ]
+    rule = {"winner": "best", "a": "a", "b": "b", "tie": "both"}
+    named = (f"data.preference.{key}={value}" for key, value in rule.items())
+    data = f"data.dataset_name={write_rows(tmp_path / 'pairs.jsonl', rows)}"
+    words = ("stage=reward", data, *named, *FEW, "data.test_size=12")
+    kept = {}
+    for ties in ("drop", "half"):
+        done = posttrain(*words, f"stage.ties={ties}", f"run_name={ties}")
+        assert done.code == 0, done
+        folder = Path("outputs", ties, "reward")
+        counts = manifest(folder)["data"]["counts"]
+        card = json.loads((folder / "report_card.json").read_text())
+        kept[ties] = (
+            counts["train"]["kept"],
+            counts["train"]["ties"],
+            card["pairs"],
+            manifest(folder)["metrics"]["eval_rows"],
+        )
+    assert kept["drop"] == (20, 16, 12, 12)
+    assert kept["half"][:2] == (36, 0)
+    assert kept["half"][2] < kept["half"][3] == 12  # no tie is right or wrong
+    assert "16 ties are kept, each as half a pair either way" in done.out
 
 
 @pytest.mark.parametrize(
