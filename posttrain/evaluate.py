@@ -85,15 +85,13 @@ class Evaluated:
     metrics: dict[str, float] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
-    scores: dict[str, list[float | None]] = field(
-        default_factory=dict
-    )  # score -> of each completion; None where it does not apply
+    # score -> of each completion; None where it does not apply
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
     against_first: dict[str, dict[str, float]] = field(default_factory=dict)  # score -> comparison.paired
     gold: list[str] = field(default_factory=list)  # the scores that are reward functions kept apart
     tokens: list[int] = field(default_factory=list)  # of each completion
-    kl: list[float | None] = field(
-        default_factory=list
-    )  # of each completion, from the first policy; None where that reads other tokens
+    # of each completion, from the first policy; None where that reads other tokens
+    kl: list[float | None] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)  # by EOS
     benchmarks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value; metric_stderr
 
@@ -392,11 +390,14 @@ def _main(arguments: Sequence[str]) -> None:
     stem = Path(names if isinstance(names, str) else names[0]).stem
     kind = "evaluation" if asked.policies else "report_card"
     folder = Path(config.output_dir) / config.run_name
-    if asked.policies and (Path(asked.policies[0]) / MANIFEST).is_file() and not _names_a_run(arguments):
+    named = any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
+    if asked.policies and (Path(asked.policies[0]) / MANIFEST).is_file() and not named:
         folder = run_of(Path(asked.policies[0]))
     file = Path(asked.out) if asked.out is not None else _free_file(folder, kind, stem)
-    if file.is_dir() or len(set(asked.policies)) < len(asked.policies):
-        raise ConfigError(f"out={file} is a folder" if file.is_dir() else "policies= names one of them twice")
+    if len(set(asked.policies)) < len(asked.policies):
+        raise ConfigError("policies= names one of them twice")
+    if file.is_dir():
+        raise ConfigError(f"out={file} is a folder")
     if file.exists() and not config.overwrite:
         raise ConfigError(f"out={file} is there already; choose another file, or pass overwrite=true")
     if not asked.policies:
@@ -428,10 +429,6 @@ def _evaluate_reward_model(config: Config, asked: Asked, file: Path) -> None:
 def _answers_in(file: Path) -> list[tuple[object, object]]:
     content = read_json(file, "delete it to evaluate again")
     return [(each.get("answers"), each.get("scores")) for each in content]
-
-
-def _names_a_run(arguments: Sequence[str]) -> bool:
-    return any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
 
 
 def run_of(stage: Path) -> Path:

@@ -237,16 +237,13 @@ def _evaluated(path: Path, name: str = comparison.FILE) -> list[JsonObject]:
     return list(found)
 
 
-def _names(path: Path, pattern: str) -> list[str]:
-    return sorted(file.name for file in path.glob(pattern))
-
-
 def _between(paths: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[str]]]:
     """The same policies of the first run and the others, by prompt, where both were evaluated on the same ones."""
     (first, start), *others = paths
+    started = _evaluated(start) if others else []
     for name, path in others:
         for mine in _evaluated(path):
-            for its in _evaluated(start):
+            for its in started:
                 policy = comparison.name_of(mine["policy"])
                 if policy != comparison.name_of(its["policy"]) or mine["prompts"] != its["prompts"]:
                     continue
@@ -290,7 +287,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
-        evaluations = [(each, _evaluated(path, each)) for each in [comparison.FILE, *_names(path, "evaluation-*.json")]]
+        others = sorted(file.name for file in path.glob("evaluation-*.json"))
+        evaluations = [(each, _evaluated(path, each)) for each in (comparison.FILE, *others)]
         evaluation = evaluations[0][1]
         with_best_of = (found for _, found in evaluations if any("kl_bound" in each["metrics"] for each in found))
         swept = [(point.name.removeprefix("stage."), point) for point in points]

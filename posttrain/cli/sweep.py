@@ -91,7 +91,7 @@ def show_sweep(command: Command) -> None:
         state = "complete" if metrics is not None else "not finished" if begun else "did not begin"
         cells = [f"{metrics[name]:.4g}" if metrics and name in metrics else "" for name in names]
         rows.append((*(values.get(key, "") for key in keys), *cells, state))
-    runs = [several.Run(_short(_values(point)), _values(point), metrics, point) for point, metrics in found if metrics]
+    runs = [several.Run(_named(_values(point)), _values(point), metrics, point) for point, metrics in found if metrics]
     groups = several.groups(runs)
     rows.sort(
         key=lambda row: [(0, float(cell), "") if _is_number(cell) else (1, 0.0, cell) for cell in row[: len(keys)]]
@@ -110,6 +110,6 @@ def show_sweep(command: Command) -> None:
         say(f"picture: {folder / PICTURE}")
 
 
-def _short(values: dict[str, str]) -> str:
-    name = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
+def _named(values: dict[str, str]) -> str:
+    name = several.short(values)
     return name if len(name) <= NAMED else f"{name[: NAMED - 1]}…"

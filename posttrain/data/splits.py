@@ -167,7 +167,7 @@ _PAIRS = (("response_chosen", "response_rejected"), ("preferred", "dispreferred"
 
 def _hints(record: Fields, columns: dict[str, str | None]) -> str:
     """The keys that would read a row which no known shape fits."""
-    if {"completion", "label"} <= record.keys():
+    if {"completion", "label"} <= record.keys() and "label" not in columns:
         return "; rows of one completion and a label are for stage=kto: pairs cannot be made of them"
     if {"chosen", "rejected"} <= record.keys() and "response" in columns:
         texts = all(isinstance(record.get(name), str) for name in ("prompt", "chosen"))

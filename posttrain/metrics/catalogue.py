@@ -90,6 +90,11 @@ def metric_of(key: str, sets: Iterable[str] = ()) -> Metric:
     return METRICS[key.removeprefix("eval_")] if GOLD not in key else Metric(key.rpartition(GOLD)[2])
 
 
+def lower_is_better(key: str) -> bool:
+    """Whether a metric has got better where it fell: losses and KL, held out on a set of data.eval or not."""
+    return key.rpartition("_")[2] in ("loss", "kl")
+
+
 def short_label(key: str) -> str:
     """As `label`, for a line of progress."""
     metric = METRICS[key.removeprefix("eval_")]

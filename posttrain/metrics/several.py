@@ -59,11 +59,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         settings = {key: value for key, value in run.settings.items() if key != SEED}
         alike = found.get(repr(settings))
         members = [*alike.runs, run] if alike else [run]
-        found[repr(settings)] = Group(_short(settings) if alike else run.name, settings, members)
+        found[repr(settings)] = Group(short(settings) if alike else run.name, settings, members)
     return list(found.values())
 
 
-def _short(settings: Mapping[str, object]) -> str:
+def short(settings: Mapping[str, object]) -> str:
+    """Settings as a name, each key by its last part."""
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
 
 
@@ -85,7 +86,7 @@ def over_keys(found: Sequence[Group], metrics: Sequence[str]) -> Iterator[Chart]
         lines: dict[str, list[tuple[float, Group]]] = {}
         for value, group in sorted(zip(values, found, strict=True), key=lambda pair: pair[0]):
             others = {name: other for name, other in group.settings.items() if name != key}
-            lines.setdefault(_short(others), []).append((value, group))
+            lines.setdefault(short(others), []).append((value, group))
         lines = {name: line for name, line in lines.items() if len(line) > 1}  # runs that differ in it alone
         is_log = min(values) > 0 and max(values) >= DECADE * min(values)
         for metric in metrics if lines else ():

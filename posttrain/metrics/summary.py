@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.config.stages import STAGES
-from posttrain.metrics.catalogue import GOLD, label
+from posttrain.metrics.catalogue import GOLD, label, lower_is_better
 from posttrain.metrics.comparison import (
     NO_DIFFERENCE,
     REWARD,
@@ -17,7 +17,6 @@ from posttrain.metrics.comparison import (
 )
 from posttrain.metrics.several import Group
 
-LOWER_IS_BETTER = ("eval_loss",)
 NOTHING = "nothing beyond chance"
 CHANCE = 0.5  # the accuracy of a guess
 
@@ -72,7 +71,7 @@ def of_points(one: Trained, points: Sequence[Group]) -> list[Sentence]:
     key, count = STAGES[one.stage].objective, sum(len(point.runs) for point in points)
     there = sorted((point for point in points if point.cell(key)), key=lambda point: point.number(key)[0])
     ends = [f"{point.name}, {label(key)} {point.cell(key)}" for point in there] or ["unknown"]
-    worst, best = (ends[-1], ends[0]) if key in LOWER_IS_BETTER else (ends[0], ends[-1])
+    worst, best = (ends[-1], ends[0]) if lower_is_better(key) else (ends[0], ends[-1])
     if there and there[0].number(key)[0] == there[-1].number(key)[0]:
         worst = best = f"none: all points have {label(key)} {there[0].cell(key)}"
     trained = f"{one.model} {count} times by {_how(one._replace(name=one.stage))}"
@@ -111,7 +110,7 @@ def _claims(stage: Trained) -> Iterator[Claim]:
         way = 1 if metrics[f"{key}_low"] > high else -1 if metrics[f"{key}_high"] < low else 0
         yield Claim(text if before else f"{text}, where chance is {CHANCE:.0%}", way)
     elif before and (gain := metrics[key] - metrics[f"{key}_before"]):
-        yield Claim(text, 1 if (gain < 0) == (key in LOWER_IS_BETTER) else -1)
+        yield Claim(text, 1 if (gain < 0) == lower_is_better(key) else -1)
 
 
 def _of_difference(found: Difference) -> Claim:

@@ -13,10 +13,10 @@ from posttrain.config.stages import STAGES
 from posttrain.console import say
 from posttrain.devices import cpu_only, mixed_precision, sharding_engine, world_size
 from posttrain.errors import ConfigError
+from posttrain.metrics.catalogue import lower_is_better
 from posttrain.values import JsonObject
 
 T = TypeVar("T")
-LOWER_IS_BETTER = ("loss", "kl")
 
 
 def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObject:
@@ -32,8 +32,7 @@ def trainer_arguments(config: Config, folder: Path, has_test: bool) -> JsonObjec
     if not has_test and given.get("eval_strategy", "no") != "no":
         given |= {"eval_strategy": "no"}
         given.pop("eval_steps", None)
-    best = str(given.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    if best.rpartition("_")[2] in LOWER_IS_BETTER:  # transformers knows of losses alone
+    if lower_is_better(str(given.get("metric_for_best_model"))):  # transformers knows of losses alone
         given.setdefault("greater_is_better", False)
     if given.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError("trainer.use_liger_kernel=true: not installed; pip install 'posttrain[liger]'")

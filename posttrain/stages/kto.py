@@ -9,7 +9,6 @@ from posttrain.config.stages import KTOStage
 from posttrain.console import warn
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import ratings
-from posttrain.data.prepared import Encoded
 from posttrain.errors import ConfigError
 from posttrain.stages import dpo
 from posttrain.stages.base import DataSources, StageContext, StageData, prepare_rows
@@ -72,11 +71,11 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     if found.test is not None and not all(len(rows_with(found.test.dataset, side)) for side in SIDES):
         warn("the held-out completions were all liked, or none was: there is no reward margin")
 
-    def apart(part: Encoded) -> Encoded:
-        return replace(part, dataset=completions_of(part.dataset))
-
-    found.train, found.named = apart(found.train), {name: apart(part) for name, part in found.named.items()}
-    found.test = apart(found.test) if found.test is not None else None
+    # once each, as the first of the named sets may be what is held out
+    parts = [part for part in (found.train, found.test, *found.named.values()) if part is not None]
+    apart = {id(part): replace(part, dataset=completions_of(part.dataset)) for part in parts}
+    found.train, found.named = apart[id(found.train)], {name: apart[id(part)] for name, part in found.named.items()}
+    found.test = apart.get(id(found.test))
     return found
 
 
