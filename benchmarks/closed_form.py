@@ -10,6 +10,7 @@ reference is a random model. Trained through the real entry point,
 - PPO with kl_coef = beta must reach the pi* over everything that two tokens can say (111 sequences; r = -2 for those
   that are no answer): J = E[r] - beta KL(pi||pi_ref) falls short of J* by exactly beta KL(pi||pi*). With a critic
   that is a head on the policy, too, with forwards bounded by their tokens in two processes, with LoRA,
+  with groups of completions in place of a critic (stage=grpo, its KL in the reward, nothing divided by a spread),
   and with a reward model trained with LoRA as the third adapter of one base, whose own scores are then the r.
 Prints the distances, and draws the measured (KL, reward) points on the theoretical frontiers.
 """
@@ -42,6 +43,12 @@ PPO = [
     *("stage=ppo", "stage.max_new_tokens=2", "stage.rollout_batch_size=384", "stage.num_mini_batches=1"),
     *("stage.ppo_epochs=4", "stage.num_epochs=300", "stage.lam=1.0", "stage.missing_eos_penalty=0"),
     *("stage.whiten_advantages=false", "stage.cliprange_value=null", "stage.vf_coef=1.0", "stage.batch_size=384"),
+]
+GROUP_LOSSES = ("dapo", "dr_grpo", "rloo")  # grpo lets a token of a shorter completion count for more
+GRPO = [
+    *("stage=grpo", "stage.max_new_tokens=2", "stage.rollout_batch_size=384", "stage.num_generations=128"),
+    *("stage.batch_size=384", "stage.ppo_epochs=4", "stage.num_epochs=300", "stage.missing_eos_penalty=0"),
+    *("stage.scale_rewards=none", "stage.kl_in_reward=true", "stage.learning_rate=1e-3", "stage.kl_coef=0.5"),
 ]
 LORA = ["model.use_peft=true"]
 REWARD = ["stage=reward", "stage.learning_rate=5e-3", "stage.num_epochs=200"]
@@ -299,6 +306,8 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     train(folder, *full, "stage.kl_coef=0.5", "run_name=head", "stage.critic=head", data="prompts.jsonl")
     two = [*full, "stage.batch_size=192", "stage.micro_batch_tokens=400", "stage.kl_coef=0.5", "run_name=two"]
     train(folder, *two, "accelerate=cpu2", data="prompts.jsonl")
+    losses = ",".join(GROUP_LOSSES)
+    train(folder, "-m", *GRPO, function, "run_name=full", f"stage.loss_type={losses}", data="prompts.jsonl")
     lora = [*PPO, *LORA, "stage.learning_rate=2e-3"]
     train(folder, *lora, "stage.kl_coef=0.5", function, "run_name=lora", data="prompts.jsonl")
     train(folder, *REWARD, PAIRS, *LORA, "run_name=shared")
@@ -308,6 +317,7 @@ def prove_ppo(folder: Path) -> dict[str, Any]:
     runs = [("full fine-tuning", beta, f"full/ppo/stage.kl_coef={beta}", table) for beta in BETAS]
     runs.append(("critic=head", 0.5, "head/ppo", table))
     runs.append(("two processes", 0.5, "two/ppo", table))
+    runs += [(name, 0.5, f"full/grpo/stage.loss_type={name}", table) for name in GROUP_LOSSES]
     runs.append(("LoRA", 0.5, "lora/ppo", table))
     runs.append(("shared base", 1.0, "shared/ppo", model_rewards(folder / "outputs/shared/reward/model", tokenizer)))
     points = []

@@ -260,7 +260,7 @@ async def slow(prompts, completions, **columns):
 """
 
 
-SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts", "kto": "pairs"}
+SOURCES = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts", "kto": "pairs", "grpo": "prompts"}
 
 
 @pytest.fixture
@@ -289,7 +289,9 @@ def command(stage: str, run_name: str, *more: str) -> list[str]:
         *("stage.max_length=64", "data.test_size=7", "trainer.max_steps=4", "trainer.logging_steps=1"),
         "model.model_name_or_path=posttrain/tiny",
     ]
-    if stage == "ppo":
+    if stage == "grpo":
+        common += ["stage.num_generations=4"]
+    if stage in ("ppo", "grpo"):
         common += ["stage.rollout_batch_size=8", "stage.num_mini_batches=2", "stage.ppo_epochs=1"]
         common += ["stage.max_new_tokens=8", "stage.reward_functions=[my_rewards.vowels]", "stage.learning_rate=1e-3"]
     return [*common, *more]

@@ -21,7 +21,7 @@ FOUNDATION = {
 }
 # Its classes are modules and trainers themselves, so it is imported only when a run begins.
 IMPORTED_LATE = {
-    *(f"posttrain.rlhf.{name}" for name in ("critic", "online", "ppo", "preflight", "vllm")),
+    *(f"posttrain.rlhf.{name}" for name in ("critic", "online", "policy", "ppo", "grpo", "preflight", "vllm")),
     "posttrain.stages.trainers",
 }
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"}

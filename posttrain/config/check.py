@@ -21,7 +21,7 @@ from posttrain.config.accelerate import accelerate_config
 from posttrain.config.machines import bytes_of
 from posttrain.config.reserved import ALWAYS, PATIENCE
 from posttrain.config.schema import CHANGE_BASE, ROLES, Config, DataConfig, SourceConfig, StageConfig, renamed
-from posttrain.config.stages import STAGES, InstructionColumns, OnlineStage, PPOStage, StageSpec
+from posttrain.config.stages import STAGES, InstructionColumns, OnlineStage, StageSpec
 from posttrain.config.suggest import nearest, one_of
 from posttrain.config.trl_fields import Argument, trainer_arguments
 from posttrain.devices import sharding_engine
@@ -217,13 +217,14 @@ def _check_together(config: Config) -> typing.Iterator[str]:
         yield f"data.preference.{next(iter(said))} needs {gone} beside it"
     elif said and rule.a == rule.b:
         yield f"data.preference.a and data.preference.b are both {rule.a}"
-    ppo = config.stage if isinstance(config.stage, PPOStage) else None
+    online = config.stage if isinstance(config.stage, OnlineStage) else None
     half = "fp16" in (config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"))
-    if ppo and ppo.target_kl and (half or engine == "DeepSpeed"):
-        yield f"stage.target_kl={ppo.target_kl:g} skips optimizer steps, which DeepSpeed and fp16 cannot; leave it out"
-    if ppo and ppo.kl_controller == "adaptive" and not ppo.kl_coef:
+    if online and online.target_kl and (half or engine == "DeepSpeed"):
+        target = f"stage.target_kl={online.target_kl:g}"
+        yield f"{target} skips optimizer steps, which DeepSpeed and fp16 cannot; leave it out"
+    if online and online.kl_controller == "adaptive" and not online.kl_coef:
         yield "stage.kl_controller=adaptive multiplies stage.kl_coef, and 0 stays 0; begin with 0.1"
-    coefficient = ppo.ptx_coef if ppo else None
+    coefficient = online.ptx_coef if online else None
     if coefficient and not config.data.ptx:
         yield f"stage.ptx_coef={coefficient:g} needs data.ptx=<a file or Hub id of instruction rows>"
     elif config.data.ptx and not coefficient:

@@ -4,7 +4,7 @@ A new stage is one more record here, a yaml of its name in conf/stage/ and in co
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from posttrain.config.schema import Columns, StageConfig, key
@@ -54,6 +54,12 @@ class OnlineStage(StageConfig):
     num_mini_batches: int = key(at_least=1)
     ppo_epochs: int = key(at_least=1, trl="num_iterations")  # passes over each rollout
     micro_batch_tokens: int | None = key(at_least=2)
+    clip_ratio: float = key(above=0, below=1, trl="epsilon")
+    clip_ratio_high: float | None = key(above=0, trl="epsilon_high")
+    dual_clip: float | None = key(above=1)
+    target_kl: float | None = key(above=0)
+    entropy_coef: float = key(at_least=0)
+    ptx_coef: float = key(at_least=0)
     kl_coef: float = key(at_least=0, below=1e3)
     kl_controller: str = key(choices=("fixed", "adaptive"))
     kl_target: float = key(above=0)
@@ -73,6 +79,16 @@ class OnlineStage(StageConfig):
     use_transformers_continuous_batching: bool = key(trl="use_transformers_continuous_batching")
 
     @property
+    def group(self) -> int:
+        """Completions of each prompt."""
+        return 1
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether KL is a term of the loss, and not of the reward."""
+        return False
+
+    @property
     def needs_kl(self) -> bool:
         """Whether KL of a rollout is paid for, or stops the run; else the reference is asked at evaluations alone."""
         return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.kl_ceiling is not None
@@ -82,17 +98,11 @@ class OnlineStage(StageConfig):
 class PPOStage(OnlineStage):
     """Reinforcement learning from a reward by proximal policy optimisation, in TRL's words where it had them."""
 
-    clip_ratio: float = key(above=0, below=1, trl="epsilon")
-    clip_ratio_high: float | None = key(above=0, trl="epsilon_high")
-    dual_clip: float | None = key(above=1)
-    target_kl: float | None = key(above=0)
     gamma: float = key(at_least=0, at_most=1)
     lam: float = key(at_least=0, at_most=1)
     value_lam: float | None = key(at_least=0, at_most=1)
     vf_coef: float = key(at_least=0)
     cliprange_value: float | None = key(above=0)
-    entropy_coef: float = key(at_least=0)
-    ptx_coef: float = key(at_least=0)
     whiten_advantages: bool = key()
     whiten_rewards: bool = key()
     critic: str = key(choices=("separate", "head"))
@@ -100,6 +110,24 @@ class PPOStage(OnlineStage):
     value_learning_rate: float | None = key(above=0, below=1e3)
     critic_warmup_steps: int = key(at_least=0)
     kl_estimator: str = key(choices=("k1", "k3"))
+
+
+@dataclass
+class GRPOStage(OnlineStage):
+    """Reinforcement learning from a reward, each completion against others to the same prompt, in TRL's words."""
+
+    num_generations: int = key(at_least=2)
+    loss_type: str = key(choices=("grpo", "dapo", "dr_grpo", "rloo"))
+    scale_rewards: str = key(choices=("group", "batch", "none"))
+    kl_in_reward: bool = key()
+
+    @property
+    def group(self) -> int:
+        return self.num_generations
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and not self.kl_in_reward and self.loss_type != "rloo"
 
 
 @dataclass
@@ -392,8 +420,23 @@ KTO = StageSpec(
     frontier=("reward_margin",),
 )
 
+GRPO = replace(
+    PPO,
+    name="grpo",
+    schema=GRPOStage,
+    reserved={
+        **{name: text.replace("PPO", "GRPO") for name, text in PPO.reserved.items()},
+        "num_generations": "set stage.num_generations",
+        "num_generations_eval": "held-out prompts are completed once each",
+        "normalize_advantages": "set stage.scale_rewards",
+    },
+    title="GRPO",
+    tag="grpo",
+    charts=tuple(("frac_reward_zero_std",) if "explained_variance" in each else each for each in PPO.charts),
+)
+
 # in the order in which a pipeline runs them
-STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO, KTO)}
+STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO, KTO, GRPO)}
 PIPELINE = [spec.name for spec in (SFT, REWARD, PPO, DPO)]  # what it runs where it is not told
 FORMATS = {spec.data_format.name: spec.data_format for spec in STAGES.values()}
 # the stage whose prompts and rewards policies are compared by

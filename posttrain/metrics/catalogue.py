@@ -36,6 +36,7 @@ METRICS = {
     "kl_bound": Metric("KL from the reference at most, ln N − (N−1)/N", "nats per completion"),
     "entropy": Metric("entropy", "nats per token"),
     "explained_variance": Metric("explained variance of the critic"),
+    "frac_reward_zero_std": Metric("prompts whose completions all got the same reward", is_share=True),
     "vllm_difference": Metric("log-probabilities of vLLM and trainer apart", "nats per token"),
     "chosen_logp_change": Metric("chosen: log-probability since the start", "nats"),
     "rejected_logp_change": Metric("rejected: log-probability since the start", "nats"),
@@ -56,6 +57,7 @@ SEE = {
     "response_length": "With a steady drift, the reward may be paying for length.",
     "entropy": "Near 0 completions hardly vary, and exploration has ended.",
     "explained_variance": "1: the critic predicts returns exactly. 0: no better than their mean.",
+    "frac_reward_zero_std": "Nothing is learned from these prompts: they are too easy or too hard for the policy.",
     "vllm_difference": "It should stay near 0 throughout.",
 }
 # what a line of progress says, in this order

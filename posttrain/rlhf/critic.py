@@ -61,11 +61,16 @@ class PolicyAndValue(nn.Module):
     """Policy and critic, trained as one module; generation and all that is saved are the policy's.
 
     `policy` is a causal language model patched by TRL's `add_fused_lm_head`, or a PeftModel around one; `value`
-    without a trunk of its own runs on the policy's base under the adapter "critic", or reads the policy's own states.
+    without a trunk of its own runs on the policy's base under the adapter "critic", or reads the policy's own states;
+    None where no critic is learned, and values are 0.
     """
 
     def __init__(
-        self, policy: "PreTrainedModel", value: ValueNetwork, temperature: float = 1.0, learn_entropy: bool = False
+        self,
+        policy: "PreTrainedModel",
+        value: ValueNetwork | None,
+        temperature: float = 1.0,
+        learn_entropy: bool = False,
     ) -> None:
         super().__init__()
         self.temperature, self.learn_entropy = temperature, learn_entropy
@@ -73,7 +78,7 @@ class PolicyAndValue(nn.Module):
         self.policy: PreTrainedModel = policy
         self.value = value
         self.layers = adapter_layers(policy)
-        if value.trunk is None and not value.on_policy and not self.layers:
+        if value is not None and value.trunk is None and not value.on_policy and not self.layers:
             raise ValueError("a critic without a trunk of its own needs a policy with adapters")
 
     def forward(
@@ -93,18 +98,20 @@ class PolicyAndValue(nn.Module):
         wanted = self.learn_entropy or not torch.is_grad_enabled()
         states: list[Tensor] = []
         watch = None
-        if self.value.on_policy:
+        if self.value is not None and self.value.on_policy:
             watch = self.base.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
         logps, entropy = log_probs(
             self.policy, input_ids, attention_mask, position_ids, picked, self.temperature, wanted, self.fused
         )
+        values = torch.zeros_like(logps, dtype=torch.float32)
         if watch is not None:
             watch.remove()
-        else:
+        elif self.value is not None:
             states.append(self.hidden(VALUE, input_ids, attention_mask, position_ids))
-        # the value of a state is read where the state ends: one token before the one that is chosen in it
-        hidden = states[0][before(picked, input_ids)]
-        values = self.value(hidden.detach() if detached else hidden)
+        if self.value is not None:
+            # the value of a state is read where the state ends: one token before the one that is chosen in it
+            hidden = states[0][before(picked, input_ids)]
+            values = self.value(hidden.detach() if detached else hidden)
         if instructions is None:
             return Estimates(logps, entropy, values)
         fused = self.fused if self.temperature == 1 else False  # TRL's head has the temperature of sampling
@@ -117,7 +124,7 @@ class PolicyAndValue(nn.Module):
 
     def hidden(self, role: str, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """The last hidden states (rows, tokens, hidden) of the critic's trunk, or of the base under an adapter."""
-        if self.value.trunk is not None and role == VALUE:
+        if role == VALUE and self.value is not None and self.value.trunk is not None:
             return last_hidden(self.value.trunk, input_ids, attention_mask, position_ids)
         with self.active_adapter(role):
             return last_hidden(self.base.base_model, input_ids, attention_mask, position_ids)
@@ -178,7 +185,8 @@ class PolicyAndValue(nn.Module):
             model.activation_checkpointing_disable()
 
     def _models(self) -> "list[PreTrainedModel]":
-        return [model for model in (self.policy, self.value.trunk) if model is not None]
+        trunk = self.value.trunk if self.value is not None else None
+        return [model for model in (self.policy, trunk) if model is not None]
 
     # transformers' older names for the same, which TRL's generation still calls
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: JsonObject | None = None) -> None:

@@ -18,13 +18,14 @@ STILL_KL = 0.01  # nats per completion
 VLLM_MEAN = 0.1  # nats between vLLM's log-probabilities and the trainer's, on average over tokens
 VLLM_TOKEN = 0.2  # and at one token: as far as stage.clip_ratio lets an update go
 VLLM_BEYOND = 0.05  # the share of tokens that may be further apart
+ALIKE = 0.8  # the share of prompts whose completions may all have got the same reward
 CRITIC_ROLLOUTS = 5  # how long the critic may take to be better than a constant
 
 
 class Alarms:
     """Watches the rollouts of one run."""
 
-    def __init__(self, stage: PPOStage, planned: int) -> None:
+    def __init__(self, stage: OnlineStage, planned: int) -> None:
         self.stage, self.planned = stage, planned  # rollouts
         self.first: Mapping[str, float] | None = None
         self.rollouts = 0
@@ -39,7 +40,7 @@ class Alarms:
         """
         self.first = self.first or dict(numbers)
         self.rollouts += 1
-        below = numbers["explained_variance"] < 0
+        below = numbers.get("explained_variance", 0) < 0
         self.worse_than_constant = self.worse_than_constant + 1 if below else 0
         stage, kl = self.stage, numbers.get("kl", 0.0)
         if stage.kl_ceiling is not None and kl > stage.kl_ceiling:
@@ -106,7 +107,7 @@ class Alarms:
                 f"completions have become {'longer' if grown else 'shorter'}: {first['response_length']:.0f} to "
                 f"{now['response_length']:.0f} tokens. If that is not wanted, the reward pays for it: {remedy}",
             )
-        if self.worse_than_constant >= CRITIC_ROLLOUTS:
+        if isinstance(stage, PPOStage) and self.worse_than_constant >= CRITIC_ROLLOUTS:
             rate = stage.value_learning_rate or stage.learning_rate
             yield (
                 "critic",
@@ -133,6 +134,14 @@ class Alarms:
                 f"all completions of a rollout got the same reward ({now['reward']:.4g}): there is nothing to learn. "
                 "Look at rollouts.jsonl and at the reward functions",
             )
+        elif now.get("frac_reward_zero_std", 0) > ALIKE:
+            yield (
+                "groups alike",
+                f"for {now['frac_reward_zero_std']:.0%} of the prompts of a rollout all {stage.group} completions got "
+                "the same reward, and nothing was learned from them: they are too easy or too hard for the policy, or "
+                f"completions vary too little. stage.num_generations={stage.group * 2} finds more differences; "
+                "prompts that are always or never solved can be left out",
+            )
         elif now["reward_std"] < SPREAD_LEFT * first["reward_std"]:
             yield (
                 "saturated",
@@ -147,7 +156,8 @@ class Alarms:
         be chance (two standard errors).
         """
         stage = self.stage
-        learned = self.rollouts - 1 - stage.critic_warmup_steps / (stage.num_mini_batches * stage.ppo_epochs)
+        warmup = stage.critic_warmup_steps if isinstance(stage, PPOStage) else 0
+        learned = self.rollouts - 1 - warmup / (stage.num_mini_batches * stage.ppo_epochs)
         late = self.rollouts in (self.planned, max(STILL_ROLLOUTS, self.planned // 2))
         chance = 2 * ((first["reward_std"] ** 2 + now["reward_std"] ** 2) / stage.rollout_batch_size) ** 0.5
         return (

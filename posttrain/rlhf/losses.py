@@ -1,4 +1,4 @@
-"""The arithmetic of PPO as pure tensor functions: rewards per token, advantages, clipped losses, KL estimators.
+"""The arithmetic of PPO and GRPO as pure tensor functions: rewards per token, advantages, clipped losses, KL.
 
 Shapes are (episodes, tokens) unless said otherwise; `mask` is 1 on the tokens of a completion, its EOS among them, and
 0 on the padding after it. Log-probabilities and KL are in nats.
@@ -158,6 +158,24 @@ def explained_variance(errors: "Tensor", returns: "Tensor") -> float:
     """
     missed, spread = (float(squares / count - (total / count) ** 2) for total, squares, count in (errors, returns))
     return 1 - missed / spread if spread > 1e-12 else 0.0
+
+
+def group_spread(rewards: "Tensor", group: int) -> "Tensor":
+    """The standard deviation (unbiased) of the rewards (E) of each prompt's `group` completions, one after another."""
+    return rewards.view(-1, group).std(1).repeat_interleave(group)
+
+
+def group_advantages(rewards: "Tensor", group: int, leave_one_out: bool, spread: "Tensor | None") -> "Tensor":
+    """Each reward (E) less the mean of its group, or with `leave_one_out` less that of the others, over its `spread`.
+
+    GRPO: Shao et al. 2024, section 4.1.2, https://arxiv.org/abs/2402.03300; RLOO: Ahmadian et al. 2024, section 3.2,
+    https://arxiv.org/abs/2402.14740. None: no division (Dr. GRPO: Liu et al. 2025, https://arxiv.org/abs/2503.20783);
+    1e-4 is TRL's.
+    """
+    advantages = rewards - rewards.view(-1, group).mean(1).repeat_interleave(group)
+    if leave_one_out:
+        advantages = advantages * (group / (group - 1))
+    return advantages if spread is None else advantages / (spread + 1e-4)
 
 
 class KLController:

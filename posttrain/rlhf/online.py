@@ -249,6 +249,8 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
         # 2. what the policy and the reference make of each token
         entropy = self.estimate(buffer)
         reference = self.reference_logps(buffer) * mask if self.args.stage.needs_kl else buffer.logps
+        if self.args.stage.kl_in_loss:
+            buffer.ref_logps = reference
         k1, k3 = (losses.kl_estimate(buffer.logps, reference, kind) * mask for kind in ("k1", "k3"))
         # 3. what the completions are worth
         prompts = [row["prompt"] for row in inputs]

@@ -1,31 +1,16 @@
 """Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with a critic."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
-from torch import Tensor, nn
-from transformers.trainer import SCHEDULER_NAME
+from torch import Tensor
 
 from posttrain.config.stages import PPOStage
 from posttrain.rlhf import losses
-from posttrain.rlhf.critic import POLICY, VALUE, Estimates, PolicyAndValue, ValueNetwork, is_of
-from posttrain.rlhf.online import Episodes, OnlineConfig, OnlineTrainer
-from posttrain.rlhf.ptx import InstructionRows
-from posttrain.rlhf.rollout import RolloutBuffer, spread
-from posttrain.runs.sharding import tie
-from posttrain.values import JsonObject
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-WEIGHTS = "model.safetensors"
-MakeCritic = Callable[["PreTrainedModel"], ValueNetwork]
+from posttrain.rlhf.critic import VALUE, Estimates, is_of
+from posttrain.rlhf.online import Episodes, OnlineConfig
+from posttrain.rlhf.policy import PolicyTrainer
+from posttrain.rlhf.rollout import RolloutBuffer
 
 
 @dataclass(kw_only=True)
@@ -35,51 +20,10 @@ class PPOConfig(OnlineConfig):
     stage: PPOStage
 
 
-class PPOTrainer(OnlineTrainer):
-    """Proximal policy optimisation of a policy and a critic.
-
-    `value` makes the critic out of the policy as it is after TRL has wrapped it; `ptx` are instruction rows that the
-    policy learns beside; all else as in `OnlineTrainer`.
-    """
+class PPOTrainer(PolicyTrainer):
+    """Proximal policy optimisation of a policy and a critic."""
 
     args: PPOConfig
-
-    def __init__(
-        self, *, value: MakeCritic, args: PPOConfig, ptx: InstructionRows | None = None, **options: Any
-    ) -> None:
-        super().__init__(args=args, **options)
-        self.ptx = ptx
-        self.model = PolicyAndValue(self.model, value(self.model), self.temperature, args.stage.entropy_coef > 0)
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):  # RLOO has looked at the policy alone
-                module.p = 0.0
-        if not self.shards:  # an engine takes its shares from the CPU
-            self._move_model_to_device(self.model, self.args.device)
-        self.model_wrapped = self.callback_handler.model = self.model
-        self.model.train()
-
-    @contextmanager
-    def unwrapped_model(self, **options: object) -> "Iterator[PreTrainedModel]":
-        """The policy, which is what the stage leaves behind."""
-        with self.policy_and_value(**options) as both:
-            yield both.policy
-
-    @contextmanager
-    def policy_and_value(self, **options: object) -> Iterator[PolicyAndValue]:
-        """Policy and critic, to be called; as `unwrapped_model` for both."""
-        with super().unwrapped_model(**options) as both:
-            yield both
-
-    # -- rollouts
-
-    def estimates(self, buffer: RolloutBuffer) -> Estimates:
-        """Policy and critic as they are now, without gradients."""
-        return Estimates(*self.in_batches(buffer, lambda inputs: self.model(**inputs)[:3]))
-
-    def estimate(self, buffer: RolloutBuffer) -> Tensor:
-        now = self.estimates(buffer)
-        buffer.logps, buffer.values = now.logps * buffer.completion_mask, now.values * buffer.completion_mask
-        return now.entropy
 
     def credit(self, buffer: RolloutBuffer, episodes: Episodes) -> dict[str, float]:
         """Generalised advantages of the shaped reward at the last token and the KL penalty at each."""
@@ -113,120 +57,22 @@ class PPOTrainer(OnlineTrainer):
                     optimizer.add_param_group({**group, "params": theirs, "lr": rate})
         return optimizer
 
-    def training_step(self, *args: object, **kwargs: object) -> Tensor:
-        """Skips what is left of a rollout whose KL(π_old‖π) an update has found above stage.target_kl.
+    @property
+    def warming(self) -> bool:
+        """Whether the critic still learns alone."""
+        return bool(self.state.global_step < self.args.stage.critic_warmup_steps)
 
-        Weights without gradients are left alone by PyTorch's optimizers, and so are their moments.
-        """
-        target, number = self.args.stage.target_kl, self._step // self.plan.micro_steps_per_rollout
-        skipped, metrics = number == self.ended_rollout, self._metrics["train"]
-        if skipped:
-            self._step += 1
-            loss = torch.zeros((), device=self.args.device)
-        else:
-            loss = super().training_step(*args, **kwargs)
-        if target is not None:
-            metrics["skipped_updates"].append(float(skipped))
-            passes, is_last = self.plan.accumulation, self._step % self.plan.accumulation == 0
-            # the update's mean, the same on all processes
-            if not skipped and is_last and fmean(metrics["approx_kl"][-passes:]) > target:
-                self.ended_rollout = number
-        return loss
+    @property
+    def detached(self) -> bool:  # type: ignore[override]
+        return self.args.stage.critic == "head" and (self.warming or self.args.stage.critic_stop_gradient)
 
-    def _compute_loss(self, model: nn.Module, inputs: JsonObject) -> Tensor:
-        stage, buffer = self.args.stage, inputs["episodes"]
-        mask = buffer.completion_mask
-        processes, accumulation = self.accelerator.num_processes, self.plan.accumulation
-        warming = self.state.global_step < stage.critic_warmup_steps
-        detached = stage.critic == "head" and (warming or stage.critic_stop_gradient)
-        ptx = None
-        if self.ptx is not None and inputs["part"] == 0:
-            share = self._step % accumulation * processes + self.accelerator.process_index
-            ptx = self.ptx.batch(self.state.global_step, share, accumulation * processes, mask.device)
-        said = model(**self.inputs_of(buffer), detached=detached, instructions=None if ptx is None else ptx.inputs)
-        now = Estimates(*(spread(each, mask) for each in said[:3]))
-        clips = (stage.clip_ratio, stage.clip_ratio_high, stage.dual_clip)
-        policy = losses.policy_loss(now.logps, buffer.logps, buffer.advantages, mask, *clips)
-        value = losses.value_loss(now.values, buffer.values, buffer.returns, mask, stage.cliprange_value)
-        # processes are averaged over by DDP, forward passes by the Trainer: undone, to give a mean over tokens
-        scale = processes * accumulation / inputs["tokens"]
-        entropy = (now.entropy * mask).sum() * scale
-        loss: Tensor = policy.loss.sum() * scale - stage.entropy_coef * entropy
-        each = {"policy_loss": policy.loss, "value_loss": value, "clip_fraction": policy.clipped}
-        each["approx_kl"] = policy.approx_kl
-        if ptx is not None:  # a mean over tokens of its own
-            each["ptx_loss"] = -said.instructions * (inputs["tokens"] / ptx.tokens)
-            loss = loss + stage.ptx_coef * each["ptx_loss"].sum() * scale
-        if warming:
-            loss = loss * 0.0
-        loss = loss + stage.vf_coef * value.sum() * scale
-        with torch.no_grad():
-            sums = torch.stack([values.sum() for values in each.values()])
-            means = self.summed(sums.detach()) * accumulation / inputs["tokens"]
-        for name, mean in zip(each, means.tolist(), strict=True):
-            noted = self._metrics["train"][name]
-            if inputs["part"] == 0:
-                noted.append(0.0)
-            noted[-1] += mean
-        return loss
-
-    # -- checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """What is trained, of policy and critic."""
-        from safetensors.torch import save_file
-
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = self.accelerator.unwrap_model(self.model).trained_weights()
-        if state_dict is not None:
-            trained = {name: state_dict[name] for name in trained}
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in trained.items()}, folder / WEIGHTS)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The policy as a model folder, or its adapter; for a checkpoint everything that is trained."""
-        if _internal_call:
-            if self.is_fsdp_enabled:
-                self._save(output_dir, self.accelerator.get_state_dict(self.model))
-            else:
-                super().save_model(output_dir, _internal_call=True)
-            return
-        options: JsonObject = {}
-        policy = self.accelerator.unwrap_model(self.model).policy
-        if self.shards:
-            state = self.accelerator.get_state_dict(self.model_wrapped) or {}  # ZeRO-3 gives it to process 0 alone
-            options["state_dict"] = {
-                name.removeprefix("policy."): weight for name, weight in state.items() if name.startswith("policy.")
-            }
-            tie(options["state_dict"], policy)
-        if self.args.should_save:
-            if hasattr(policy, "peft_config"):
-                options["selected_adapters"] = [POLICY]
-            policy.save_pretrained(output_dir, **options)
-            self.processing_class.save_pretrained(output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # transformers would write all weights besides, those of the base under adapters too
-        save_fsdp_optimizer(
-            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+    def with_critic(self, loss: Tensor, now: Estimates, buffer: RolloutBuffer, each: dict[str, Tensor]) -> Tensor:
+        stage = self.args.stage
+        value = losses.value_loss(
+            now.values, buffer.values, buffer.returns, buffer.completion_mask, stage.cliprange_value
         )
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(self.model).load_trained(Path(resume_from_checkpoint) / WEIGHTS)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._evaluated = (-1, {})  # those were other weights
-            self._load_from_checkpoint(str(self.best_checkpoint()))
+        each["value_loss"] = value
+        return (loss * 0.0 if self.warming else loss) + stage.vf_coef * value.sum()
 
 
 def is_critic(name: str) -> bool:

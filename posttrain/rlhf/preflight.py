@@ -1,4 +1,4 @@
-"""What must hold before PPO's first step, checked with the run's own model, prompts and generation settings."""
+"""What must hold before an online stage's first step, checked with the run's model, prompts and generation settings."""
 
 import copy
 
@@ -13,7 +13,7 @@ from posttrain.models.generate import by_length
 from posttrain.rlhf import losses
 from posttrain.rlhf.critic import VALUE, pad_left
 from posttrain.rlhf.diagnostics import VLLM_MEAN
-from posttrain.rlhf.ppo import PPOTrainer
+from posttrain.rlhf.policy import PolicyTrainer
 from posttrain.rlhf.rollout import RolloutBuffer, laid_out
 
 ROWS = 8
@@ -40,7 +40,7 @@ NEUTRAL = {
 }
 
 
-def check_start(trainer: PPOTrainer) -> None:
+def check_start(trainer: PolicyTrainer) -> None:
     """At step 0 the ratio is 1, KL is 0, and log-probabilities in training are those of generation.
 
     Raises:
@@ -70,19 +70,21 @@ def check_start(trainer: PPOTrainer) -> None:
         _try_packing(trainer, buffer, now.logps, tolerance)
         return
     raise PosttrainError(
-        f"PPO step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, {said}. "
+        f"{trainer.args.stage.name}: step-0 check failed: max |ratio − 1| = {ratio:.3g}, KL = {kl:.3g} nats, {said}. "
         f"Cause: {_cause(trainer, buffer, generated, tolerance, agrees)}"
     )
 
 
-def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tolerance: float) -> None:
+def _try_packing(trainer: PolicyTrainer, buffer: RolloutBuffer, logps: Tensor, tolerance: float) -> None:
     """Let the trainer pack episodes into one row, if in this model they then do not see each other."""
     real = torch.cat([buffer.prompt_mask, buffer.completion_mask], dim=1).bool()
     padded, packed = laid_out(buffer), laid_out(buffer, packed=True)
     with torch.no_grad(), trainer.accelerator.autocast():
         worst = float((trainer.model(**packed).logps - logps[buffer.completion_mask.bool()]).abs().max())
         with trainer.policy_and_value() as both:
-            if both.value.trunk is not None:  # which may be of another kind, and whose head is still 0
+            if (
+                both.value is not None and both.value.trunk is not None
+            ):  # which may be of another kind, and whose head is still 0
                 plain, together = (
                     both.hidden(VALUE, each["input_ids"], each["attention_mask"], each["position_ids"])
                     for each in (padded, packed)
@@ -93,7 +95,7 @@ def _try_packing(trainer: PPOTrainer, buffer: RolloutBuffer, logps: Tensor, tole
     say(f"step 0: packed episodes within {worst:.1e} of padded ones: in updates they are {so}")
 
 
-def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
+def _complete_some(trainer: PolicyTrainer) -> tuple[RolloutBuffer, Tensor]:
     """Short completions to a few prompts of different lengths, and log π of their tokens as generation had it."""
     order = np.argsort(column_of(trainer.train_dataset, "length"), kind="stable")
     last = len(order) - 1
@@ -128,7 +130,7 @@ def _complete_some(trainer: PPOTrainer) -> tuple[RolloutBuffer, Tensor]:
     return buffer, logps.gather(-1, completion[..., None]).squeeze(-1)
 
 
-def _cause(trainer: PPOTrainer, buffer: RolloutBuffer, generated: Tensor, tolerance: float, agrees: bool) -> str:
+def _cause(trainer: PolicyTrainer, buffer: RolloutBuffer, generated: Tensor, tolerance: float, agrees: bool) -> str:
     """Which of the known causes it is, tried one by one."""
     mask = buffer.completion_mask
     first, second = (trainer.estimates(buffer).logps for _ in range(2))

@@ -1,4 +1,4 @@
-"""The four roles of a PPO run, found and loaded: what the reward model is, where it lives, and what the critic is."""
+"""The roles of an online run, found and loaded: what the reward model is, where it lives, and what the critic is."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.rlhf.critic import ValueNetwork
-    from posttrain.rlhf.ppo import PPOTrainer
+    from posttrain.rlhf.policy import PolicyTrainer
 
 
 @dataclass
@@ -59,7 +59,7 @@ def find_reward(config: Config, tokenizer: "PreTrainedTokenizerBase") -> RewardS
     return RewardSource(settings, path, theirs, same, adapter if shared else None)
 
 
-def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[list[int]]) -> list[float]:
+def scores_of_adapter(trainer: "PolicyTrainer", head: "torch.Tensor", rows: list[list[int]]) -> list[float]:
     """What the merged reward model would give: its head on the hidden state of the last token that is not padding.
 
     By id, as transformers looks for it: a padding token that the policy has generated itself is passed over, too.
@@ -83,25 +83,32 @@ def scores_of_adapter(trainer: "PPOTrainer", head: "torch.Tensor", rows: list[li
     return found.tolist()
 
 
+def add_reward(policy: "PreTrainedModel", reward: RewardSource | None) -> "torch.Tensor | None":
+    """Put a reward model that is an adapter on the policy's base beside the policy's; returns its head (1, hidden)."""
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    from posttrain.rlhf.critic import add_reward_adapter
+
+    if reward is None or reward.adapter is None:
+        return None
+    settings = PeftConfig.from_pretrained(str(reward.adapter))
+    return add_reward_adapter(policy, settings, load_file(reward.adapter / "adapter_model.safetensors"))
+
+
 def build_critic(
     config: Config,
     policy: "PreTrainedModel",
     reward: RewardSource | None,
     tokenizer: "PreTrainedTokenizerBase",
     path: str,
-) -> "tuple[ValueNetwork, torch.Tensor | None]":
-    """The critic, and the head (1, hidden) of a reward model that is an adapter on the policy's base.
-
-    The critic begins as the reward model's trunk with a new head, where the reward model reads the policy's tokens.
-    """
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
+) -> "ValueNetwork":
+    """The critic; it begins as the reward model's trunk with a new head, where that reads the policy's tokens."""
     from posttrain.rlhf import critic as value
 
     size, on_policy = policy.config.get_text_config().hidden_size, critic_is_head(config)
-    if not config.model.use_peft and on_policy:
-        return value.ValueNetwork(size, on_policy=True), None
+    if on_policy:
+        return value.ValueNetwork(size, on_policy=True)
     if not config.model.use_peft:
         if reward is not None and reward.same_tokenizer:
             with naming("stage.reward_model"):
@@ -110,17 +117,10 @@ def build_critic(
                 )
         else:
             taken = load_causal_lm(config.model, tokenizer, path)
-        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken)), None
-    head = None
-    if reward is not None and reward.adapter is not None:
-        settings = PeftConfig.from_pretrained(str(reward.adapter))
-        state = load_file(reward.adapter / "adapter_model.safetensors")
-        head = value.add_reward_adapter(policy, settings, state)
-        if not on_policy:
-            value.add_value_adapter(policy, settings, like=value.REWARD)
-    elif not on_policy:
-        value.add_value_adapter(policy, policy.peft_config[value.POLICY], like=None)
-    return value.ValueNetwork(size, on_policy=on_policy), head
+        return value.ValueNetwork(taken.config.get_text_config().hidden_size, value.critic_trunk(taken))
+    like = value.REWARD if reward is not None and reward.adapter is not None else None
+    value.add_value_adapter(policy, policy.peft_config[like or value.POLICY], like)
+    return value.ValueNetwork(size)
 
 
 def critic_is_head(config: Config) -> bool:
@@ -131,16 +131,19 @@ def critic_is_head(config: Config) -> bool:
 def print_roles(config: Config, reward: RewardSource | None, path: str) -> None:
     lora = config.model.use_peft
     from_reward = reward is not None and (reward.adapter is not None if lora else reward.same_tokenizer)
-    on_policy = critic_is_head(config)
-    models = 1 if lora else 2 if on_policy else 3
+    own_critic = isinstance(config.stage, PPOStage) and not critic_is_head(config)
+    models = 1 if lora else 3 if own_critic else 2
     lines = [
         f"policy = {path}, {'a new adapter' if lora else 'all weights'}",
         f"reference = {path}, {'all adapters off' if lora else 'a frozen copy'}",
-        "critic = a new head on the policy's own hidden states, which begins at 0"
-        if on_policy
-        else f"critic = {'the reward model' if from_reward else path}, "
-        f"{'an adapter on the same base' if lora else 'all weights'}, with a new head that begins at 0",
     ]
+    if own_critic:
+        lines.append(
+            f"critic = {'the reward model' if from_reward else path}, "
+            f"{'an adapter on the same base' if lora else 'all weights'}, with a new head that begins at 0"
+        )
+    elif isinstance(config.stage, PPOStage):
+        lines.append("critic = a new head on the policy's own hidden states, which begins at 0")
     if reward is not None:
         shared = reward.adapter is not None
         models += not shared

@@ -1,7 +1,7 @@
 """The rollout buffer: what was generated, scored and estimated once, and is then learned from several times."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 TRACED = 256  # tokens of a completion that are kept with their numbers
 Trace = list[tuple[str, float | None, float]]  # each token with its log π/π_ref in nats, if known, and its advantage
+
+
+def _nothing() -> "Tensor":
+    import torch
+
+    return torch.empty(0)
 
 
 @dataclass
@@ -26,6 +32,7 @@ class RolloutBuffer:
     values: "Tensor"  # (E, C), V_old before each token of the completion
     advantages: "Tensor"  # (E, C)
     returns: "Tensor"  # (E, C)
+    ref_logps: "Tensor" = field(default_factory=_nothing)  # (E, C), log π_ref, where KL is part of the loss
 
     def take(self, episodes: Sequence[int]) -> "RolloutBuffer":
         """Some of the episodes, without the columns that are padding in all of them.
@@ -49,6 +56,8 @@ class RolloutBuffer:
         import torch
 
         def padded(name: str, value: "Tensor") -> "Tensor":
+            if not len(value):
+                return value
             room = max(vars(part)[name].size(1) for part in parts) - value.size(1)
             return torch.nn.functional.pad(value, (room, 0) if name.startswith("prompt") else (0, room))
 

@@ -25,6 +25,7 @@ class RolloutPlan:
     accumulation: int  # forward passes per process in one optimizer step
     batch_size: int  # episodes in one forward pass
     rollouts_per_epoch: int
+    group: int = 1  # completions of a prompt
 
     @property
     def steps_per_rollout(self) -> int:
@@ -43,14 +44,15 @@ def plan_rollouts(stage: OnlineStage, prompts: int, processes: int) -> RolloutPl
     Raises:
         ConfigError: a rollout cannot be shared out evenly; names sizes that can.
     """
-    unit = stage.num_mini_batches * stage.batch_size * processes
+    micro = stage.num_mini_batches * stage.batch_size * processes
+    unit = math.lcm(micro, stage.group * processes)  # each prompt's completions are one process's
     if stage.rollout_batch_size % unit:
         fitting = max(round(stage.rollout_batch_size / unit), 1) * unit
         raise ConfigError(
             f"stage.rollout_batch_size={stage.rollout_batch_size} must be a multiple of stage.num_mini_batches="
             f"{stage.num_mini_batches} × stage.batch_size={stage.batch_size} × {processes} "
-            f"{'process' if processes == 1 else 'processes'}; set stage.rollout_batch_size={fitting} or a smaller "
-            "stage.batch_size"
+            f"{'process' if processes == 1 else 'processes'}{_and_groups(stage)}; set "
+            f"stage.rollout_batch_size={fitting} or a smaller stage.batch_size"
         )
     return RolloutPlan(
         prompts=prompts,
@@ -58,10 +60,15 @@ def plan_rollouts(stage: OnlineStage, prompts: int, processes: int) -> RolloutPl
         per_process=stage.rollout_batch_size // processes,
         mini_batches=stage.num_mini_batches,
         passes=stage.ppo_epochs,
-        accumulation=stage.rollout_batch_size // unit,
+        accumulation=stage.rollout_batch_size // micro,
         batch_size=stage.batch_size,
-        rollouts_per_epoch=math.ceil(prompts / stage.rollout_batch_size),
+        rollouts_per_epoch=math.ceil(prompts * stage.group / stage.rollout_batch_size),
+        group=stage.group,
     )
+
+
+def _and_groups(stage: OnlineStage) -> str:
+    return f", and of stage.num_generations={stage.group} in each" if stage.group > 1 else ""
 
 
 @functools.lru_cache(maxsize=4)  # of prompts and of instruction rows, this pass and the next; 8 MB a million
@@ -75,14 +82,16 @@ def _permutation(prompts: int, seed: int, number: int) -> tuple[int, ...]:
 def prompts_of_rollout(plan: RolloutPlan, seed: int, rollout: int) -> list[int]:
     """The prompts of a rollout, a function of its number alone, so that a resumed run draws the same ones.
 
-    A rollout that reaches beyond the last prompt goes on with the next permutation: no prompt is left out.
+    A rollout that reaches beyond the last prompt goes on with the next permutation: no prompt is left out. One that is
+    completed several times stands there as often, one after another.
     """
     chosen: list[int] = []
-    number, at = divmod(rollout * plan.rollout, plan.prompts)
-    while len(chosen) < plan.rollout:
-        chosen += _permutation(plan.prompts, seed, number)[at : at + plan.rollout - len(chosen)]
+    wanted = plan.rollout // plan.group
+    number, at = divmod(rollout * wanted, plan.prompts)
+    while len(chosen) < wanted:
+        chosen += _permutation(plan.prompts, seed, number)[at : at + wanted - len(chosen)]
         number, at = number + 1, 0
-    return chosen
+    return [prompt for prompt in chosen for _ in range(plan.group)]
 
 
 def episode_order(plan: RolloutPlan, seed: int, rollout: int, number: int, process: int) -> list[int]:

@@ -20,7 +20,7 @@ def test_every_stage_reaches_what_it_must(tmp_path: Path) -> None:
     assert found["reward_model"]["correlation"] >= closed_form.CORRELATION_LIMIT
     assert found["reward_model"]["order_recovered"]
     found["ppo"] = closed_form.prove_ppo(tmp_path)
-    assert len(found["ppo"]["points"]) == 7
+    assert len(found["ppo"]["points"]) == 10
     for point in found["ppo"]["points"]:
         assert point["J_best"] - point["J_before"] > 20 * closed_form.J_LIMIT, point
         assert point["J_best"] - point["J"] <= closed_form.J_LIMIT, point

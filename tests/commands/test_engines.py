@@ -29,7 +29,8 @@ from conftest import (
 
 LORA_MODE = (*LORA, "model.lora_dropout=0")
 MODES: dict[str, tuple[str, ...]] = {"full": (), "lora": LORA_MODE, "head": ("stage.critic=head",)}
-STOPS = {"sft": 4, "reward": 2, "dpo": 2, "ppo": 2, "kto": 2}  # after which step a run is cut off; 4 is the last one
+# after which step a run is cut off; 4 is the last one
+STOPS = {"sft": 4, "reward": 2, "dpo": 2, "ppo": 2, "kto": 2, "grpo": 2}
 # checkpoints of TRL's trainers are the engine's own files, and PPO's under FSDP the weights that it trains
 WEIGHTS = {"model.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp.bin", "global_step4"}
 
@@ -54,7 +55,7 @@ def launch(engine: str, folder: Path, tasks: list[dict[str, Any]]) -> list[dict[
 
 
 def stages_of(mode: str) -> tuple[str, ...]:
-    return ("ppo",) if mode == "head" else (*STAGES, "kto")
+    return ("ppo",) if mode == "head" else (*STAGES, "kto", "grpo")
 
 
 def run(stage: str, mode: str, name: str, stop: int = 0) -> dict[str, Any]:

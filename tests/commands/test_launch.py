@@ -133,7 +133,7 @@ def test_ppo_on_two_processes_resumes(posttrain: Posttrain, sources: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "kto"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "kto", "grpo"])
 def test_every_stage_resumes(sources: Path, stage: str) -> None:
     interrupted(stage, sources)
 

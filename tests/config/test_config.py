@@ -40,7 +40,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_whatever_its_prefix(prefix: st
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("stage=dpp", "stage=dpp is not one of dpo, kto, ppo, reward, sft; did you mean ppo?"),
+        ("stage=dpp", "stage=dpp is not one of dpo, grpo, kto, ppo, reward, sft; did you mean ppo?"),
         ("model=gtp2", "model=gtp2 is not one of gpt2, qwen3_0.6b, qwen3_8b, tiny; did you mean gpt2?"),
         ("recipes=quickstart/stf", "did you mean quickstart/sft?"),
         ("data.evl.helpful=a.jsonl", "did you mean data.eval?"),

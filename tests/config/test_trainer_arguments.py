@@ -35,6 +35,7 @@ READ_BY = {
     | BY_ROWS
     | {"loss_type": "[ipo]", "ld_alpha": "0.5", "f_divergence_type": "js_divergence", "use_weighting": "true"},
     "ppo": READ,
+    "grpo": READ,
     "kto": READ
     | {name: value for name, value in BY_ROWS.items() if name != "train_sampling_strategy"}
     | {"loss_type": "apo_zero_unpaired"},
@@ -73,7 +74,7 @@ def test_every_argument_is_known(stage: str) -> None:
 
 def learned(folder: Path, stage: str, *more: str) -> str:
     command = [f"recipes=quickstart/{stage}", "trainer.max_steps=6", "data.max_rows=60", f"output_dir={folder}"]
-    if stage == "ppo":
+    if STAGES[stage].is_online:
         command += ["stage.rollout_batch_size=32", "stage.batch_size=16", "stage.max_new_tokens=12"]
         command += ["stage.reward_functions=[my_rewards.length]", "stage.eval_reward_functions=[]"]
     else:

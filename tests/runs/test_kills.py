@@ -21,7 +21,7 @@ def newest(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "kto"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "kto", "grpo"])
 def test_killed_at_any_moment_it_ends_the_same(sources: Path, stage: str) -> None:
     arguments = [*command(stage, "whole"), "stage.batch_size=2", "trainer.save_steps=1"]
     arguments = [each.replace("trainer.max_steps=4", f"trainer.max_steps={STEPS}") for each in arguments]

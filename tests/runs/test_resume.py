@@ -415,11 +415,13 @@ KILLS = {
         (*LORA, "data.ptx=data.jsonl", "stage.ptx_coef=0.5", "stage.target_kl=1e-9"),
         15,
     ),
+    # KL from the reference, of which the buffer holds log-probabilities, is part of the loss
+    "grpo, inside a rollout": (("stage=grpo", "stage.num_generations=4", "trainer.max_steps=24"), 15),
 }
 
 
 @pytest.mark.parametrize(("more", "step"), KILLS.values(), ids=KILLS)
-def test_ppo_killed_at_any_step_ends_with_the_same_weights(
+def test_an_online_stage_killed_at_any_step_ends_with_the_same_weights(
     posttrain: Posttrain,
     prompts: str,
     rows: Path,
@@ -428,21 +430,23 @@ def test_ppo_killed_at_any_step_ends_with_the_same_weights(
     more: tuple[str, ...],
     step: int,
 ) -> None:
-    def make(folder: Path) -> None:
-        assert posttrain(*PPO, *more, "trainer.save_steps=1", f"output_dir={folder}").code == 0
+    command = [*(PPO[1:] if "stage=grpo" in more else PPO), *more, "trainer.save_steps=1"]
+    folder = Path("outputs/demo", "grpo" if "stage=grpo" in more else "ppo")
 
-    straight = once(tmp_path_factory, f"straight-ppo-{len(more)}", make) / "demo/ppo"
-    process = start(*PPO, *more, "trainer.save_steps=1", cwd=tmp_path)
+    def make(folder: Path) -> None:
+        assert posttrain(*command, f"output_dir={folder}").code == 0
+
+    straight = once(tmp_path_factory, f"straight-ppo-{len(more)}", make) / "demo" / folder.name
+    process = start(*command, cwd=tmp_path)
     written = f"checkpoint-{step}/{MANIFEST}" if step else "metrics.jsonl"
-    wait_for(tmp_path / "outputs/demo/ppo" / written, process)
+    wait_for(tmp_path / folder / written, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    if (tmp_path / "outputs/demo/ppo/posttrain.json").exists():
+    if (tmp_path / folder / "posttrain.json").exists():
         pytest.fail("the run had ended before it was killed")
-    done = posttrain(*PPO, *more, "trainer.save_steps=1")
+    done = posttrain(*command)
     assert done.code == 0, done
     assert ("resuming from checkpoint-" in done.out) == (step > 0)
-    folder = Path("outputs/demo/ppo")
     assert same_weights(straight / "model", folder / "model")
     assert computed(folder) == computed(straight)
     assert (folder / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()

@@ -25,7 +25,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     spec = copy / "posttrain" / "config" / "stages.py"
-    before, order = spec.read_text(), "(SFT, REWARD, PPO, DPO, KTO)"
+    before, order = spec.read_text(), "(SFT, REWARD, PPO, DPO, KTO, GRPO)"
     place = before.index("# in the order in which a pipeline runs them")
     assert order in before[place:]
     added = 'MINE = replace(KTO, name="mine", title="Mine", tag="mine")\n\n'

@@ -62,7 +62,7 @@ def test_ppo_takes_both_models_of_the_run(
         f"critic = {critic}" in done.out.replace("outputs/demo/sft/model, an adapter", "an adapter")
         or critic in done.out
     )
-    assert "PPO will optimise its mistakes as well (stage.gate=warn)" in done.out
+    assert "its mistakes will be optimised as well (stage.gate=warn)" in done.out
     assert "step 0: probability ratio within 0.0e+00 of 1, KL within" in done.out
     inputs = manifest(PPO)["inputs"]
     assert inputs["model"]["stage"] == "sft"
