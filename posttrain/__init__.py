@@ -1,4 +1,4 @@
-"""posttrain: supervised fine-tuning, reward modelling, PPO and DPO as one typed Hydra layer over Hugging Face TRL."""
+"""posttrain: SFT, reward modelling, PPO, GRPO, DPO and KTO as one typed Hydra layer over Hugging Face TRL."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Take a language model through SFT, reward modelling, and PPO or DPO.
+"""Take a language model through SFT, reward modelling, and PPO, GRPO, DPO or KTO.
 
 usage: posttrain <command> [arguments]        posttrain <command> --help
 tab completion, in bash or zsh: eval "$(posttrain -sc install=bash)"

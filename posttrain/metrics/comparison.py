@@ -14,7 +14,7 @@ from posttrain.metrics.report_card import wilson
 from posttrain.values import JsonObject
 
 FILE = "evaluation.json"  # of a pipeline, in the folder of its run
-REWARD = "reward"  # the score that PPO optimises; all others are reward functions that it has not seen
+REWARD = "reward"  # the score that is optimised; all others are reward functions that it has not seen
 COMPARED = ("kl", "kl_bound", "response_length", "ended_by_eos", "distinct_1", "distinct_2", "perplexity")
 ALPHA = 0.05  # above it, a difference may be chance
 NO_DIFFERENCE = "no difference seen"
@@ -167,7 +167,7 @@ def _benchmark(name: str, found: Mapping[str, float]) -> str:
 
 def label(score: str) -> str:
     """A score's name in tables."""
-    return f"{score} (which PPO optimises)" if score == REWARD else score
+    return f"{score} (which is optimised)" if score == REWARD else score
 
 
 def _label(metric: str) -> str:

@@ -116,5 +116,5 @@ def _claims(stage: Trained) -> Iterator[Claim]:
 def _of_difference(found: Difference) -> Claim:
     by, policy, first = found.by, name_of(found.policy), name_of(found.first)
     wins = f"wins {by['win_rate']:.0%} ({by['win_rate_low']:.0%} to {by['win_rate_high']:.0%}) against {first}"
-    score = "the reward that PPO optimises" if found.score == REWARD else found.score
+    score = "the reward that is optimised" if found.score == REWARD else found.score
     return Claim(f"{policy}: {score} {found}, {wins}", found.way)

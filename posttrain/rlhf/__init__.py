@@ -1,1 +1,1 @@
-"""PPO with a critic for language models, which TRL dropped in 1.13, on TRL's maintained online trainer."""
+"""PPO with a critic, which TRL dropped in 1.13, and GRPO, on an online trainer that stands on one of TRL's."""

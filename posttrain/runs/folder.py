@@ -7,7 +7,7 @@ config.yaml      the resolved configuration
 run.json         what the run is: configuration, data, starting weights, number of processes
 run.log          everything that was printed, and more
 metrics.jsonl    a line per log entry
-rollouts.jsonl   of PPO: completions of each rollout with their rewards (and curves.svg: reward and KL over the run)
+rollouts.jsonl   of PPO and GRPO: completions of each rollout with their rewards (and curves.svg: reward and KL)
 samples.json     the prompt panel before and after (report_card.json for a reward model)
 checkpoint-N/    to resume from
 model/           the result: a plain, self-contained model folder (adapter/ beside it after LoRA)

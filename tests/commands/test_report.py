@@ -59,7 +59,7 @@ def test_what_fell_is_said_as_plainly_as_what_rose() -> None:
     [(title, lines)] = in_words([first, other])
     assert title == "b against a"
     assert lines[0] == "correct fell: 1.000 → 0.400 (0 better, 12 worse of 20 prompts, p = 0.00049)"
-    assert lines[1].startswith("reward (which PPO optimises) rose: 1.000 → 2.000 (20 better, 0 worse")
+    assert lines[1].startswith("reward (which is optimised) rose: 1.000 → 2.000 (20 better, 0 worse")
     assert lines[2].startswith("short: no difference seen, 1.000 → 1.000 (0 better, 0 worse")
 
 
@@ -206,7 +206,7 @@ def test_several_runs_are_compared(trained: str, entry: Posttrain) -> None:
     between = re.sub(r"<[^>]+>", "\n", page[page.index("Between runs") : page.index("All about")])
     assert f"correct rose: 0.000 → 1.000 ({count} better, 0 worse of {count} prompts" in between
     b, c = (between[between.index(f"{name}/ppo against a/ppo") :].split("against")[1] for name in "bc")
-    assert "reward (which PPO optimises): no difference seen" in b
+    assert "reward (which is optimised): no difference seen" in b
     assert "reward (which" not in c, "rewards of different models"
 
 

@@ -34,7 +34,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
     _, style, reward = better.split("; ")
     tested = "(10 better, 0 worse of 20 prompts, p = 0.002), wins 75% (53% to 89%) against sft"
     assert style == f"ppo: style 0.000 → 0.500 {tested}"
-    assert reward.startswith("ppo: the reward that PPO optimises 1.000 → 2.000")
+    assert reward.startswith("ppo: the reward that is optimised 1.000 → 2.000")
     assert worse.startswith("Worse: ppo: correct 1.000 → 0.600 (0 better, 8 worse")
     assert "; no difference seen in ppo: short 1.000" in worse
 
