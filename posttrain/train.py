@@ -20,7 +20,7 @@ from posttrain.cli.entry import command_line
 from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
-from posttrain.config.stages import STAGES, OnlineStage
+from posttrain.config.stages import STAGES, OnlineStage, other_models
 from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
@@ -463,9 +463,7 @@ def _manifest(
     import torch
 
     config = resolved.config
-    names = {"model": config.model.start}
-    if isinstance(config.stage, OnlineStage):
-        names["reward_model"] = str(config.stage.reward_model)
+    names = {"model": config.model.start, **other_models(config.stage)}
     parents = {name: parent_of(folder) for name, folder in resolved.folders.items()}
     return {
         "format": 1,

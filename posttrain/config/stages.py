@@ -31,6 +31,7 @@ class RewardStage(StageConfig):
 class DPOStage(StageConfig):
     """Direct preference optimisation."""
 
+    reference: str | None = key()
     beta: float = key(above=0, below=1e3, trl="beta")
 
 
@@ -224,7 +225,7 @@ LOSS_OPTIONS = {
 }
 
 
-_FIXED_REFERENCE = "the reference stays what the stage starts from; a resumed run could not find another one again"
+_FIXED_REFERENCE = "the reference stays as it is; a resumed run could not find another one again"
 
 _BY_TEMPERATURE = (
     "completions are sampled and scored with temperature alone; anything else makes every probability ratio wrong"
@@ -391,6 +392,13 @@ KTO = StageSpec(
     charts=(("loss", "eval_loss"), ("rewards/margins", "eval_rewards/margins"), ("eval_kl",)),
     frontier=("reward_margin",),
 )
+
+
+def other_models(stage: StageConfig) -> dict[str, str]:
+    """The models that a stage takes besides the one it starts from: the key under `stage.` -> what it names."""
+    keys = {"reward_model": OnlineStage, "reference": DPOStage}
+    return {name: vars(stage)[name] for name, kind in keys.items() if isinstance(stage, kind) and vars(stage)[name]}
+
 
 # in the order in which a pipeline runs them
 STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO, KTO)}

@@ -69,6 +69,7 @@ class Counts:
     bad: int = 0  # left out on request (data.bad_rows=drop)
     unmixed: int = 0  # left out because data.mixture wants fewer of their source
     ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
+    low_margin: int = 0  # left out on request (data.min_margin)
     truncated: int = 0  # kept without their end
     prompt_too_long: int = 0  # left out: nothing of the response would remain
     too_long: int = 0  # left out on request (data.overlength=drop)

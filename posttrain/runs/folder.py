@@ -365,6 +365,7 @@ def changes(earlier: JsonObject, identity: JsonObject) -> dict[str, tuple[object
     hashed = {
         "model": ("model.model_name_or_path", "model.base_model"),
         "reward_model": ("stage.reward_model",),
+        "reference": ("stage.reference",),
         "chat_template": ("model.chat_template_path",),
         "code": ("stage.reward_functions", "stage.eval_reward_functions"),
     }
@@ -399,6 +400,8 @@ def _changed(key: str, old: object, new: object) -> str:
         return "data.mixture is not the same"
     if key.startswith("reward_model."):
         return "the reward model's weights are not the same"
+    if key.startswith("reference."):
+        return "the reference's weights are not the same"
     if key.startswith("model."):
         return "the weights to start from are not the same"
     if key.startswith("chat_template"):
