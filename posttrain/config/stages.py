@@ -403,6 +403,8 @@ def other_models(stage: StageConfig) -> dict[str, str]:
 # in the order in which a pipeline runs them
 STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO, KTO)}
 PIPELINE = [spec.name for spec in (SFT, REWARD, PPO, DPO)]  # what it runs where it is not told
+PAIRS = "pairs"  # a step of a pipeline that trains nothing: preferences sampled from the policy that there is by then
+STEPS = [name for spec in STAGES.values() for name in ([PAIRS] if spec is DPO else []) + [spec.name]]
 FORMATS = {spec.data_format.name: spec.data_format for spec in STAGES.values()}
 # the stage whose prompts and rewards policies are compared by
 EVALUATED_AS = PPO

@@ -150,6 +150,12 @@ _DECIDES = re.compile(
 )
 _MEASURES = re.compile(r"(?:^|_)(?:ranks?|scores?)(?:_|$)", re.IGNORECASE)
 
+
+def decides(name: str) -> bool:
+    """Whether a column of that name looks as if it says which row or answer is good."""
+    return _DECIDES.search(name) is not None
+
+
 # What columns are often called elsewhere: only to suggest a mapping, never to guess one.
 _ALIASES = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
@@ -344,7 +350,7 @@ class Reader(Generic[Row]):
         if self.rule.winner is not None:
             return
         two_answers = "chosen" in self.columns
-        found = [name for name, value in others.items() if _DECIDES.search(name) and value not in (None, "", [])]
+        found = [name for name, value in others.items() if decides(name) and value not in (None, "", [])]
         measures = [name for name in found if _MEASURES.search(name)]
         if two_answers and not self.is_named:  # chosen and rejected say it themselves
             found = [name for name in found if name not in measures]
