@@ -59,6 +59,7 @@ from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import ANSWERS, MANIFEST, RunFolder, locked, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.train import check_start, identity_of, load_tokenizer_of, manifest_of
+from posttrain.values import JsonObject
 
 SHARD = 32  # prompts whose answers are written to one file
 

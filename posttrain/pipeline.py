@@ -123,9 +123,7 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         last = " or ".join(name for name in STAGES if not followers(name))
         problems[f"-m sweeps over nothing; give a key of {last} several values"] = None
     if line.multirun and PAIRS in stages:
-        problems["pairs are sampled for one run; sweep afterwards: posttrain run -m stage=dpo data.dataset_name=…"] = (
-            None
-        )
+        problems["pairs are of one run; sweep afterwards: posttrain run -m stage=dpo data.dataset_name=…"] = None
     rounds = _rounds(line.overrides)
     if rounds != "1" and not (rounds.isdecimal() and int(rounds) and {PAIRS, "dpo"} <= {*stages}):
         problems[f"rounds={rounds} must be a whole number, 1 or more, and needs stages=[…,{PAIRS},dpo]"] = None
@@ -157,7 +155,7 @@ def _add_pairs(overrides: Sequence[Override], steps: list[Step], stages: Sequenc
             config = read_command([*words, *own[1:]], stages[: stages.index(PAIRS)]).config
         steps.append(Step(PAIRS, [*words, *own[1:]], False, config, pairs))
     except ConfigError as error:
-        return error.problems
+        return list(error.problems)
     return []
 
 
@@ -265,9 +263,7 @@ def _with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
         before = str(replace(first, round=step.round - 1).folder)
         config = replace(config, model=replace(config.model, model_name_or_path=before, from_scratch=False))
     if step.round > 1 and isinstance(stage, DPOStage) and stage.reference is None:
-        base = first.folder / "base"  # a start that had to be built
-        start = str(base) if base.is_dir() else resolve(first.config, needs_data=False).config.model.start
-        config = replace(config, stage=replace(stage, reference=start))
+        config = replace(config, stage=replace(stage, reference=_start(first)))
     sampled = [each for each in earlier if each.pairs is not None and each.round == step.round]
     if step.pairs is not None:
         return replace(config, seed=config.seed + step.round - 1)
@@ -291,6 +287,12 @@ def _with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
     return replace(config, data=data)
 
 
+def _start(step: Step) -> str:
+    """What a finished stage started from; its `base`, where that had to be built."""
+    base = step.folder / "base"
+    return str(base) if base.is_dir() else resolve(step.config, needs_data=False).config.model.start
+
+
 def _is_worse(step: Step, steps: Sequence[Step]) -> bool:
     """Whether a gold function has fallen in a round, beyond chance; then says so, and which policy is the best.
 
@@ -302,8 +304,7 @@ def _is_worse(step: Step, steps: Sequence[Step]) -> bool:
     from posttrain.evaluate import compare
 
     resolved = resolve(asked, STAGES).config
-    first = resolve(step.config, needs_data=False).config.model.start
-    before = str(replace(step, round=step.round - 1).folder) if step.round > 1 else first
+    before = str(replace(step, round=step.round - 1).folder) if step.round > 1 else _start(step)
     found = compare(resolved, [before, str(step.folder)])
     fell: list[Difference] = [
         each for each in differences([vars(policy) for policy in found]) if each.score in found[0].gold and each.way < 0
@@ -404,9 +405,7 @@ def _run(steps: Sequence[Step], arguments: Sequence[str]) -> None:
         done = run_pipeline(steps)
         if all(not each.metrics for each in done):
             return  # a dry run, or sweeps alone, which have printed their own
-        evaluate_pipeline(
-            arguments, done, max((step.pairs.samples for step in steps if step.pairs is not None), default=1)
-        )
+        evaluate_pipeline(arguments, done, next((step.pairs.samples for step in steps if step.pairs is not None), 1))
         show_pipeline(done)
         if is_main_process():
             say(f"report: {write_report(done[0].folder.parent)}")
