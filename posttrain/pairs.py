@@ -31,7 +31,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -44,6 +44,7 @@ from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import is_to_launch, launch
 from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, PAIRS, OnlineStage
+from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, say, show_table
 from posttrain.data.encode import PromptEncoding
 from posttrain.data.formats import Prompt, prompts
@@ -59,40 +60,30 @@ from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import ANSWERS, MANIFEST, RunFolder, locked, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.train import check_start, identity_of, load_tokenizer_of, manifest_of
-from posttrain.values import JsonObject
 
 SHARD = 32  # prompts whose answers are written to one file
 
 
-@dataclass
-class Sampled:
-    """What was made, and its numbers."""
-
-    file: Path
-    metrics: dict[str, float]
-
-
 def read_options(given: Mapping[str, str]) -> PairsConfig:
-    """The options of the command that are no keys of a stage.
+    """How answers are sampled and chosen.
 
     Raises:
-        ConfigError: one is of another type, or out of range.
+        ConfigError: an option is unknown, of another type, or out of range.
     """
-    own = {name: value for name, value in given.items() if name in OPTIONS}
+    if unknown := [name for name in given if name not in OPTIONS]:
+        raise ConfigError(f"{unknown[0]} is none of {', '.join(OPTIONS)}{nearest(unknown[0], OPTIONS)}")
     try:
-        found = OmegaConf.merge(OmegaConf.structured(PairsConfig), own)
+        found = OmegaConf.merge(OmegaConf.structured(PairsConfig), given)
         return PairsConfig(**{str(name): value for name, value in found.items()})
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key}={own.get(str(error.full_key))}: {str(error.msg).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"{error.full_key}={given[str(error.full_key)]}: {str(error.msg).splitlines()[0]}") from error
 
 
 OPTIONS = tuple(item.name for item in fields(PairsConfig))
 
 
-def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> Sampled | None:
-    """Answer the prompts to train on, and write the rows that are chosen into the folder `path`; None for a dry run.
+def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, float]:
+    """Answer the prompts to train on, and write the rows that are chosen into `path`; their numbers, none of a dry run.
 
     Raises:
         ConfigError, DataError: before a model is loaded; or there are answers, and no row can be made of them.
@@ -113,20 +104,20 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> Sampled | N
     say(f"pairs: {chosen.samples} answers to each of {len(rows):,} prompts, into {path}")
     if config.dry_run:
         say("dry run: nothing was sampled or written")
-        return None
+        return {}
     identity = identity_of(resolved, sources, tokenizer, begun) | {PAIRS: asdict(chosen)}
     state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
-    file = path / FILES[chosen.keep]
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
         say(f"already complete: {path}, and nothing has changed (finished {manifest['finished']})")
-        return Sampled(file, manifest["metrics"])
+        return dict(manifest["metrics"])
     # 2. answer, a shard at a time; those that are there stay
     scorer = load_scorer(config, tokenizer)
     if not scorer.functions:
         raise ConfigError("posttrain pairs chooses by the reward: name reward_model= or reward_functions=")
-    on_main_process(lambda: _begin(folder, identity))
+    on_main_process(folder.make_room)
+    on_main_process(lambda: folder.begin(identity, None))
     _sample(resolved, rows, scorer, folder.path / ANSWERS, chosen.samples)
     check_start(resolved, identity)
     # 3. choose, and only then call it finished
@@ -138,17 +129,15 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> Sampled | N
             "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
         )
     if is_main_process():
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in made)
+        file, text = (
+            path / FILES[chosen.keep],
+            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in made),
+        )
         write_atomically(file, text)
         manifest = manifest_of(resolved, sources, data, identity, metrics)
         folder.finish(manifest | {"stage": PAIRS, "files": {file.name: sha256_of(file)}})
-    say(f"rows: {file}")
-    return Sampled(file, metrics)
-
-
-def _begin(folder: RunFolder, identity: JsonObject) -> None:
-    folder.make_room()
-    folder.begin(identity, None)
+    say(f"rows: {path / FILES[chosen.keep]}")
+    return metrics
 
 
 def _sample(resolved: Resolved, rows: Sequence[Prompt], scorer: RewardScorer, answers: Path, samples: int) -> None:
@@ -213,7 +202,7 @@ def _main(arguments: Sequence[str]) -> None:
     given, words = own_options(arguments, EVALUATED_AS, ("policy", "out", *OPTIONS))
     if "policy" not in given:
         raise ConfigError("policy=… is required: a run folder, a model folder or a Hub id")
-    options = read_options(given)
+    options = read_options({name: value for name, value in given.items() if name in OPTIONS})
     policy = Path(given["policy"])
     named = any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
     of_run = (policy / MANIFEST).is_file() and not named

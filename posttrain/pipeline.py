@@ -139,23 +139,21 @@ def _rounds(overrides: Sequence[Override]) -> str:
 
 def _add_pairs(overrides: Sequence[Override], steps: list[Step], stages: Sequence[str]) -> list[str]:
     """Add the step that samples pairs, by the prompts, rewards and keys of PPO; returns what is wrong with it."""
-    from posttrain.evaluate import own_options
-    from posttrain.pairs import OPTIONS, read_options
+    from posttrain.pairs import read_options
 
     online = EVALUATED_AS.name
     concerned = [each for each in overrides if not each.key_or_group.startswith("trainer.")]
     words, _ = _command(concerned, online, [online if stage == PAIRS else stage for stage in stages])
-    mine = [str(each.input_line) for each in overrides if each.key_or_group.startswith(f"{PAIRS}.")]
+    mine = [str(each.input_line).partition("=") for each in overrides if each.key_or_group.startswith(f"{PAIRS}.")]
     try:
-        given, own = own_options([word.removeprefix(f"{PAIRS}.") for word in mine], EVALUATED_AS, OPTIONS)
-        pairs = read_options(given)
+        pairs = read_options({key.removeprefix(f"{PAIRS}."): value for key, _, value in mine})
         if pairs.keep != "pairs":
             raise ConfigError(f"pairs.keep={pairs.keep} makes no pairs; it is for posttrain pairs alone")
         with _in_words_of(online):
-            config = read_command([*words, *own[1:]], stages[: stages.index(PAIRS)]).config
-        steps.append(Step(PAIRS, [*words, *own[1:]], False, config, pairs))
+            config = read_command(words, stages[: stages.index(PAIRS)]).config
+        steps.append(Step(PAIRS, words, False, config, pairs))
     except ConfigError as error:
-        return list(error.problems)
+        return [problem.replace(f"stage={online}", PAIRS) for problem in error.problems]
     return []
 
 
@@ -241,13 +239,12 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
         if to_come and PAIRS in (step.stage, *(each.stage for each in earlier)):
             say(f"dry run: it follows from {', '.join(to_come)}, still to come")
         elif step.pairs is not None:
-            sampled = sample_pairs(_with_what_came(step, earlier), step.folder, step.pairs)
-            metrics = sampled.metrics if sampled is not None else {}
+            metrics = sample_pairs(with_what_came(step, earlier), step.folder, step.pairs)
         elif step.sweeps and not step.config.dry_run:
             _sweep(step)
         else:
             with _in_words_of(step.stage):
-                result = run_stage(_with_what_came(step, earlier), step.folder, to_come)
+                result = run_stage(with_what_came(step, earlier), step.folder, to_come)
             metrics = result.metrics if result is not None else {}
         done.append(Finished(step.folder.name, step.folder, metrics, time.monotonic() - started))
         if metrics and step.stage == "dpo" and _is_worse(step, steps):
@@ -255,7 +252,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
     return done
 
 
-def _with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
+def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
     """The configuration of a step, with the pairs of its round and the policy of the round before."""
     config, stage = step.config, step.config.stage
     first = next((each for each in earlier if each.stage == "dpo"), step)

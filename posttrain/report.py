@@ -26,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.config.check import leaves
-from posttrain.config.stages import EVALUATED_AS, STAGES, StageSpec
+from posttrain.config.stages import EVALUATED_AS, PAIRS, STAGES, StageSpec
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison, several, summary
@@ -159,7 +159,11 @@ def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
         if key in nodes:
             continue
         title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
-        by = given.get("reward_model", {"weights": {}, "path": ""})
+        # or of the sampled pairs that it was trained on
+        beside = (Path(stage["folder"]).parent / Path(source).parent.name / MANIFEST for source in stage["sources"])
+        made = [_json(file) for file in beside if file.is_file()]
+        scorers = [each["inputs"].get("reward_model") for each in made if each["stage"] == PAIRS]
+        by = next(filter(None, [given.get("reward_model"), *scorers]), {"weights": {}, "path": ""})
         rewarded_by = titles.get(maker(by["weights"]), by["path"])
         nodes[key] = Node(title, stage["anchor"], rewarded_by, stage["numbers"][: 2 if count == 1 else 0], [])
         above = nodes.get(maker(given["model"]["weights"])) if "model" in given else None

@@ -92,5 +92,5 @@ def row_of(prompt: Prompt, choice: Choice, config: PairsConfig) -> Fields:
         made["tools"] = prompt.inputs.tools
     if prompt.inputs.options:
         made["chat_template_kwargs"] = prompt.inputs.options
-    taken = {*made, "chosen", "rejected", "completion", *(each.name for each in dataclasses.fields(InstructionColumns))}
+    taken = {*made, *answers, "completion", *(each.name for each in dataclasses.fields(InstructionColumns))}
     return {name: value for name, value in prompt.columns.items() if name not in taken and not decides(name)} | made
