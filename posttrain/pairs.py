@@ -46,6 +46,7 @@ from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, PAIRS, OnlineStage
 from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, say, show_table
+from posttrain.data.chat import ChatEncoder
 from posttrain.data.encode import PromptEncoding
 from posttrain.data.formats import Prompt, prompts
 from posttrain.devices import on_main_process, setup_device
@@ -53,7 +54,8 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import load_scorer, own_options, run_of, sample_answers
 from posttrain.metrics.comparison import REWARD
 from posttrain.models.load import load_model_and_tokenizer
-from posttrain.models.resolve import Resolved, all_reward_functions, resolve
+from posttrain.models.resolve import all_reward_functions, resolve
+from posttrain.planning.preview import show_data
 from posttrain.rlhf.pairing import FILES, REASONS, Choice, PairsConfig, choose, row_of
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
 from posttrain.runs.checkpoint import write_atomically
@@ -101,6 +103,7 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
         kept = replace(sources, scratch=Path(scratch)) if config.dry_run else sources
         data = prepare_rows(config, tokenizer, kept, prompts, PromptEncoding, stage.max_new_tokens)
         rows: list[Prompt] = data.train.examples(range(len(data.train.dataset)))
+    show_data(config, data)
     say(f"pairs: {chosen.samples} answers to each of {len(rows):,} prompts, into {path}")
     if config.dry_run:
         say("dry run: nothing was sampled or written")
@@ -118,10 +121,10 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
         raise ConfigError("posttrain pairs chooses by the reward: name reward_model= or reward_functions=")
     on_main_process(folder.make_room)
     on_main_process(lambda: folder.begin(identity, None))
-    _sample(resolved, rows, scorer, folder.path / ANSWERS, chosen.samples)
+    _sample(config, data.encoder, rows, scorer, path / ANSWERS, chosen.samples)
     check_start(resolved, identity)
     # 3. choose, and only then call it finished
-    made, metrics, lost = on_main_process(lambda: _choose(folder.path / ANSWERS, rows, scorer, chosen))
+    made, metrics, lost = on_main_process(lambda: _choose(path / ANSWERS, rows, scorer, chosen))
     show_table("pairs", ("prompts", ""), [*lost, ("rows", f"{len(made):,}")])
     if not made:
         raise DataError(
@@ -129,31 +132,27 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
             "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
         )
     if is_main_process():
-        file, text = (
-            path / FILES[chosen.keep],
-            "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in made),
-        )
-        write_atomically(file, text)
+        file, lines = path / FILES[chosen.keep], (json.dumps(row, ensure_ascii=False, default=str) for row in made)
+        write_atomically(file, "".join(f"{line}\n" for line in lines))
         manifest = manifest_of(resolved, sources, data, identity, metrics)
         folder.finish(manifest | {"stage": PAIRS, "files": {file.name: sha256_of(file)}})
     say(f"rows: {path / FILES[chosen.keep]}")
     return metrics
 
 
-def _sample(resolved: Resolved, rows: Sequence[Prompt], scorer: RewardScorer, answers: Path, samples: int) -> None:
+def _sample(
+    config: Config, encoder: ChatEncoder, rows: Sequence[Prompt], scorer: RewardScorer, answers: Path, samples: int
+) -> None:
     """Write the answers of each shard of the prompts that is not there yet; called on all processes.
 
     Answer k to prompt i of n has the seed `seed + k n + i`, so it does not depend on where an earlier start stopped.
     """
-    from posttrain.data.chat import ChatEncoder
-
-    config = resolved.config
     there = on_main_process(lambda: {each.name for each in answers.glob("*.jsonl")})
     missing = [start for start in range(0, len(rows), SHARD) if _shard(start) not in there]
     if not missing:
         return
-    policy, tokenizer = load_model_and_tokenizer(config.model)
-    policy, encoder = policy.to(setup_device()).eval(), ChatEncoder(tokenizer, config.data.allow_special_tokens)
+    policy, _ = load_model_and_tokenizer(config.model)
+    policy = policy.to(setup_device()).eval()
     for number, start in enumerate(missing, start=1):
         part = rows[start : start + SHARD]
         seeds = range(config.seed + start, config.seed + start + samples * len(rows), len(rows))

@@ -161,9 +161,9 @@ def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
         title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
         # or of the sampled pairs that it was trained on
         beside = (Path(stage["folder"]).parent / Path(source).parent.name / MANIFEST for source in stage["sources"])
-        made = [_json(file) for file in beside if file.is_file()]
-        scorers = [each["inputs"].get("reward_model") for each in made if each["stage"] == PAIRS]
-        by = next(filter(None, [given.get("reward_model"), *scorers]), {"weights": {}, "path": ""})
+        of_pairs = [each for file in beside if (each := _json(file)) is not None and each["stage"] == PAIRS]
+        scorers = [each["inputs"].get("reward_model") for each in of_pairs]
+        by = given.get("reward_model", next(filter(None, scorers), {"weights": {}, "path": ""}))
         rewarded_by = titles.get(maker(by["weights"]), by["path"])
         nodes[key] = Node(title, stage["anchor"], rewarded_by, stage["numbers"][: 2 if count == 1 else 0], [])
         above = nodes.get(maker(given["model"]["weights"])) if "model" in given else None
