@@ -7,10 +7,10 @@ usage: posttrain pairs policy=<folder or Hub id> [key=value ...]
                                are never answered
   reward_model=...             scores the answers, and so do reward_functions=[...];
                                default: the reward model of the run
-  samples=8                    answers to each prompt
+  samples=4                    answers to each prompt
   keep=pairs                   preferences.jsonl, the best and the worst of the answers;
                                best: instructions.jsonl, the best alone, to train SFT on
-  min_margin=0.1               leave out pairs whose rewards are closer
+  min_margin=0.5               leave out pairs whose rewards are closer
   gold_filter=true             leave out pairs of which one of eval_reward_functions=[...]
                                prefers the worst
   out=<folder>                 default: pairs, in the run of the policy or in

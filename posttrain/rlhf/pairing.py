@@ -28,9 +28,9 @@ NO_REWARD, NO_END, SAME, LOW_MARGIN, GOLD = REASONS = (
 class PairsConfig:
     """How answers are sampled and chosen, as it is typed."""
 
-    samples: int = 8
+    samples: int = 4
     keep: str = "pairs"
-    min_margin: float = 0.1
+    min_margin: float = 0.5
     gold_filter: bool = False
 
     def __post_init__(self) -> None:
