@@ -31,7 +31,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 
 from posttrain import run
-from posttrain.cli.command import named_stages, parse, read_command
+from posttrain.cli.command import Line, named_stages, parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate, refuse_to_launch
 from posttrain.config.schema import Config, MessagesConfig, PreferenceConfig
@@ -94,7 +94,7 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
             ] = None
     for place, stage in enumerate(stages):
         if stage == PAIRS:
-            problems |= dict.fromkeys(_add_pairs(line.overrides, steps, stages))
+            problems |= dict.fromkeys(_add_pairs(line, steps, stages))
             continue
         own, sweeps = _command(line.overrides, stage, stages)
         if sweeps and followers(stage):
@@ -137,14 +137,15 @@ def _rounds(overrides: Sequence[Override]) -> str:
     return next((str(each.input_line).partition("=")[2] for each in overrides if each.key_or_group == "rounds"), "1")
 
 
-def _add_pairs(overrides: Sequence[Override], steps: list[Step], stages: Sequence[str]) -> list[str]:
+def _add_pairs(line: Line, steps: list[Step], stages: Sequence[str]) -> list[str]:
     """Add the step that samples pairs, by the prompts, rewards and keys of PPO; returns what is wrong with it."""
     from posttrain.pairs import read_options
 
     online = EVALUATED_AS.name
-    concerned = [each for each in overrides if not each.key_or_group.startswith("trainer.")]
+    concerned = [each for each in line.overrides if not each.key_or_group.startswith("trainer.")]
     words, _ = _command(concerned, online, [online if stage == PAIRS else stage for stage in stages])
-    mine = [str(each.input_line).partition("=") for each in overrides if each.key_or_group.startswith(f"{PAIRS}.")]
+    words = [*line.prints, *words, *(["--config-dir", line.config_dir] if line.config_dir else [])]
+    mine = [str(each.input_line).partition("=") for each in line.overrides if each.key_or_group.startswith(f"{PAIRS}.")]
     try:
         pairs = read_options({key.removeprefix(f"{PAIRS}."): value for key, _, value in mine})
         if pairs.keep != "pairs":
@@ -275,7 +276,6 @@ def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
         dataset_train_split="train",
         dataset_test_split=None,
         max_rows=None,
-        min_margin=None,
         ignored_columns=[],
         columns=columns(**{each.name: each.name for each in fields(columns)}),
         messages=MessagesConfig(None, None, {}, None),
