@@ -167,6 +167,20 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
 
 
 @pytest.mark.slow
+def test_a_round_in_which_gold_falls_is_the_last(pipeline: Posttrain, taught: Path) -> None:
+    """The gold function is the reward with its sign turned, so that what DPO gains it loses."""
+    with (taught / "my_rewards.py").open("a") as file:
+        file.write("def few(**columns):\n    return [-value for value in vowels(**columns)]\n")
+    turned = [word.replace("[my_rewards.vowels]", "[my_rewards.few]") if "eval_" in word else word for word in ROUNDS]
+    turned = [word.replace("max_steps=4", "max_steps=24").replace("test_size=5", "test_size=16") for word in turned]
+    done = pipeline(*turned, "dpo.learning_rate=2e-3", "dpo.batch_size=8", "pairs.samples=6")
+    assert done.code == 0, done
+    assert "round 1 is the last: few fell" in " ".join(done.out.split())
+    assert Path("outputs/w/dpo/posttrain.json").is_file()
+    assert not Path("outputs/w/pairs-round2").exists()
+
+
+@pytest.mark.slow
 def test_pairs_and_rounds_killed_at_any_moment_end_the_same(taught: Path) -> None:
     """The pipeline of two rounds, killed twelve times in pairs and in DPO."""
     whole = start(*ROUNDS, cwd=taught, module="posttrain.pipeline")
