@@ -151,7 +151,7 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
     assert given["pairs-round2"]["model"]["path"] == given["dpo-round2"]["model"]["path"] == "outputs/w/dpo"
     assert given["dpo-round2"]["reference"]["path"] == "outputs/w/sft"
     assert (known["pairs"]["seed"], known["pairs-round2"]["seed"]) == (42, 43)
-    assert list(known["dpo-round2"]["data"]["sources"]) == ["outputs/w/pairs-round2/preferences.jsonl"]
+    assert [Path(source).parent.name for source in known["dpo-round2"]["data"]["sources"]] == ["pairs-round2"]
     assert known["dpo-round2"]["metrics"]["kl_before"] > 0 == known["dpo"]["metrics"]["kl_before"]
     page = write_report(run).read_text()
     assert "DPO, round 2" in page
