@@ -50,7 +50,7 @@ from posttrain.config.stages import (
 from posttrain.console import is_main_process, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import label
-from posttrain.metrics.comparison import Difference, before_and_after, differences
+from posttrain.metrics.comparison import Difference, before_and_after, paired
 from posttrain.models.resolve import data_required, resolve
 from posttrain.report import ROUND, write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
@@ -291,26 +291,27 @@ def _start(step: Step) -> str:
 
 
 def _is_worse(step: Step, steps: Sequence[Step]) -> bool:
-    """Whether a gold function has fallen in a round, beyond chance; then says so, and which policy is the best.
+    """Whether a gold function has fallen beyond chance, since the round before or since the start; then says so.
 
-    It is asked only where another round would follow.
+    Small losses add up: none of three rounds need differ from the one before for the last to be worse than the start.
     """
-    asked = next(each.config for each in steps if each.pairs is not None) if steps[-1].round > step.round else None
-    if asked is None or not isinstance(asked.stage, OnlineStage) or not asked.stage.eval_reward_functions:
+    asked = next((each.config for each in steps if each.pairs is not None), step.config)
+    rounds, stage = steps[-1].round, asked.stage
+    if rounds == 1 or not isinstance(stage, OnlineStage) or not stage.eval_reward_functions:
         return False
     from posttrain.evaluate import compare
 
-    resolved = resolve(asked, STAGES).config
-    before = str(replace(step, round=step.round - 1).folder) if step.round > 1 else _start(step)
-    found = compare(resolved, [before, str(step.folder)])
-    fell: list[Difference] = [
-        each for each in differences([vars(policy) for policy in found]) if each.score in found[0].gold and each.way < 0
+    earlier = [_start(replace(step, round=1)), *(str(replace(step, round=n).folder) for n in range(1, step.round))]
+    names = dict.fromkeys([earlier[0], earlier[-1], str(step.folder)])
+    *others, last = compare(resolve(asked, STAGES).config, list(names))
+    pairs = [(each, score) for each in others for score in last.gold]
+    changes = [
+        Difference(last.policy, each.policy, score, paired(last.scores[score], each.scores[score]))
+        for each, score in pairs
     ]
+    fell = [f"{each.score} fell since {each.first}, {each}" for each in changes if each.way < 0]
     if fell:
-        say(
-            f"round {step.round} is the last: {'; '.join(f'{each.score} fell {each}' for each in fell)}. The policy "
-            f"before is better by it: {before}"
-        )
+        say(f"round {step.round} is the last of {rounds}: {'; '.join(fell)}. The better policy is {earlier[-1]}")
     return bool(fell)
 
 
