@@ -39,7 +39,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import judges
-from posttrain.cli.command import read_command
+from posttrain.cli.command import parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import is_to_launch, launch
 from posttrain.config.schema import Config
@@ -199,6 +199,7 @@ def main() -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     given, words = own_options(arguments, EVALUATED_AS, ("policy", "out", *OPTIONS))
+    parse(words)  # an unknown flag is named first
     if "policy" not in given:
         raise ConfigError("policy=… is required: a run folder, a model folder or a Hub id")
     options = read_options({name: value for name, value in given.items() if name in OPTIONS})
