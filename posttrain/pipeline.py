@@ -12,8 +12,8 @@ Flags are those of posttrain run; every key: posttrain pipeline stages=[dpo] --h
 stages=[sft,reward,pairs,dpo] trains DPO on pairs sampled from the SFT model and scored
 by the reward model (posttrain pairs; its options begin with pairs., as pairs.samples=4;
 prompts and rewards are those of ppo). rounds=3 then samples from the DPO model and
-trains it on, held to the model that the first round started from, until a function of
-ppo.eval_reward_functions falls.
+trains it on, held to the model that the first round started from, until one of the
+eval_reward_functions of ppo falls.
 
 examples:
   posttrain pipeline recipes=quickstart
