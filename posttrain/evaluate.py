@@ -37,7 +37,7 @@ examples:
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -51,7 +51,7 @@ from posttrain.cli.command import names_in, parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.schema import Config
-from posttrain.config.stages import EVALUATED_AS, STAGES, OnlineStage, RewardStage
+from posttrain.config.stages import EVALUATED_AS, STAGES, OnlineStage, RewardStage, StageSpec
 from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.data.chat import ChatEncoder
@@ -66,6 +66,7 @@ from posttrain.models.generate import completion_logps, panel
 from posttrain.models.load import load_model_and_tokenizer, load_tokenizer, max_positions
 from posttrain.models.resolve import all_reward_functions, beside, input_hashes, naming, resolve_path, with_data
 from posttrain.rlhf import rewards, roles, scoring
+from posttrain.rlhf.pairing import reward_of
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import EARLIER, MANIFEST, read_json
@@ -165,10 +166,10 @@ def compare(
             rows = [row._replace(columns=each) for row, each in zip(rows, columns, strict=True)]
         opened = reference if count == 1 else None  # KL of completions that are chosen is bounded alone
         seeds = range(config.seed, config.seed + count * len(rows), len(rows))
-        samples = [_answers(policy, opened, encoder, rows, config, scorer, seed) for seed in seeds]
-        if count > 1 and all(_reward(each) == -math.inf for part in samples for each in part):
+        samples = [sample_answers(policy, opened, encoder, rows, config, scorer, seed) for seed in seeds]
+        if count > 1 and all(reward_of(each) == -math.inf for part in samples for each in part):
             raise ConfigError(f"best_of={best_of} chooses by the reward, which applies to none of the completions")
-        answers = [max(each, key=_reward) for each in zip(*samples, strict=True)]
+        answers = [max(each, key=reward_of) for each in zip(*samples, strict=True)]
         scores = {score: [each.scores[score] for each in answers] for score in answers[0].scores}
         against = {name: comparison.paired(values, done[0].scores[name]) for name, values in scores.items() if same}
         against = {name: by for name, by in against.items() if by["prompts"]}
@@ -231,7 +232,7 @@ def _config_for(config: Config, path: str) -> Config:
     return replace(config, model=beside(config.model, path))
 
 
-def _answers(
+def sample_answers(
     policy: "PreTrainedModel",
     reference: "PreTrainedModel | None",
     encoder: ChatEncoder,
@@ -252,11 +253,6 @@ def _answers(
         )
 
     return on_all_processes(list(enumerate(rows, seed)), share)
-
-
-def _reward(answer: scoring.ScoredCompletion) -> float:
-    value = answer.scores.get(comparison.REWARD)
-    return -math.inf if value is None else value
 
 
 def perplexity(policy: "PreTrainedModel", rows: Sequence[EncodedRow], pad: int) -> float:
@@ -339,6 +335,27 @@ class Asked(NamedTuple):
         return not self.tasks or self.best_of > 1 or any(word.startswith(about) for word in self.words)
 
 
+def own_options(
+    arguments: Sequence[str], spec: StageSpec, options: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The options of a command, and the words of the configuration; keys of the stage are typed without `stage.`.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    keys = {item.name for item in fields(spec.schema)}
+    given, words = dict[str, str](), [f"stage={spec.name}", *(["stage.gate=warn"] if spec.is_online else [])]
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in options:
+            given[key] = value
+        elif key.isidentifier() and key not in {*keys, *CONFIG}:
+            raise ConfigError(f"{key} is unknown{nearest(key, [*options, *keys])}")
+        else:
+            words.append(f"stage.{argument}" if key in keys else argument)
+    return given, words
+
+
 def read_evaluation(arguments: Sequence[str]) -> Asked:
     """A command line taken apart.
 
@@ -347,17 +364,8 @@ def read_evaluation(arguments: Sequence[str]) -> Asked:
     """
     pairs = [word.split("=", 1)[1] for word in arguments if word.startswith("data.preferences=")]
     spec = STAGES["reward"] if pairs else EVALUATED_AS
-    keys = {item.name for item in fields(spec.schema)}
-    given: dict[str, str] = {}
-    words = [f"stage={spec.name}"] + ([f"data.dataset_name={pairs[-1]}"] if pairs else ["stage.gate=warn"])
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in OPTIONS or (pairs and key in ("reward_model", "data.preferences")):
-            given[key] = value
-        elif key.isidentifier() and key not in {*keys, *CONFIG}:
-            raise ConfigError(f"{key} is unknown{nearest(key, [*OPTIONS, *keys])}")
-        else:
-            words.append(f"stage.{argument}" if key in keys else argument)
+    given, words = own_options(arguments, spec, [*OPTIONS, *(("reward_model", "data.preferences") if pairs else ())])
+    words[1:1] = [f"data.dataset_name={pairs[-1]}"] if pairs else []
     parse(words)  # an unknown flag is named first
     for key in given.keys() & OPTIONS.keys():
         if (least := OPTIONS[key]) is not None and not (given[key].isdecimal() and int(given[key]) >= least):
@@ -445,9 +453,9 @@ def _free_file(folder: Path, kind: str, about: str) -> Path:
     return file
 
 
-def evaluate_into(config: Config, policies: Sequence[str], responses: Sequence[Conversation]) -> None:
+def evaluate_into(config: Config, policies: Sequence[str], responses: Sequence[Conversation], best_of: int) -> None:
     """Compare the policies of a pipeline; an earlier evaluation with other numbers is moved to earlier/."""
-    found = compare(config, policies, responses)
+    found = compare(config, policies, responses, best_of=best_of)
     file = Path(config.output_dir) / config.run_name / comparison.FILE
     if is_main_process() and file.is_file() and _answers_in(file) != [(each.answers, each.scores) for each in found]:
         when = datetime.fromtimestamp(file.stat().st_mtime, UTC).strftime("%Y%m%dT%H%M%S")

@@ -9,32 +9,51 @@ on where it stopped; a finished stage that has to be re-run is moved to
 <run_name>/earlier first. With -m, several values of a key of ppo or dpo are a sweep.
 Flags are those of posttrain run; every key: posttrain pipeline stages=[dpo] --help
 
+stages=[sft,reward,pairs,dpo] trains DPO on pairs sampled from the SFT model and scored
+by the reward model (posttrain pairs; its options begin with pairs., as pairs.samples=4;
+prompts and rewards are those of ppo). rounds=3 then samples from the DPO model and
+trains it on, held to the model that the first round started from, until one of the
+eval_reward_functions of ppo falls.
+
 examples:
   posttrain pipeline recipes=quickstart
   posttrain pipeline run_name=mine stages=[sft] data.instructions=mine.jsonl
+  posttrain pipeline recipes=quickstart stages=[sft,reward,pairs,dpo] rounds=3
 """
 
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
 from posttrain import run
-from posttrain.cli.command import named_stages, parse, read_command
+from posttrain.cli.command import Line, named_stages, parse, read_command
 from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate, refuse_to_launch
-from posttrain.config.schema import Config
-from posttrain.config.stages import EVALUATED_AS, FORMATS, INSTRUCTIONS, PIPELINE, STAGES, followers
+from posttrain.config.schema import Config, MessagesConfig, PreferenceConfig
+from posttrain.config.stages import (
+    EVALUATED_AS,
+    FORMATS,
+    INSTRUCTIONS,
+    PAIRS,
+    PIPELINE,
+    STAGES,
+    STEPS,
+    DPOStage,
+    OnlineStage,
+    followers,
+)
 from posttrain.console import is_main_process, say, show_table
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import label
-from posttrain.metrics.comparison import before_and_after
+from posttrain.metrics.comparison import Difference, before_and_after, paired
 from posttrain.models.resolve import data_required, resolve
-from posttrain.report import write_report
+from posttrain.report import ROUND, write_report
+from posttrain.rlhf.pairing import FILES, PairsConfig
 from posttrain.runs.folder import MANIFEST, locked, run_path
 
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
@@ -48,6 +67,13 @@ class Step:
     arguments: list[str]
     sweeps: bool
     config: Config  # of a sweep its first point's
+    pairs: PairsConfig | None = None  # where pairs are sampled
+    round: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """Where its result goes; a later round's beside the first one's."""
+        return run_path(self.config).with_name(self.stage + (f"{ROUND}{self.round}" if self.round > 1 else ""))
 
 
 def read_pipeline(arguments: Sequence[str]) -> list[Step]:
@@ -57,16 +83,19 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         ConfigError: with every problem found, a line each.
     """
     line = parse(arguments)
-    stages = named_stages(line.overrides) or PIPELINE
+    stages = named_stages(line.overrides, STEPS) or PIPELINE
     problems: dict[str, None] = {}
     steps: list[Step] = []
     for override in line.overrides:
         if override.key_or_group in ("stage", "data"):
             problems[
-                f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(STAGES)}], "
+                f"{override.input_line}: the pipeline runs several stages; choose with stages=[{','.join(STEPS)}], "
                 f"set data with {', '.join(f'data.{name}=' for name in FORMATS)}"
             ] = None
     for place, stage in enumerate(stages):
+        if stage == PAIRS:
+            problems |= dict.fromkeys(_add_pairs(line, steps, stages))
+            continue
         own, sweeps = _command(line.overrides, stage, stages)
         if sweeps and followers(stage):
             problems[
@@ -77,12 +106,13 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         given = [*flags, *own, *(["--config-dir", line.config_dir] if line.config_dir else [])]
         try:
             with _in_words_of(stage):
-                config = read_command(given, stages[:place]).config
+                sampled = PAIRS in stages[:place]  # its rows are to come
+                config = read_command(given, stages[:place], needs_data=not sampled).config
                 if config.data.ptx and (rows := _own_instructions(line.overrides, stage)):
                     given.append(f"data.ptx={rows}")
                     config = read_command(given, stages[:place]).config
                 has_own_rows = bool(steps) and steps[0].config.data.dataset_name is not None
-                if has_own_rows and config.data.dataset_name is None:
+                if has_own_rows and config.data.dataset_name is None and not sampled:
                     raise data_required(config)
                 steps.append(Step(stage, given, sweeps, config))
         except ConfigError as error:
@@ -92,9 +122,40 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     if line.multirun and not any(step.sweeps for step in steps):
         last = " or ".join(name for name in STAGES if not followers(name))
         problems[f"-m sweeps over nothing; give a key of {last} several values"] = None
+    if line.multirun and PAIRS in stages:
+        problems["pairs are of one run; sweep afterwards: posttrain run -m stage=dpo data.dataset_name=…"] = None
+    rounds = _rounds(line.overrides)
+    if rounds != "1" and not (rounds.isdecimal() and int(rounds) and {PAIRS, "dpo"} <= {*stages}):
+        problems[f"rounds={rounds} must be a whole number, 1 or more, and needs stages=[…,{PAIRS},dpo]"] = None
     if problems:
         raise ConfigError(*problems)
-    return steps
+    again = [step for step in steps if step.stage in (PAIRS, "dpo")]
+    return [*steps, *(replace(step, round=number) for number in range(2, int(rounds) + 1) for step in again)]
+
+
+def _rounds(overrides: Sequence[Override]) -> str:
+    return next((str(each.input_line).partition("=")[2] for each in overrides if each.key_or_group == "rounds"), "1")
+
+
+def _add_pairs(line: Line, steps: list[Step], stages: Sequence[str]) -> list[str]:
+    """Add the step that samples pairs, by the prompts, rewards and keys of PPO; returns what is wrong with it."""
+    from posttrain.pairs import read_options
+
+    online = EVALUATED_AS.name
+    concerned = [each for each in line.overrides if not each.key_or_group.startswith("trainer.")]
+    words, _ = _command(concerned, online, [online if stage == PAIRS else stage for stage in stages])
+    words = [*line.prints, *words, *(["--config-dir", line.config_dir] if line.config_dir else [])]
+    mine = [str(each.input_line).partition("=") for each in line.overrides if each.key_or_group.startswith(f"{PAIRS}.")]
+    try:
+        pairs = read_options({key.removeprefix(f"{PAIRS}."): value for key, _, value in mine})
+        if pairs.keep != "pairs":
+            raise ConfigError(f"pairs.keep={pairs.keep} makes no pairs; it is for posttrain pairs alone")
+        with _in_words_of(online):
+            config = read_command(words, stages[: stages.index(PAIRS)]).config
+        steps.append(Step(PAIRS, words, False, config, pairs))
+    except ConfigError as error:
+        return [problem.replace(f"stage={online}", PAIRS) for problem in error.problems]
+    return []
 
 
 def _command(overrides: Sequence[Override], stage: str, stages: Sequence[str]) -> tuple[list[str], bool]:
@@ -134,7 +195,7 @@ def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | N
     key, _, value = str(override.input_line).partition("=")
     name = override.key_or_group
     prefix = key[: len(key) - len(key.lstrip("+~"))]
-    if name in ("stages", "stage", "data"):
+    if name in ("stages", "stage", "data", "rounds") or name.startswith(f"{PAIRS}."):
         return None
     if name == "recipes":
         return f"recipes={value}/{stage}" if value not in ("null", "") else None
@@ -154,7 +215,7 @@ def _for_stage(override: Override, stage: str, stages: Sequence[str]) -> str | N
 class Finished:
     """A stage that the pipeline has been through."""
 
-    stage: str
+    stage: str  # the name of its folder
     folder: Path
     metrics: dict[str, float]
     seconds: float
@@ -166,28 +227,97 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
     Raises:
         PosttrainError: a stage failed; those before it stay complete.
     """
+    from posttrain.pairs import sample_pairs
     from posttrain.train import run_stage
 
-    done = []
+    done: list[Finished] = []
     for place, step in enumerate(steps, start=1):
         started = time.monotonic()
-        say(f"\n[{place} of {len(steps)}] {step.stage}", style="bold")
-        folder = run_path(step.config)
-        to_come = _unfinished(steps[: place - 1]) if step.config.dry_run else ()
+        say(f"\n[{place} of {len(steps)}] {step.folder.name}", style="bold")
+        earlier = steps[: place - 1]
+        to_come = _unfinished(earlier) if step.config.dry_run else ()
         metrics: dict[str, float] = {}
-        if step.sweeps and not step.config.dry_run:
+        if to_come and PAIRS in (step.stage, *(each.stage for each in earlier)):
+            say(f"dry run: it follows from {', '.join(to_come)}, still to come")
+        elif step.pairs is not None:
+            metrics = sample_pairs(with_what_came(step, earlier), step.folder, step.pairs)
+        elif step.sweeps and not step.config.dry_run:
             _sweep(step)
         else:
             with _in_words_of(step.stage):
-                result = run_stage(step.config, folder, to_come)
+                result = run_stage(with_what_came(step, earlier), step.folder, to_come)
             metrics = result.metrics if result is not None else {}
-        done.append(Finished(step.stage, folder, metrics, time.monotonic() - started))
+        done.append(Finished(step.folder.name, step.folder, metrics, time.monotonic() - started))
+        if metrics and step.stage == "dpo" and _is_worse(step, steps):
+            break
     return done
+
+
+def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
+    """The configuration of a step, with the pairs of its round and the policy of the round before."""
+    config, stage = step.config, step.config.stage
+    first = next((each for each in earlier if each.stage == "dpo"), step)
+    if step.round > 1:
+        before = str(replace(first, round=step.round - 1).folder)
+        config = replace(config, model=replace(config.model, model_name_or_path=before, from_scratch=False))
+    if step.round > 1 and isinstance(stage, DPOStage) and stage.reference is None:
+        config = replace(config, stage=replace(stage, reference=_start(first)))
+    sampled = [each for each in earlier if each.pairs is not None and each.round == step.round]
+    if step.pairs is not None:
+        return replace(config, seed=config.seed + step.round - 1)
+    if not sampled:
+        return config
+    columns = type(config.data.columns)
+    data = replace(
+        config.data,
+        dataset_name=str(sampled[0].folder / FILES["pairs"]),
+        mixture=[],
+        dataset_config=None,
+        dataset_train_split="train",
+        dataset_test_split=None,
+        max_rows=None,
+        ignored_columns=[],
+        columns=columns(**{each.name: each.name for each in fields(columns)}),
+        messages=MessagesConfig(None, None, {}, None),
+        preference=PreferenceConfig(None, None, None, None),
+    )
+    return replace(config, data=data)
+
+
+def _start(step: Step) -> str:
+    """What a finished stage started from; its `base`, where that had to be built."""
+    base = step.folder / "base"
+    return str(base) if base.is_dir() else resolve(step.config, needs_data=False).config.model.start
+
+
+def _is_worse(step: Step, steps: Sequence[Step]) -> bool:
+    """Whether a gold function has fallen beyond chance, since the round before or since the start; then says so.
+
+    Small losses add up: none of three rounds need differ from the one before for the last to be worse than the start.
+    """
+    asked = next((each.config for each in steps if each.pairs is not None), step.config)
+    rounds, stage = steps[-1].round, asked.stage
+    if rounds == 1 or not isinstance(stage, OnlineStage) or not stage.eval_reward_functions:
+        return False
+    from posttrain.evaluate import compare
+
+    earlier = [_start(replace(step, round=1)), *(str(replace(step, round=n).folder) for n in range(1, step.round))]
+    names = dict.fromkeys([earlier[0], earlier[-1], str(step.folder)])
+    *others, last = compare(resolve(asked, STAGES).config, list(names))
+    pairs = [(each, score) for each in others for score in last.gold]
+    changes = [
+        Difference(last.policy, each.policy, score, paired(last.scores[score], each.scores[score]))
+        for each, score in pairs
+    ]
+    fell = [f"{each.score} fell since {each.first}, {each}" for each in changes if each.way < 0]
+    if fell:
+        say(f"round {step.round} is the last of {rounds}: {'; '.join(fell)}. The better policy is {earlier[-1]}")
+    return bool(fell)
 
 
 def _unfinished(steps: Sequence[Step]) -> list[str]:
     """Those of the stages that have left no model behind yet."""
-    return [step.stage for step in steps if not (run_path(step.config) / MANIFEST).is_file()]
+    return [step.folder.name for step in steps if not (step.folder / MANIFEST).is_file()]
 
 
 def _sweep(step: Step) -> None:
@@ -203,7 +333,11 @@ def show_pipeline(done: Sequence[Finished]) -> None:
     """What each stage has done, in a line."""
     rows = []
     for each in done:
-        name = STAGES[each.stage].headline
+        if (spec := STAGES.get(each.folder.name.partition(ROUND)[0])) is None:
+            numbers = f"{each.metrics['rows']:,.0f} of {each.metrics['prompts']:,.0f} prompts" if each.metrics else ""
+            rows.append((each.stage, "pairs", numbers, f"{each.seconds:.0f} s", str(each.folder)))
+            continue
+        name = spec.headline
         *values, change = before_and_after(name, each.metrics)
         numbers = ": ".join(filter(None, (" → ".join(filter(None, values)), change)))
         rows.append(
@@ -217,13 +351,14 @@ def main() -> None:
     entry_point("pipeline", lambda: _main(sys.argv[1:]))
 
 
-def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> None:
+def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished], best_of: int = 1) -> None:
     """Put the policies side by side on held-out prompts, where there are any."""
     from posttrain.evaluate import evaluate_into
     from posttrain.train import prepared
 
     folders = {each.stage: str(each.folder) for each in done if each.metrics}
-    policies = [folders[name] for name, spec in STAGES.items() if name in folders and not spec.is_classifier]
+    kinds = {name: STAGES.get(name.partition(ROUND)[0]) for name in folders}
+    policies = [folders[name] for name, spec in kinds.items() if spec is not None and not spec.is_classifier]
     trained_first = next(spec.name for spec in STAGES.values() if spec.data_format is INSTRUCTIONS)
     if trained_first not in folders or len(policies) < 2:
         return
@@ -240,7 +375,8 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished]) -> Non
         for stage in (online, trained_first)
     )
     held_out = prepared(resolve(said).config).test
-    evaluate_into(resolve(asked, STAGES).config, policies, held_out.rows if held_out is not None else ())
+    rows = held_out.rows if held_out is not None else ()
+    evaluate_into(resolve(asked, STAGES).config, policies, rows, best_of)
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -263,12 +399,12 @@ def _run(steps: Sequence[Step], arguments: Sequence[str]) -> None:
     elif is_to_launch(config):
         launch(config, "posttrain.pipeline", arguments)
         return
-    folders = [run_path(step.config) for step in steps] if is_main_process() and not steps[0].config.dry_run else []
+    folders = [step.folder for step in steps] if is_main_process() and not steps[0].config.dry_run else []
     with locked(*folders):
         done = run_pipeline(steps)
         if all(not each.metrics for each in done):
             return  # a dry run, or sweeps alone, which have printed their own
-        evaluate_pipeline(arguments, done)
+        evaluate_pipeline(arguments, done, next((step.pairs.samples for step in steps if step.pairs is not None), 1))
         show_pipeline(done)
         if is_main_process():
             say(f"report: {write_report(done[0].folder.parent)}")

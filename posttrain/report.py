@@ -26,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from posttrain.cli.command import read_words
 from posttrain.cli.entry import entry_point
 from posttrain.config.check import leaves
-from posttrain.config.stages import EVALUATED_AS, STAGES, StageSpec
+from posttrain.config.stages import EVALUATED_AS, PAIRS, STAGES, StageSpec
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.metrics import comparison, several, summary
@@ -41,6 +41,7 @@ from posttrain.values import JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
+ROUND = "-round"  # in the name of a stage's folder, before the number of the pipeline's round
 GENERATOR = '<meta name="generator" content="posttrain">'
 LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another
@@ -66,13 +67,20 @@ def stage_folders(path: Path) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and _json(path / MANIFEST)["stage"] in STAGES:
         return [path]
     found = [path / stage for stage in STAGES if (path / stage / MANIFEST).is_file()]
+    later = [each.parent for stage in STAGES for each in path.glob(f"{stage}{ROUND}*/{MANIFEST}")]
+    found += sorted(later, key=lambda folder: int(folder.name.partition(ROUND)[2]))
     found += [point.parent for stage in (*STAGES, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
     if not found:
         raise ConfigError(f"{path} is not a finished run (no {MANIFEST} in it or in its folders)")
     return found
+
+
+def _of_several(name: str) -> str:
+    """What tells a point of a sweep or a later round from others of its stage."""
+    return f", {name}" if "=" in name else f", round {name.partition(ROUND)[2]}" if ROUND in name else ""
 
 
 def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
@@ -91,7 +99,7 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
     functions = [re.split(r"[:.]", spec)[-1] for spec in manifest["config"]["stage"].get("reward_functions", ())]
     return {
         "name": name,
-        "title": STAGES[name].title + ("" if "=" not in folder.name else f", {folder.name}"),
+        "title": STAGES[name].title + _of_several(folder.name),
         "anchor": f"run{number}-{folder.name}",
         "point": "=" in folder.name,
         "folder": str(folder),
@@ -151,7 +159,11 @@ def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
         if key in nodes:
             continue
         title = stage["title"] if count == 1 else f"{STAGES[stage['name']].title}, {count} points"
-        by = given.get("reward_model", {"weights": {}, "path": ""})
+        # or of the sampled pairs that it was trained on
+        beside = (Path(stage["folder"]).parent / Path(source).parent.name / MANIFEST for source in stage["sources"])
+        of_pairs = [each for file in beside if (each := _json(file)) is not None and each["stage"] == PAIRS]
+        scorers = [each["inputs"].get("reward_model") for each in of_pairs]
+        by = given.get("reward_model", next(filter(None, scorers), {"weights": {}, "path": ""}))
         rewarded_by = titles.get(maker(by["weights"]), by["path"])
         nodes[key] = Node(title, stage["anchor"], rewarded_by, stage["numbers"][: 2 if count == 1 else 0], [])
         above = nodes.get(maker(given["model"]["weights"])) if "model" in given else None
@@ -284,7 +296,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
         within = f"{name}/" if len(paths) > 1 else ""
-        compared += [(f"{within}{each.name}" if each in points else name, each) for each in folders]
+        several_of = [each for each in folders if _of_several(each.name)]
+        compared += [(f"{within}{each.name}" if each in several_of else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
         others = sorted(file.name for file in path.glob("evaluation-*.json"))

@@ -20,7 +20,7 @@ from posttrain.cli.entry import command_line
 from posttrain.cli.launching import refuse_to_launch
 from posttrain.config.check import to_dict
 from posttrain.config.schema import Config
-from posttrain.config.stages import STAGES, OnlineStage
+from posttrain.config.stages import STAGES, OnlineStage, other_models
 from posttrain.config.suggest import nearest
 from posttrain.console import is_main_process, logging_to_console, say, warn
 from posttrain.data.hashes import cache_of
@@ -177,7 +177,7 @@ def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
 def _dry_run(resolved: Resolved, given: Given, scratch: Path) -> None:
     """Everything that can be known without loading a model; rows that are not prepared yet are so in `scratch`."""
     config = resolved.config
-    tokenizer, _ = _load_tokenizer(resolved)
+    tokenizer, _ = load_tokenizer_of(resolved)
     sources = replace(data_sources(config, given), scratch=scratch)
     data = stage_named(config.stage.name).prepare(config, tokenizer, sources)
     show_dry_run(config, data, machine_of(config).devices)
@@ -202,12 +202,12 @@ def prepare_stage(config: Config) -> None:
     resolved = resolve(config, STAGES)
     config = resolved.config
     with _network_only_where_needed(config, False), logging_to_console(verbose=True):
-        tokenizer, _ = _load_tokenizer(resolved)
+        tokenizer, _ = load_tokenizer_of(resolved)
         show_data(config, stage_named(config.stage.name).prepare(config, tokenizer, data_sources(config)))
         say(f"prepared: {cache_of(config)}")
 
 
-def _load_tokenizer(resolved: Resolved) -> tuple["PreTrainedTokenizerBase", datetime.datetime]:
+def load_tokenizer_of(resolved: Resolved) -> tuple["PreTrainedTokenizerBase", datetime.datetime]:
     """The tokenizer with what is kept in its template, and when the run began; says what the stage starts from."""
     config = resolved.config
     chosen = config.model.start
@@ -235,7 +235,7 @@ def _tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", datetime.date
     return tokenizer, begun, [*notes, keep_in_template(tokenizer, begun, config.data.chat_template_kwargs)]
 
 
-def _identity(
+def identity_of(
     resolved: Resolved, sources: DataSources, tokenizer: "PreTrainedTokenizerBase", begun: datetime.datetime
 ) -> JsonObject:
     config = resolved.config
@@ -271,9 +271,9 @@ def _run(
     config = resolved.config
     stage, spec = stage_named(config.stage.name), STAGES[config.stage.name]
     # 1. see what is in the folder already, and only then prepare the data
-    tokenizer, begun = _load_tokenizer(resolved)
+    tokenizer, begun = load_tokenizer_of(resolved)
     sources = data_sources(config, given)
-    identity = _identity(resolved, sources, tokenizer, begun)
+    identity = identity_of(resolved, sources, tokenizer, begun)
     state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
     if state == "complete":
         manifest = folder.manifest()
@@ -303,7 +303,7 @@ def _run(
     show_progress(trainer, folder.metrics, checkpoint)
     for callback in (*early_stopping(config), *callbacks):
         trainer.add_callback(callback)
-    _check_start(resolved, identity)
+    check_start(resolved, identity)
     folder.trains = True
     parameters = list(trainer.model.parameters())
     counts = (sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
@@ -353,7 +353,7 @@ def _run(
         card = after.files.get("report_card.json")
         drawn = list(card_charts(card["reliability"], card["scores"], card["by_length"])) if card else []
         log_tables(trainer, tables(shown, before, after), drawn)
-        folder.finish(_manifest(resolved, sources, data, identity, metrics) | {"cost": cost})
+        folder.finish(manifest_of(resolved, sources, data, identity, metrics) | {"cost": cost})
     trainer.accelerator.wait_for_everyone()
     show_result(config, folder, metrics, shown, before, after)
     return _result(folder, metrics, spec.objective)
@@ -407,7 +407,7 @@ def _begin(folder: RunFolder, identity: JsonObject, state: State) -> Path | None
     return checkpoint
 
 
-def _check_start(resolved: Resolved, identity: JsonObject) -> None:
+def check_start(resolved: Resolved, identity: JsonObject) -> None:
     """What has been loaded is what was hashed: another command may have replaced it meanwhile.
 
     Raises:
@@ -457,15 +457,13 @@ def _result(folder: RunFolder, metrics: dict[str, float], objective: str) -> Res
     return Result(folder.path, folder.model, metrics, metrics.get(objective, math.nan))
 
 
-def _manifest(
+def manifest_of(
     resolved: Resolved, sources: DataSources, data: StageData, identity: JsonObject, metrics: JsonObject
 ) -> JsonObject:
     import torch
 
     config = resolved.config
-    names = {"model": config.model.start}
-    if isinstance(config.stage, OnlineStage):
-        names["reward_model"] = str(config.stage.reward_model)
+    names = {"model": config.model.start, **other_models(config.stage)}
     parents = {name: parent_of(folder) for name, folder in resolved.folders.items()}
     return {
         "format": 1,

@@ -108,14 +108,19 @@ def test_the_other_commands_are_read_as_written(tmp_path: Path, monkeypatch: pyt
     """tests/test_report.py also runs evaluate, report and export as README has them."""
     from posttrain.chat import read_chat
     from posttrain.cli.command import read_command, read_words
-    from posttrain.evaluate import read_evaluation
+    from posttrain.config.stages import EVALUATED_AS
+    from posttrain.evaluate import own_options, read_evaluation
     from posttrain.export import OPTIONS
+    from posttrain.pairs import OPTIONS as OF_PAIRS
 
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Say 1."}])
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "Say 1.", "chosen": "1.", "rejected": "2."}])
     read = {
         "evaluate": lambda words: read_command(read_evaluation(words).words, to_come=None),
+        "pairs": lambda words: read_command(
+            own_options(words, EVALUATED_AS, ("policy", "out", *OF_PAIRS))[1], to_come=None, needs_data=False
+        ),
         "chat": read_chat,
         "report": lambda words: read_words(words, ["out"]),
         "data": lambda words: read_command([*words[1:], "data.dataset_name=prompts.jsonl"], to_come=None),

@@ -20,7 +20,7 @@ from posttrain.cli.files import check_files, hydra_problems
 from posttrain.config.check import check
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
-from posttrain.config.suggest import nearest
+from posttrain.config.suggest import nearest, one_of
 from posttrain.data.sources import check_source
 from posttrain.errors import ConfigError
 from posttrain.models.resolve import resolve, with_data, with_models
@@ -131,8 +131,8 @@ def names_in(value: str) -> list[str]:
     return names
 
 
-def named_stages(overrides: Sequence[Override]) -> list[str]:
-    """The stages that `stage=` or `stages=` names; none where neither is given.
+def named_stages(overrides: Sequence[Override], known: Collection[str] = STAGES) -> list[str]:
+    """The stages that `stage=` or `stages=` names, in the order of those that are known; none where neither is given.
 
     Raises:
         ConfigError: one of them is unknown.
@@ -143,14 +143,12 @@ def named_stages(overrides: Sequence[Override]) -> list[str]:
             value = override.value()
             names = [str(name) for name in value] if isinstance(value, list) else _values(override)
             if not names:
-                raise ConfigError(f"{override.input_line} names no stage; it may name {', '.join(STAGES)}")
+                raise ConfigError(f"{override.input_line} names no stage; it may name {', '.join(known)}")
             for name in names:
-                if name not in STAGES:
-                    known = ", ".join(STAGES)
-                    text = f"{override.key_or_group}={name} is not one of {known}{nearest(name, STAGES)}"
-                    raise ConfigError(text)
+                if name not in known:
+                    raise ConfigError(one_of(override.key_or_group, name, list(known)))
             named += names
-    return [name for name in STAGES if name in named]
+    return [name for name in known if name in named]
 
 
 def groups(config_dir: str | None) -> dict[str, list[str]]:

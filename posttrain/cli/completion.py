@@ -10,7 +10,7 @@ import hydra
 
 from posttrain import paths
 from posttrain.cli.help import COMMANDS, recipe_lines
-from posttrain.config.stages import FORMATS, STAGES
+from posttrain.config.stages import FORMATS, STAGES, STEPS
 from posttrain.errors import ConfigError
 
 SECTIONS = ("data.", "trainer.", "model.")
@@ -30,7 +30,7 @@ def complete(arguments: Sequence[str]) -> None:
         print(" ".join(word for name in dict.fromkeys(names) if (word := f"recipes={name}").startswith(words[-1])))
     elif words[0] == "pipeline":
         print(" ".join(_of_pipeline(words[-1], arguments)))
-    elif words[0] in ("run", "evaluate"):
+    elif words[0] in ("run", "evaluate", "pairs"):
         print(" ".join(_matches(words[1:], arguments)))
 
 
@@ -41,7 +41,7 @@ def _of_pipeline(word: str, arguments: Sequence[str]) -> list[str]:
         own = [match.removeprefix("stage.") for match in _matches([f"stage={stage}", f"stage.{rest}"], arguments)]
         others = [match for match in _matches([f"stage={stage}", rest], arguments) if match.startswith(SECTIONS)]
         return [f"{stage}.{match}" for match in own + others]
-    mine = ["stages=", *(f"{name}." for name in STAGES)]
+    mine = ["stages=", "rounds=", *(f"{name}." for name in STEPS)]
     mine += [f"data.{name}=" for name in FORMATS]
     others = [match for match in _matches([word], arguments) if not match.startswith(("stage", "data"))]
     return [match for match in mine if match.startswith(word)] + others

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain import paths
 from posttrain.cli import command
+from posttrain.config.stages import STAGES, STEPS
 
-COMMANDS = ("run", "pipeline", "evaluate", "chat", "report", "export", "data", "recipes", "version")
+COMMANDS = ("run", "pipeline", "pairs", "evaluate", "chat", "report", "export", "data", "recipes", "version")
 MODULES = {"data": "prepare"}  # of posttrain/, where it is not called as the command is
 EXIT_CODES = (
     "exit codes:\n  0 done; 2 configuration or data invalid; 1 failed while running;\n"
@@ -43,7 +44,8 @@ def help_text(name: str, arguments: Sequence[str]) -> str:
     parts = [docstring(name)]
     if name in ("run", "pipeline"):
         line = command.parse(arguments)
-        stages = command.named_stages(line.overrides)
+        named = command.named_stages(line.overrides, STEPS if name == "pipeline" else STAGES)
+        stages = [stage for stage in named if stage in STAGES]
         parts += [_choices(line.config_dir)] if not stages else [_keys(name, line, stage) for stage in stages]
     return "\n\n".join([*parts, EXIT_CODES])
 

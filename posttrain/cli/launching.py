@@ -45,7 +45,7 @@ def refuse_to_launch(config: Config, what: str) -> None:
     """
     if is_to_launch(config):
         name = config.accelerate["config_file"]
-        raise ConfigError(f"accelerate={name} is for posttrain run and posttrain pipeline; {what}")
+        raise ConfigError(f"accelerate={name} is for posttrain run, pipeline and pairs; {what}")
 
 
 def launch(config: Config, module: str, words: Sequence[str]) -> None:

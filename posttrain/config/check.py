@@ -230,6 +230,11 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     elif config.data.ptx and not coefficient:
         where = "stage=ppo; in a pipeline write ppo.data.ptx=…" if coefficient is None else "stage.ptx_coef above 0"
         yield f"data.ptx={', '.join(part.name for part in config.data.ptx)} is read with {where}"
+    if config.data.min_margin is not None and "margin" not in {each.name for each in dataclasses.fields(stage.columns)}:
+        yield (
+            f"data.min_margin={config.data.min_margin:g} is about pairs, which stage={stage.name} does not read; in a "
+            "pipeline name the stage: dpo.data.min_margin=…"
+        )
     size = config.data.test_size
     if size >= 1 and size != int(size):
         yield f"data.test_size={size} must be a share below 1 or a whole number of rows"

@@ -128,6 +128,7 @@ class DataConfig:
     eval: dict[str, Any] = key()  # once it is checked, of SourceConfig
     ptx: Any = key()  # once it is checked, a list of SourceConfig
     max_eval_rows: int | None = key(at_least=1)
+    min_margin: float | None = key()
     num_proc: int | None = key(at_least=1)
     cache_dir: str | None = key()
     overlength: str = key(choices=("truncate", "drop", "error"))

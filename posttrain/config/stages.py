@@ -31,6 +31,7 @@ class RewardStage(StageConfig):
 class DPOStage(StageConfig):
     """Direct preference optimisation."""
 
+    reference: str | None = key()
     beta: float = key(above=0, below=1e3, trl="beta")
 
 
@@ -252,7 +253,7 @@ LOSS_OPTIONS = {
 }
 
 
-_FIXED_REFERENCE = "the reference stays what the stage starts from; a resumed run could not find another one again"
+_FIXED_REFERENCE = "the reference stays as it is; a resumed run could not find another one again"
 
 _BY_TEMPERATURE = (
     "completions are sampled and scored with temperature alone; anything else makes every probability ratio wrong"
@@ -435,9 +436,18 @@ GRPO = replace(
     charts=tuple(("frac_reward_zero_std",) if "explained_variance" in each else each for each in PPO.charts),
 )
 
+
+def other_models(stage: StageConfig) -> dict[str, str]:
+    """The models that a stage takes besides the one it starts from: the key under `stage.` -> what it names."""
+    keys = {"reward_model": OnlineStage, "reference": DPOStage}
+    return {name: vars(stage)[name] for name, kind in keys.items() if isinstance(stage, kind) and vars(stage)[name]}
+
+
 # in the order in which a pipeline runs them
 STAGES = {spec.name: spec for spec in (SFT, REWARD, PPO, DPO, KTO, GRPO)}
 PIPELINE = [spec.name for spec in (SFT, REWARD, PPO, DPO)]  # what it runs where it is not told
+PAIRS = "pairs"  # a step of a pipeline that trains nothing: preferences sampled from the policy that there is by then
+STEPS = [name for spec in STAGES.values() for name in ([PAIRS] if spec is DPO else []) + [spec.name]]
 FORMATS = {spec.data_format.name: spec.data_format for spec in STAGES.values()}
 # the stage whose prompts and rewards policies are compared by
 EVALUATED_AS = PPO

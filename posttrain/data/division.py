@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.config.schema import DataConfig
-from posttrain.data.encode import BAD, KEPT, PROMPT_TOO_LONG, TIE, TOO_LONG
+from posttrain.data.encode import BAD, KEPT, LOW_MARGIN, PROMPT_TOO_LONG, TIE, TOO_LONG
 from posttrain.data.sources import HELD_OUT_NAMES, NAMED
 from posttrain.data.splits import Counts
 from posttrain.errors import ConfigError, DataError
@@ -150,7 +150,7 @@ def _held_out(contents: NDArray[np.bytes_], rows: Numbers, test_size: float) -> 
 
 def count(facts: Facts, lost: Counts, in_test_too: int = 0, unmixed: int = 0) -> Counts:
     """What became of the rows of a part, and of those that were `lost` before."""
-    why = {code: int((facts["why"] == code).sum()) for code in (KEPT, TOO_LONG, PROMPT_TOO_LONG, TIE, BAD)}
+    why = {code: int((facts["why"] == code).sum()) for code in (KEPT, TOO_LONG, PROMPT_TOO_LONG, TIE, BAD, LOW_MARGIN)}
     return Counts(
         read=lost.read + len(facts) + in_test_too + unmixed,
         kept=why[KEPT],
@@ -160,6 +160,7 @@ def count(facts: Facts, lost: Counts, in_test_too: int = 0, unmixed: int = 0) ->
         unmixed=unmixed,
         bad=lost.bad + why[BAD],
         ties=lost.ties + why[TIE],
+        low_margin=why[LOW_MARGIN],
         truncated=int(facts["is_cut"].sum()),
         prompt_too_long=why[PROMPT_TOO_LONG],
         too_long=why[TOO_LONG],

@@ -24,7 +24,7 @@ ColumnType = Literal["ids", "flag", "integer", "number", "text"]
 RowT_contra = TypeVar("RowT_contra", bound=Example, contravariant=True)
 
 # why a row is left out, besides that it is bad; KEPT: it is not
-KEPT, TOO_LONG, PROMPT_TOO_LONG, TIE, BAD = range(5)
+KEPT, TOO_LONG, PROMPT_TOO_LONG, TIE, BAD, LOW_MARGIN = range(6)
 
 
 class LeftOut(Exception):  # noqa: N818, it is no error
@@ -137,6 +137,7 @@ class PairEncoding:
     overlength: str
     learns_tokens: bool = False
     keeps_ties: bool = False  # as `tie`
+    min_margin: float | None = None
 
     @property
     def types(self) -> dict[str, ColumnType]:
@@ -159,6 +160,11 @@ class PairEncoding:
         ]
 
     def columns(self, row: Pair, encoded: list[TokenIds]) -> EncodedRow:
+        if self.min_margin is not None:
+            if row.margin is None:
+                raise ValueError(f"no 'margin', which data.min_margin={self.min_margin:g} needs (data.columns.margin)")
+            if row.margin < self.min_margin:
+                raise LeftOut(LOW_MARGIN)
         prompt = response_start(encoded[0][1], 0)
         longer = max(len(ids) for ids, _ in encoded)
         room = room_for(longer, prompt, self.max_length, self.overlength)

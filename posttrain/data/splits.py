@@ -69,6 +69,7 @@ class Counts:
     bad: int = 0  # left out on request (data.bad_rows=drop)
     unmixed: int = 0  # left out because data.mixture wants fewer of their source
     ties: int = 0  # left out: chosen and rejected are the same, perhaps only after the cut
+    low_margin: int = 0  # left out on request (data.min_margin)
     truncated: int = 0  # kept without their end
     prompt_too_long: int = 0  # left out: nothing of the response would remain
     too_long: int = 0  # left out on request (data.overlength=drop)
@@ -148,6 +149,12 @@ _DECIDES = re.compile(
     re.IGNORECASE,
 )
 _MEASURES = re.compile(r"(?:^|_)(?:ranks?|scores?)(?:_|$)", re.IGNORECASE)
+
+
+def decides(name: str) -> bool:
+    """Whether a column of that name looks as if it says which row or answer is good."""
+    return _DECIDES.search(name) is not None
+
 
 # What columns are often called elsewhere: only to suggest a mapping, never to guess one.
 _ALIASES = {
@@ -343,7 +350,7 @@ class Reader(Generic[Row]):
         if self.rule.winner is not None:
             return
         two_answers = "chosen" in self.columns
-        found = [name for name, value in others.items() if _DECIDES.search(name) and value not in (None, "", [])]
+        found = [name for name, value in others.items() if decides(name) and value not in (None, "", [])]
         measures = [name for name in found if _MEASURES.search(name)]
         if two_answers and not self.is_named:  # chosen and rejected say it themselves
             found = [name for name in found if name not in measures]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain import paths
 from posttrain.config.schema import Config, ModelConfig
-from posttrain.config.stages import FORMATS, STAGES, OnlineStage
+from posttrain.config.stages import FORMATS, STAGES, OnlineStage, other_models
 from posttrain.errors import ConfigError
 from posttrain.paths import EMBEDDED
 from posttrain.runs.folder import IDENTITY, MANIFEST, PARTS, read_json, read_object, sha256_of
@@ -88,13 +88,13 @@ class Resolved:
     config: Config
     why: str  # this starting model was taken
     start: Path  # of the model; where it is on the Hub, a path where nothing is
-    reward: Path | None  # the same of an online stage's reward model
+    others: dict[str, Path]  # the same of a reward model and a reference, where the stage has one of its own
     to_come: Collection[str] = ()  # stages whose results are not there yet; in a dry run something stands in for them
 
     @property
     def folders(self) -> dict[str, Path]:
         """Each model that the stage starts from."""
-        return {"model": self.start} | ({"reward_model": self.reward} if self.reward is not None else {})
+        return {"model": self.start} | self.others
 
 
 def resolve(config: Config, to_come: Collection[str] = (), needs_data: bool = True) -> Resolved:
@@ -109,11 +109,11 @@ def resolve(config: Config, to_come: Collection[str] = (), needs_data: bool = Tr
     """
     config, why = with_models(config, to_come)
     start = Path(resolve_path(config.model))
-    reward = None
-    if isinstance(config.stage, OnlineStage) and config.stage.reward_model is not None:
-        with naming("stage.reward_model"):
-            reward = Path(resolve_path(beside(config.model, config.stage.reward_model)))
-    return Resolved(with_data(config) if needs_data else config, why, start, reward, to_come)
+    others = {}
+    for name, path in other_models(config.stage).items():
+        with naming(f"stage.{name}"):
+            others[name] = Path(resolve_path(beside(config.model, path)))
+    return Resolved(with_data(config) if needs_data else config, why, start, others, to_come)
 
 
 def with_models(config: Config, to_come: Collection[str] = ()) -> tuple[Config, str]:

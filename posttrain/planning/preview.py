@@ -31,6 +31,7 @@ def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
         "prompt too long": counts.prompt_too_long,
         "too long": counts.too_long,
         "ties": counts.ties,
+        "margin too low": counts.low_margin,
         "bad": counts.bad,
     }
     left_out = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)

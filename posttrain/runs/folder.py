@@ -41,13 +41,14 @@ from posttrain.values import JsonObject
 MANIFEST = "posttrain.json"
 IDENTITY = "run.json"
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a line per log entry, each with its step
+ANSWERS = "answers"  # of `posttrain pairs`: what was sampled, in shards
 OWN_FILES = (
-    *(MANIFEST, IDENTITY, "config.yaml", "run.log", *LOGS),
+    *(MANIFEST, IDENTITY, "config.yaml", "run.log", *LOGS, "preferences.jsonl", "instructions.jsonl"),
     *("samples.json", "report_card.json", "curves.svg", "report.html"),
 )
 PARTS = {"model": "weights", "adapter": "adapter_weights"}  # what a run makes -> its hashes in the manifest
 BASE = "base_weights"  # the same of base/
-OWN_FOLDERS = ("model", "adapter", "base", "runs")
+OWN_FOLDERS = ("model", "adapter", "base", "runs", ANSWERS)
 BEFORE_THE_FIRST_STEP = (IDENTITY, "config.yaml", "run.log", "base", "runs", ".lock")
 OF_SWEEPS = ("multirun.yaml", "sweep.svg", "frontier.json", ".submitit")  # beside the points, in a stage's folder
 EARLIER = "earlier"  # in the folder of a run: results that a re-run has moved aside
@@ -277,14 +278,16 @@ class RunFolder:
     def damage(self, manifest: JsonObject) -> dict[str, str]:
         """File of the result -> what has become of it since the run finished."""
         found = {}
-        parts = PARTS | ({"base": BASE} if manifest.get(PARTS["adapter"]) else {})  # an adapter is nothing without it
+        parts = (
+            PARTS | {"": "files"} | ({"base": BASE} if manifest.get(PARTS["adapter"]) else {})
+        )  # an adapter needs it
         for part, hashes in parts.items():
             for name, digest in manifest.get(hashes, {}).items():
                 file = self.path / part / name
                 if not file.is_file():
-                    found[f"{part}/{name}"] = "is missing"
+                    found[str(Path(part, name))] = "is missing"
                 elif sha256_of(file) != digest:
-                    found[f"{part}/{name}"] = "has changed since the run finished"
+                    found[str(Path(part, name))] = "has changed since the run finished"
         return found
 
     def _entries(self) -> list[Path]:
@@ -365,6 +368,7 @@ def changes(earlier: JsonObject, identity: JsonObject) -> dict[str, tuple[object
     hashed = {
         "model": ("model.model_name_or_path", "model.base_model"),
         "reward_model": ("stage.reward_model",),
+        "reference": ("stage.reference",),
         "chat_template": ("model.chat_template_path",),
         "code": ("stage.reward_functions", "stage.eval_reward_functions"),
     }
@@ -399,6 +403,8 @@ def _changed(key: str, old: object, new: object) -> str:
         return "data.mixture is not the same"
     if key.startswith("reward_model."):
         return "the reward model's weights are not the same"
+    if key.startswith("reference."):
+        return "the reference's weights are not the same"
     if key.startswith("model."):
         return "the weights to start from are not the same"
     if key.startswith("chat_template"):

@@ -200,7 +200,8 @@ def prepare_rows(
     if made.train is None:
         raise DataError(
             f"no rows left to train on with stage.max_length={room}: {counts.prompt_too_long} prompts fill it "
-            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, {counts.bad} rows do not fit"
+            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, "
+            f"{counts.low_margin} have a margin below data.min_margin, {counts.bad} rows do not fit"
         )
     if sources.scratch is None:
         sources.hashes.save()

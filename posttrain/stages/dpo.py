@@ -1,4 +1,4 @@
-"""Direct preference optimisation: TRL's DPOTrainer, its reference proven to be the model that it starts from."""
+"""Direct preference optimisation: TRL's DPOTrainer, its reference proven to be the model that it should be."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,20 +8,21 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
-from posttrain.config.schema import Config
-from posttrain.config.stages import DPOStage, KTOStage
+from posttrain.config.schema import Config, ModelConfig
+from posttrain.config.stages import DPOStage, KTOStage, other_models
 from posttrain.console import say, warn
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import preferences
 from posttrain.data.splits import Example
 from posttrain.devices import on_all_processes
-from posttrain.errors import PosttrainError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import of_sets
 from posttrain.metrics.report_card import wilson
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
-from posttrain.models.load import load_causal_lm
+from posttrain.models.load import load_causal_lm, load_tokenizer
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import Batch, Holdings, fuse_head, hold_model, meta_model, weight_bytes
+from posttrain.models.resolve import beside, naming, resolve_path
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import (
     DataSources,
@@ -76,22 +77,51 @@ def compute_dpo_loss(
 
 def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataSources) -> StageData:
     """Read and encode the preference rows, each completion one message."""
-    return prepare_rows(config, tokenizer, sources, preferences, partial(PairEncoding, learns_tokens=True))
+    encoding = partial(PairEncoding, learns_tokens=True, min_margin=config.data.min_margin)
+    return prepare_rows(config, tokenizer, sources, preferences, encoding)
+
+
+def named_reference(config: Config, tokenizer: "PreTrainedTokenizerBase") -> ModelConfig | None:
+    """The settings of the model that stage.reference names; None where the reference is what the stage starts from.
+
+    Raises:
+        ConfigError: its tokens are not the policy's.
+    """
+    name = other_models(config.stage).get("reference")
+    if name is None:
+        return None
+    settings = beside(config.model, name)
+    with naming("stage.reference"):
+        vocabulary = load_tokenizer(settings)[0].get_vocab()
+    if vocabulary != (ours := tokenizer.get_vocab()):
+        raise ConfigError(
+            f"stage.reference={name} has another tokenizer than {config.model.start}: {len(vocabulary):,} and "
+            f"{len(ours):,} tokens, {len(vocabulary.items() - ours.items()):,} of them others; name a model with the "
+            "same one, such as that which the policy was trained from"
+        )
+    return settings
+
+
+def load_reference(settings: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The model that stage.reference names, read from where it is."""
+    with naming("stage.reference"):
+        return load_causal_lm(settings, tokenizer, resolve_path(settings))
 
 
 def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     """The policy, and the reference that scores the same batch: the policy without its adapter, or a frozen copy."""
     import torch
 
-    held = hold_model(config, tokenizer)
-    if config.trainer.get("precompute_ref_log_probs"):
+    held, named = hold_model(config, tokenizer), named_reference(config, tokenizer)
+    if config.trainer.get("precompute_ref_log_probs") and named is None:
         return held
     frozen = held.trained
-    if not config.model.use_peft:
-        frozen = meta_model(config.model, False, len(tokenizer))
+    if not config.model.use_peft or named is not None:
+        settings = named or config.model
+        frozen = meta_model(settings, False, len(tokenizer))
         fuse_head(frozen)
         held.modules.append(frozen)
-        held.held.append(("reference (frozen copy)", weight_bytes(frozen, config.model)))
+        held.held.append(("reference (frozen copy)", weight_bytes(frozen, settings)))
 
     def loss(batch: Batch, completion: int) -> "torch.Tensor":
         output = held.trained(**batch, labels=batch["input_ids"], fused_lm_head=True)
@@ -104,7 +134,7 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
 
 
 def build(context: StageContext, model: "PreTrainedModel") -> "DPOTrainer":
-    """The trainer, its reference read from where the policy was."""
+    """The trainer, its reference read from where the policy was, or from stage.reference."""
     from trl import DPOConfig
 
     from posttrain.stages.trainers import DPOTrainer
@@ -118,17 +148,17 @@ def build_as(
     """A trainer of a policy and its reference, as one of this class."""
     config, data, tokenizer = context.config, context.data, context.tokenizer
     given = trainer_arguments(config, context.folder.path, data.test is not None)
-    own_reference = not config.model.use_peft and not given.get("precompute_ref_log_probs")
-    path = str(model.config._name_or_path)
-    if config.model.use_peft:
-        say(f"policy = {path} with a new adapter\nreference = {path}, the adapter switched off (one model in memory)")
-    elif own_reference:
-        say(f"policy = {path}, all weights\nreference = {path}, a frozen copy (two models in memory)")
-    else:
-        say(f"policy = {path}, all weights\nreference = {path}, its log-probabilities taken once (one model in memory)")
+    lora, path, named = config.model.use_peft, str(model.config._name_or_path), named_reference(config, tokenizer)
+    frozen, origin = None, f"{path}, {'the adapter switched off' if lora else 'its log-probabilities taken once'}"
+    if named is not None:
+        frozen, origin = load_reference(named, tokenizer), f"{named.start} (stage.reference), a frozen copy"
+    elif not lora and not given.get("precompute_ref_log_probs"):
+        frozen, origin = load_causal_lm(config.model, tokenizer, path), f"{path}, a frozen copy"
+    say(f"policy = {path}{' with a new adapter' if lora else ', all weights'}")
+    say(f"reference = {origin} ({'one model' if frozen is None else 'two models'} in memory)")
     return trainer(
         model=model,
-        ref_model=load_causal_lm(config.model, tokenizer, path) if own_reference else None,
+        ref_model=frozen,
         args=trl_config(arguments, given),
         train_dataset=data.train.dataset,
         eval_dataset=data.test.dataset if data.test else None,
@@ -143,7 +173,7 @@ def reference(
     context: StageContext, trainer: "ReferenceTrainer"
 ) -> Callable[[], AbstractContextManager["PreTrainedModel"]]:
     """Opens the reference: the adapter switched off, the frozen copy, or else the starting weights read again."""
-    if context.config.model.use_peft:
+    if context.config.model.use_peft and trainer.ref_model is None:
 
         @contextmanager
         def adapter_off() -> Iterator["PreTrainedModel"]:
@@ -160,7 +190,7 @@ def reference(
 
 
 def preflight(context: StageContext, trainer: "ReferenceTrainer") -> None:
-    """At step 0 policy and reference agree, and the loss is what it is in theory.
+    """At step 0 the reference says what the start says, or the model of stage.reference read again; so does the loss.
 
     Raises:
         PosttrainError: they do not; names what is usually behind it.
@@ -171,32 +201,40 @@ def preflight(context: StageContext, trainer: "ReferenceTrainer") -> None:
 
     count = min(STEP_0_ROWS, len(trainer.train_dataset))
     rows = [trainer.train_dataset[place * len(trainer.train_dataset) // count] for place in range(count)]
-    prompts, said = zip(*((row["prompt_ids"], row["chosen_ids"] or row["rejected_ids"]) for row in rows), strict=True)
-    pad = context.tokenizer.pad_token_id
+    sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    prompts, said = zip(*((prompt, ids) for prompt, ids in sides if ids is not None), strict=True)
+    pad, named = context.tokenizer.pad_token_id, named_reference(context.config, context.tokenizer)
     tolerance = STEP_0_TOLERANCE[trainer.rounds_as]
     trainer.model.eval()
     with trainer.unwrapped_model() as policy:
         ours = completion_logps(policy, prompts, said, pad)
     with reference(context, trainer)() as model:
         theirs = completion_logps(model, prompts, said, pad)
+    right = ours
+    if named is not None:
+        fresh = load_reference(named, context.tokenizer).to(trainer.args.device).eval()
+        right = completion_logps(fresh, prompts, said, pad)
+        del fresh
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.train()  # as in the first step: dropout that is still on shows here
     with torch.no_grad(), trainer.compute_loss_context_manager(), without_router_loss(trainer):
         loss = float(trainer.compute_loss(trainer.model, batch))
     trainer._metrics["train"].clear()
     trainer._total_train_tokens = 0
-    difference = float((ours - theirs).abs().max())
-    first_loss = trainer.first_loss(rows)
+    difference = float((right - theirs).abs().max())
+    first_loss = trainer.first_loss(rows, ours - right)
     wanted = "" if first_loss is None else f"{first_loss:.6f}" + (" = ln 2" if first_loss == math.log(2) else "")
     if difference <= tolerance and (first_loss is None or abs(loss - first_loss) <= tolerance):
         first = f", first loss {loss:.6f} (in theory {wanted})" if wanted else ""
-        say(f"step 0: policy and reference agree within {difference:.1e} nats{first}")
+        both = "policy and reference agree" if named is None else f"the reference agrees with {named.start}"
+        say(f"step 0: {both} within {difference:.1e} nats{first}")
         return
+    wanted_one = "the model that this stage starts from" if named is None else f"stage.reference={named.start}"
     raise PosttrainError(
-        "the reference is not the model that this stage starts from: at step 0 their log-probabilities differ by up "
+        f"the reference is not {wanted_one}: at step 0 their log-probabilities differ by up "
         f"to {difference:.3g} nats{f' and the loss is {loss:.6f}, not {wanted}' if wanted else ''}. Usual causes: the "
-        f"weights in {context.base} changed while they were read, dropout is on, or policy and reference differ in "
-        "precision"
+        f"weights in {context.base if named is None else named.start} changed while they were read, dropout is on, or "
+        "policy and reference differ in precision"
     )
 
 
@@ -268,8 +306,8 @@ def evaluate_model(context: StageContext, trainer: "ReferenceTrainer") -> EvalRe
         return EvalResult(metrics, completions)
     found = trainer.evaluate()
     metrics |= {name: found[key] for name, key in EVALUATED.items() if key in found}
-    if trainer.state.global_step == 0:
-        # at the start all pairs are ties
+    if trainer.state.global_step == 0 and not other_models(context.config.stage):
+        # while policy and reference agree all pairs are ties
         metrics |= dict.fromkeys(("accuracy", *of_sets(["rewards/accuracies"], context.data.named)), math.nan)
     elif "accuracy" in metrics:
         rows = len(context.data.test.dataset)

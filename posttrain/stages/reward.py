@@ -38,7 +38,9 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     assert isinstance(config.stage, RewardStage)
     halves = config.stage.ties == "half"
     format = preferences_and_ties if halves else preferences
-    return prepare_rows(config, tokenizer, sources, format, partial(PairEncoding, keeps_ties=halves))
+    return prepare_rows(
+        config, tokenizer, sources, format, partial(PairEncoding, keeps_ties=halves, min_margin=config.data.min_margin)
+    )
 
 
 def load(config: Config, tokenizer: "PreTrainedTokenizerBase", path: str, quantised: bool = True) -> "PreTrainedModel":

@@ -168,8 +168,12 @@ class ReferenceTrainer(SafeTrainer):
         self.start: tuple[float, float] | None = None  # held-out log π of chosen and rejected completions at step 0
         super().__init__(**options)
 
-    def first_loss(self, rows: Sequence[Fields]) -> float | None:
-        """The loss of some rows while policy and reference agree; None where theory does not say it."""
+    def first_loss(self, rows: Sequence[Fields], ratios: Tensor) -> float | None:
+        """The loss of some rows at step 0; None where theory does not say it.
+
+        `ratios` are log π/π_ref of their completions, of shape (completions), all chosen ones first; 0 where policy and
+        reference agree.
+        """
         return None
 
     def measure(self) -> dict[str, float]:
@@ -212,8 +216,15 @@ class DPOTrainer(ReferenceTrainer, trl.DPOTrainer):
             dataset = dataset.add_column(f"ref_{side}_logps", torch.cat(logps).float().tolist())
         return dataset
 
-    def first_loss(self, rows: Sequence[Fields]) -> float | None:
-        return math.log(2) if self.loss_types == ["sigmoid"] and not self.use_weighting else None
+    def first_loss(self, rows: Sequence[Fields], ratios: Tensor) -> float | None:
+        if self.loss_types != ["sigmoid"] or self.use_weighting:
+            return None
+        if not ratios.any():
+            return math.log(2)
+        if self.ld_alpha is not None or self.f_divergence_type != "reverse_kl":
+            return None
+        chosen, rejected = ratios.chunk(2)
+        return float(-nn.functional.logsigmoid(self.beta * (chosen - rejected)).mean())  # as in compute_dpo_loss
 
     def held_out_loss(self, inputs: Batch) -> Tensor:
         precomputed = self.precompute_ref_logps
@@ -288,7 +299,9 @@ class KTOTrainer(ReferenceTrainer, trl.KTOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
-    def first_loss(self, rows: Sequence[Fields]) -> float | None:
+    def first_loss(self, rows: Sequence[Fields], ratios: Tensor) -> float | None:
+        if ratios.any():
+            return None
         weights = {True: self.desirable_weight, False: self.undesirable_weight}
         return fmean(weights[row["chosen_ids"] is not None] / 2 for row in rows)
 

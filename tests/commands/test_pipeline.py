@@ -8,7 +8,7 @@ import pytest
 from conftest import SHORT_PIPELINE, Posttrain, manifest, start, wait_for
 
 from posttrain.errors import ConfigError
-from posttrain.pipeline import read_pipeline
+from posttrain.pipeline import read_pipeline, with_what_came
 from posttrain.runs.checkpoint import MANIFEST
 
 
@@ -57,16 +57,48 @@ def test_what_goes_to_which_stage(tmp_path: Path) -> None:
     assert not any(step.sweeps for step in swept[:-1])
 
 
+def test_pairs_before_dpo_and_the_folders_of_rounds(tmp_path: Path) -> None:
+    asked = (
+        "stages=[dpo,pairs,reward,sft]",
+        "rounds=2",
+        "pairs.samples=4",
+        "ppo.max_new_tokens=8",
+        "trainer.max_steps=3",
+    )
+    steps = read_pipeline(["recipes=quickstart", "trainer.max_steps=3", *asked])
+    names = ["sft", "reward", "pairs", "dpo", "pairs-round2", "dpo-round2"]
+    assert [str(step.folder) for step in steps] == [f"outputs/demo/{name}" for name in names]
+    [one, two] = [step for step in steps if step.pairs is not None]
+    assert one.pairs is not None
+    assert (one.pairs.samples, one.round, two.round, one.config.stage.name) == (4, 1, 2, "ppo")
+    assert {"stage.max_new_tokens=8", "recipes=quickstart/ppo"} <= {*one.arguments}
+    assert "trainer.max_steps=3" in steps[3].arguments
+    assert "trainer.max_steps=3" not in one.arguments
+    # the second round: DPO's rows, start and reference are those that the first has left behind
+    config = with_what_came(steps[5], steps[:5])
+    assert config.data.dataset_name == "outputs/demo/pairs-round2/preferences.jsonl"
+    assert config.model.model_name_or_path == "outputs/demo/dpo"
+    assert with_what_came(steps[3], steps[:3]).data.dataset_name == "outputs/demo/pairs/preferences.jsonl"
+    assert [with_what_came(steps[at], steps[:at]).seed for at in (2, 4)] == [42, 43]
+
+
 REFUSED = {
     "typo": (["sft.lerning_rate=1"], "sft.lerning_rate is unknown for stage=sft; did you mean sft.learning_rate?"),
     "typo in the section": (["dop.beta=1"], "dop.beta is unknown"),
     "value": (["dpo.beta=-1", "sft.num_epochs=0"], "dpo.beta=-1 must be above 0"),
-    "stage": (["stage=dpo"], "choose with stages=[sft,reward,ppo,dpo,kto,grpo]"),
-    "stages": (["stages=[sft,pdo]"], "stages=pdo is not one of sft, reward, ppo, dpo, kto, grpo; did you mean ppo?"),
+    "stage": (["stage=dpo"], "choose with stages=[sft,reward,ppo,pairs,dpo,kto,grpo]"),
+    "stages": (
+        ["stages=[sft,pdo]"],
+        "stages=pdo is not one of sft, reward, ppo, pairs, dpo, kto, grpo; did you mean ppo?",
+    ),
     "no stages": (["stages=[]"], "stages=[] names no stage"),
     "recipe": (["recipes=quikstart"], "quikstart/sft"),
     "several values": (["dpo.beta=0.1,0.2"], "add -m to sweep over them"),
     "a sweep over sft": (["-m", "sft.learning_rate=1e-3,1e-4"], "sweep it alone: posttrain run -m stage=sft"),
+    "pairs": (["stages=[sft,reward,pairs,dpo]", "pairs.samples=1"], "samples=1 must be at least 2"),
+    "rows of pairs": (["stages=[sft,reward,pairs,dpo]", "pairs.keep=best"], "pairs.keep=best makes no pairs"),
+    "rounds of nothing": (["stages=[sft,dpo]", "rounds=2"], "needs stages=[…,pairs,dpo]"),
+    "no rounds": (["stages=[sft,reward,pairs,dpo]", "rounds=0"], "rounds=0 must be a whole number, 1 or more"),
     "no sweep": (["-m", "dpo.beta=0.1"], "-m sweeps over nothing"),
 }
 

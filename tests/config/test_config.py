@@ -179,7 +179,7 @@ def test_choices_are_read_from_the_sources() -> None:
     [problem] = problems("trainer.early_stoping_patience=3")
     assert problem.endswith("did you mean trainer.early_stopping_patience?")
     [problem] = problems("stage=dpo", "trainer.sync_ref_model=true")
-    assert "the reference stays what the stage starts from" in problem
+    assert "the reference stays as it is" in problem
 
 
 def test_a_user_recipe_is_checked_too(tmp_path: Path) -> None:

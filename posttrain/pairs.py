@@ -1,0 +1,223 @@
+"""Sample answers to prompts, score them, and keep the best and the worst of each as a preference row.
+
+usage: posttrain pairs policy=<folder or Hub id> [key=value ...]
+
+  policy=...                   a run folder, a model folder or a Hub id
+  data.dataset_name=f.jsonl    prompts; without it, those of the recipe. Held-out ones
+                               are never answered
+  reward_model=...             scores the answers, and so do reward_functions=[...];
+                               default: the reward model of the run
+  samples=4                    answers to each prompt
+  keep=pairs                   preferences.jsonl, the best and the worst of the answers;
+                               best: instructions.jsonl, the best alone, to train SFT on
+  min_margin=0.5               leave out pairs whose rewards are closer
+  gold_filter=true             leave out pairs of which one of eval_reward_functions=[...]
+                               prefers the worst
+  out=<folder>                 default: pairs, in the run of the policy or in
+                               <output_dir>/<run_name>
+
+Only an answer with an end is chosen. What is left out is counted. The same command
+again goes on where it stopped; out= is never replaced unless move_aside=true or
+overwrite=true says so. All other keys are those of stage=ppo, without `stage.`:
+temperature=0.7, max_new_tokens=40, recipes=quickstart/ppo.
+
+examples:
+  posttrain pairs policy=outputs/demo/sft recipes=quickstart/ppo
+  posttrain pairs policy=outputs/demo/sft recipes=quickstart/ppo keep=best out=best
+"""
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from statistics import fmean
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from posttrain import judges
+from posttrain.cli.command import parse, read_command
+from posttrain.cli.entry import entry_point
+from posttrain.cli.launching import is_to_launch, launch
+from posttrain.config.schema import Config
+from posttrain.config.stages import EVALUATED_AS, PAIRS, OnlineStage
+from posttrain.config.suggest import nearest
+from posttrain.console import is_main_process, say, show_table
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.encode import PromptEncoding
+from posttrain.data.formats import Prompt, prompts
+from posttrain.devices import on_main_process, setup_device
+from posttrain.errors import ConfigError, DataError
+from posttrain.evaluate import load_scorer, own_options, run_of, sample_answers
+from posttrain.metrics.comparison import REWARD
+from posttrain.models.load import load_model_and_tokenizer
+from posttrain.models.resolve import all_reward_functions, resolve
+from posttrain.planning.preview import show_data
+from posttrain.rlhf.pairing import FILES, REASONS, Choice, PairsConfig, choose, row_of
+from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
+from posttrain.runs.checkpoint import write_atomically
+from posttrain.runs.folder import ANSWERS, MANIFEST, RunFolder, locked, read_lines, sha256_of
+from posttrain.stages.base import data_sources, prepare_rows
+from posttrain.train import check_start, identity_of, load_tokenizer_of, manifest_of
+
+SHARD = 32  # prompts whose answers are written to one file
+
+
+def read_options(given: Mapping[str, str]) -> PairsConfig:
+    """How answers are sampled and chosen.
+
+    Raises:
+        ConfigError: an option is unknown, of another type, or out of range.
+    """
+    if unknown := [name for name in given if name not in OPTIONS]:
+        raise ConfigError(f"{unknown[0]} is none of {', '.join(OPTIONS)}{nearest(unknown[0], OPTIONS)}")
+    try:
+        found = OmegaConf.merge(OmegaConf.structured(PairsConfig), given)
+        return PairsConfig(**{str(name): value for name, value in found.items()})
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}={given[str(error.full_key)]}: {str(error.msg).splitlines()[0]}") from error
+
+
+OPTIONS = tuple(item.name for item in fields(PairsConfig))
+
+
+def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, float]:
+    """Answer the prompts to train on, and write the rows that are chosen into `path`; their numbers, none of a dry run.
+
+    Raises:
+        ConfigError, DataError: before a model is loaded; or there are answers, and no row can be made of them.
+    """
+    stage = config.stage
+    assert isinstance(stage, OnlineStage)
+    if chosen.gold_filter and not stage.eval_reward_functions:
+        raise ConfigError("gold_filter=true asks the functions of eval_reward_functions=[…], and there are none")
+    # 1. what is asked, and whether it has been answered before
+    resolved, folder = resolve(config), RunFolder(path)
+    config = resolved.config
+    tokenizer, begun = load_tokenizer_of(resolved)
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = data_sources(config)
+        kept = replace(sources, scratch=Path(scratch)) if config.dry_run else sources
+        data = prepare_rows(config, tokenizer, kept, prompts, PromptEncoding, stage.max_new_tokens)
+        rows: list[Prompt] = data.train.examples(range(len(data.train.dataset)))
+    show_data(config, data)
+    say(f"pairs: {chosen.samples} answers to each of {len(rows):,} prompts, into {path}")
+    if config.dry_run:
+        say("dry run: nothing was sampled or written")
+        return {}
+    identity = identity_of(resolved, sources, tokenizer, begun) | {PAIRS: asdict(chosen)}
+    state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
+    if state == "complete":
+        manifest = folder.manifest()
+        assert manifest is not None
+        say(f"already complete: {path}, and nothing has changed (finished {manifest['finished']})")
+        return dict(manifest["metrics"])
+    # 2. answer, a shard at a time; those that are there stay
+    scorer = load_scorer(config, tokenizer)
+    if not scorer.functions:
+        raise ConfigError("posttrain pairs chooses by the reward: name reward_model= or reward_functions=")
+    on_main_process(folder.make_room)
+    on_main_process(lambda: folder.begin(identity, None))
+    _sample(config, data.encoder, rows, scorer, path / ANSWERS, chosen.samples)
+    check_start(resolved, identity)
+    # 3. choose, and only then call it finished
+    made, metrics, lost = on_main_process(lambda: _choose(path / ANSWERS, rows, scorer, chosen))
+    show_table("pairs", ("prompts", ""), [*lost, ("rows", f"{len(made):,}")])
+    if not made:
+        raise DataError(
+            f"{path}: no row can be made of the answers ({', '.join(f'{why}: {count}' for why, count in lost)}); "
+            "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
+        )
+    if is_main_process():
+        file, lines = path / FILES[chosen.keep], (json.dumps(row, ensure_ascii=False, default=str) for row in made)
+        write_atomically(file, "".join(f"{line}\n" for line in lines))
+        manifest = manifest_of(resolved, sources, data, identity, metrics)
+        folder.finish(manifest | {"stage": PAIRS, "files": {file.name: sha256_of(file)}})
+    say(f"rows: {path / FILES[chosen.keep]}")
+    return metrics
+
+
+def _sample(
+    config: Config, encoder: ChatEncoder, rows: Sequence[Prompt], scorer: RewardScorer, answers: Path, samples: int
+) -> None:
+    """Write the answers of each shard of the prompts that is not there yet; called on all processes.
+
+    Answer k to prompt i of n has the seed `seed + k n + i`, so it does not depend on where an earlier start stopped.
+    """
+    there = on_main_process(lambda: {each.name for each in answers.glob("*.jsonl")})
+    missing = [start for start in range(0, len(rows), SHARD) if _shard(start) not in there]
+    if not missing:
+        return
+    policy, _ = load_model_and_tokenizer(config.model)
+    policy = policy.to(setup_device()).eval()
+    for number, start in enumerate(missing, start=1):
+        part = rows[start : start + SHARD]
+        seeds = range(config.seed + start, config.seed + start + samples * len(rows), len(rows))
+        found = [sample_answers(policy, None, encoder, part, config, scorer, seed) for seed in seeds]
+        if is_main_process():
+            answers.mkdir(exist_ok=True)
+            lines = (json.dumps([each._asdict() for each in of_row]) for of_row in zip(*found, strict=True))
+            write_atomically(answers / _shard(start), "".join(f'{{"answers": {line}}}\n' for line in lines))
+        if number * 10 // len(missing) > (number - 1) * 10 // len(missing):
+            say(f"answered: {min(start + SHARD, len(rows)):,} of {len(rows):,} prompts")
+
+
+def _shard(start: int) -> str:
+    return f"{start:08}.jsonl"
+
+
+def _choose(
+    folder: Path, rows: Sequence[Prompt], scorer: RewardScorer, config: PairsConfig
+) -> tuple[list[dict[str, object]], dict[str, float], list[tuple[str, str]]]:
+    """The rows that are made, their numbers, and how many prompts make none and why."""
+    lines = [line for start in range(0, len(rows), SHARD) for line in read_lines(folder / _shard(start))]
+    answered = [[ScoredCompletion(**each) for each in line["answers"]] for line in lines]
+    if len(answered) != len(rows):
+        raise DataError(f"{folder} holds answers to {len(answered)} of {len(rows)} prompts; delete it to sample again")
+    gold = [score_name(function) for function in scorer.eval_functions]
+    found = [choose(answers, config, gold if config.gold_filter else ()) for answers in answered]
+    made = [row_of(row, each, config) for row, each in zip(rows, found, strict=True) if isinstance(each, Choice)]
+    why = Counter(each for each in found if isinstance(each, str))
+    metrics: dict[str, float] = {"prompts": len(rows), "rows": len(made)}
+    for score in (REWARD, *gold):
+        chosen = [each for each in found if isinstance(each, Choice)]
+        sides = {"": [each for of_row in answered for each in of_row]}
+        sides |= {"_best": [each.best for each in chosen], "_worst": [each.worst for each in chosen]}
+        for end, answers in sides.items():
+            values = [value for each in answers if (value := each.scores.get(score)) is not None]
+            metrics |= {f"{score}{end}": fmean(values)} if values else {}
+    return made, metrics, [(reason, f"{why[reason]:,}") for reason in REASONS if why[reason]]
+
+
+def main() -> None:
+    """The entry point of `posttrain pairs`."""
+    entry_point("pairs", lambda: _main(sys.argv[1:]))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    given, words = own_options(arguments, EVALUATED_AS, ("policy", "out", *OPTIONS))
+    parse(words)  # an unknown flag is named first
+    if "policy" not in given:
+        raise ConfigError("policy=… is required: a run folder, a model folder or a Hub id")
+    options = read_options({name: value for name, value in given.items() if name in OPTIONS})
+    policy = Path(given["policy"])
+    named = any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
+    of_run = (policy / MANIFEST).is_file() and not named
+    run = [f"output_dir='{run_of(policy).parent}'", f"run_name='{run_of(policy).name}'"] if of_run else []
+    config = read_command([*words, *run, f"model.model_name_or_path='{given['policy']}'"]).config
+    if is_to_launch(config):
+        launch(config, "posttrain.pairs", arguments)
+        return
+    if any(spec.startswith(judges.__name__) for spec in all_reward_functions(config)):
+        judges.shipped.endpoint()
+    path = Path(given["out"]) if "out" in given else Path(config.output_dir) / config.run_name / PAIRS
+    with locked(*([path] if is_main_process() and not config.dry_run else [])):
+        sample_pairs(config, path, options)
+    judges.print_costs()
+
+
+if __name__ == "__main__":
+    main()

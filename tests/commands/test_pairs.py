@@ -1,0 +1,230 @@
+"""`posttrain pairs` through its real entry point, and as a step of a pipeline with rounds."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import (
+    WORDS,
+    Outcome,
+    contents,
+    manifest,
+    once,
+    read_rows,
+    same_weights,
+    start,
+    wait_for,
+    write_rows,
+    write_sources,
+)
+
+from posttrain import pairs
+from posttrain.report import write_report
+
+Posttrain = Callable[..., Outcome]
+REWARD = "reward_functions=[my_rewards.vowels]"
+WORDS_OF_PAIRS = (
+    *("policy=outputs/w/sft", REWARD, "data.dataset_name=asked.jsonl", "data.test_size=5", "samples=3"),
+    *("max_new_tokens=24", "max_length=64", "run_name=w"),
+)
+ANSWERED = Path("outputs/w/pairs")
+
+
+@pytest.fixture
+def taught(posttrain: Posttrain, sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `sources`, asked.jsonl, and in outputs/w/sft a policy that ends its answers, trained once."""
+
+    def make(folder: Path) -> None:
+        write_sources(folder)
+        sft = ("data.dataset_name=rows.jsonl", "run_name=w", "stage.max_length=64", "trainer.max_steps=40")
+        sft += ("stage.batch_size=8", "stage.learning_rate=1e-2", "stage.warmup_steps=0", "data.test_size=4")
+        assert posttrain("stage=sft", *sft, f"output_dir={folder}/outputs").code == 0
+
+    folder = once(tmp_path_factory, "taught", make)
+    shutil.copytree(folder / "outputs", sources / "outputs")
+    asked = [{"prompt": f"What is {a} and {b}?", "topic": a} for a in WORDS[:8] for b in WORDS[8:]]
+    write_rows(sources / "asked.jsonl", asked)
+    return sources
+
+
+def vowels(text: str) -> float:
+    return float(sum(letter in "aeiou" for letter in text))
+
+
+def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path) -> None:
+    done = entry(pairs.main, *WORDS_OF_PAIRS, "dry_run=true")
+    assert done.code == 0, done
+    assert "35 prompts" in done.out
+    assert not ANSWERED.exists()
+
+    done = entry(pairs.main, *WORDS_OF_PAIRS)
+    assert done.code == 0, done
+    rows, known = read_rows(ANSWERED / "preferences.jsonl"), manifest(ANSWERED)
+    assert len(rows) == known["metrics"]["rows"] > 5
+    assert known["metrics"]["prompts"] == 35
+    for row in rows:
+        [chosen], [rejected] = row["chosen"], row["rejected"]
+        assert row["margin"] == vowels(chosen["content"]) - vowels(rejected["content"]) >= 0.1
+        assert row["topic"] in row["prompt"][-1]["content"]
+    assert len({row["prompt"][-1]["content"] for row in rows}) == len(rows)
+    given, made = known["inputs"]["model"]["weights"], manifest("outputs/w/sft")["weights"]
+    assert given["model.safetensors"] == made["model.safetensors"]
+    assert (known["inputs"]["model"]["stage"], known["pairs"]["samples"]) == ("sft", 3)
+
+    # again: nothing; a finished folder that was cut back to a part of its answers: the same bytes
+    first = contents(ANSWERED)
+    assert "already complete" in entry(pairs.main, *WORDS_OF_PAIRS).out
+    assert contents(ANSWERED) == first
+    for name in ("posttrain.json", "preferences.jsonl", "answers/00000032.jsonl"):
+        (ANSWERED / name).unlink()
+    done = entry(pairs.main, *WORDS_OF_PAIRS)
+    assert done.code == 0, done
+    assert {name: text for name, text in contents(ANSWERED).items() if name != "posttrain.json"} == {
+        name: text for name, text in first.items() if name != "posttrain.json"
+    }
+
+    # rows that were edited, and other settings, are another result, which is not replaced unasked
+    with (ANSWERED / "preferences.jsonl").open("a") as file:
+        file.write("\n")
+    done = entry(pairs.main, *WORDS_OF_PAIRS)
+    assert done.code == 2, done
+    assert "preferences.jsonl has changed since the run finished" in done.err
+    done = entry(pairs.main, *WORDS_OF_PAIRS, "samples=2")
+    assert done.code == 2, done
+    assert "pairs.samples was 3, now 2" in done.err
+
+    # rejection sampling: the best alone, as rows of SFT
+    done = entry(pairs.main, *WORDS_OF_PAIRS, "keep=best", "out=best")
+    assert done.code == 0, done
+    best = read_rows("best/instructions.jsonl")
+    assert len(best) >= len(rows)
+    by_prompt = {row["prompt"][-1]["content"]: row["completion"] for row in best}
+    assert all(by_prompt[row["prompt"][-1]["content"]] == row["chosen"] for row in rows)
+
+    for words, said in (
+        (("min_margin=1000", "out=none"), "no row can be made of the answers"),
+        (("samples=1",), "samples=1 must be at least 2"),
+        (("samples=x",), "samples=x"),
+        (("keep=all",), "keep=all is not one of pairs, best"),
+        (("sampels=2",), "sampels is unknown"),
+        (("gold_filter=true",), "gold_filter=true asks the functions of eval_reward_functions"),
+        (("policy=none/of/this",), "none/of/this: no such folder"),
+        (("reward_functions=[]",), "needs a reward"),
+        (("data.dataset_name=empty.jsonl",), "empty.jsonl"),
+        (("out=outputs/w/sft",), "outputs/w/sft holds a finished run"),
+        (("out=mine",), "mine holds files that no run of posttrain wrote"),
+    ):
+        Path("mine").mkdir(exist_ok=True)
+        Path("mine/notes.txt").write_text("keep")
+        Path("empty.jsonl").touch()
+        done = entry(pairs.main, *WORDS_OF_PAIRS, *words)
+        assert done.code == 2, done
+        assert said in " ".join(done.err.split()), done
+    assert Path("mine/notes.txt").read_text() == "keep"
+    assert not Path("none/preferences.jsonl").exists()
+
+
+ROUNDS = (
+    *("stages=[pairs,dpo]", "rounds=2", "run_name=w", "data.prompts=asked.jsonl", "ppo.data.test_size=5"),
+    *(f"ppo.{REWARD}", "ppo.eval_reward_functions=[my_rewards.vowels]", "ppo.max_new_tokens=24", "ppo.max_length=64"),
+    *("pairs.samples=3", "dpo.max_length=64", "dpo.trainer.max_steps=4", "dpo.data.test_size=4"),
+    *("dpo.trainer.logging_steps=1", "dpo.trainer.save_steps=2"),
+)
+MADE = ("pairs", "dpo", "pairs-round2", "dpo-round2")
+
+
+@pytest.mark.slow
+def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttrain, taught: Path) -> None:
+    done = pipeline(*ROUNDS)
+    assert done.code == 0, done
+    run = Path("outputs/w")
+    known = {name: manifest(run / name) for name in MADE}
+    given = {name: each["inputs"] for name, each in known.items()}
+    assert given["pairs"]["model"]["path"] == given["dpo"]["model"]["path"] == "outputs/w/sft"
+    assert "reference" not in given["dpo"]
+    assert given["pairs-round2"]["model"]["path"] == given["dpo-round2"]["model"]["path"] == "outputs/w/dpo"
+    assert given["dpo-round2"]["reference"]["path"] == "outputs/w/sft"
+    assert (known["pairs"]["seed"], known["pairs-round2"]["seed"]) == (42, 43)
+    assert [Path(source).parent.name for source in known["dpo-round2"]["data"]["sources"]] == ["pairs-round2"]
+    assert known["dpo-round2"]["metrics"]["kl_before"] > 0 == known["dpo"]["metrics"]["kl_before"]
+    page = write_report(run).read_text()
+    assert "DPO, round 2" in page
+
+    before = contents(run)
+    again = pipeline(*ROUNDS)
+    assert again.code == 0, again
+    assert again.out.count("already complete: ") == 4
+    after = contents(run)
+    assert {name: after[name] for name in after if "report.html" not in name} == {
+        name: before[name] for name in before if "report.html" not in name
+    }
+
+
+@pytest.mark.slow
+def test_a_round_in_which_gold_falls_is_the_last(pipeline: Posttrain, taught: Path) -> None:
+    """The gold function is the reward with its sign turned, so that what DPO gains it loses."""
+    with (taught / "my_rewards.py").open("a") as file:
+        file.write("def few(**columns):\n    return [-value for value in vowels(**columns)]\n")
+    turned = [word.replace("[my_rewards.vowels]", "[my_rewards.few]") if "eval_" in word else word for word in ROUNDS]
+    turned = [word.replace("max_steps=4", "max_steps=24").replace("test_size=5", "test_size=16") for word in turned]
+    done = pipeline(*turned, "dpo.learning_rate=2e-3", "dpo.batch_size=8", "pairs.samples=6")
+    assert done.code == 0, done
+    assert "round 1 is the last of 2: few fell since outputs/w/sft" in " ".join(done.out.split())
+    assert Path("outputs/w/dpo/posttrain.json").is_file()
+    assert not Path("outputs/w/pairs-round2").exists()
+
+
+@pytest.mark.slow
+def test_pairs_and_rounds_killed_at_any_moment_end_the_same(taught: Path) -> None:
+    """The pipeline of two rounds, killed twelve times in pairs and in DPO."""
+    whole = start(*ROUNDS, cwd=taught, module="posttrain.pipeline")
+    out, err = whole.communicate(timeout=600)
+    assert whole.returncode == 0, out + err
+    shutil.copytree(taught / "outputs/w/sft", taught / "cut/w/sft")
+    cut, moments, killed = (*ROUNDS, "output_dir=cut"), random.Random(0), 0
+    folder = taught / "cut/w"
+    reached: set[str] = set()
+    while killed < 12:
+        process = start(*cut, cwd=taught, module="posttrain.pipeline")
+        old = {*contents(folder)}
+        while process.poll() is None and not ({*contents(folder)} - old):
+            time.sleep(0.01)
+        try:
+            out, err = process.communicate(timeout=moments.uniform(0, 3))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+            reached |= {path.name for path in folder.iterdir() if (path / "run.json").is_file()}
+            continue
+        assert process.returncode == 0, out + err
+        for name in MADE:  # faster than the kill
+            shutil.rmtree(folder / name)
+    process = start(*cut, cwd=taught, module="posttrain.pipeline")
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    print("killed in", sorted(reached))
+    for name in MADE:
+        one, other = taught / "outputs/w" / name, folder / name
+        if name.startswith("pairs"):
+            assert (one / "preferences.jsonl").read_bytes() == (other / "preferences.jsonl").read_bytes()
+            assert contents(one / "answers") == contents(other / "answers")
+        else:
+            assert same_weights(one / "model", other / "model")
+
+
+@pytest.mark.slow
+def test_what_is_there_when_it_is_killed_is_whole(taught: Path) -> None:
+    process = start(*WORDS_OF_PAIRS, cwd=taught, module="posttrain.pairs")
+    wait_for(taught / ANSWERED / "answers/00000000.jsonl", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (taught / ANSWERED / "posttrain.json").exists()
+    [shard] = (taught / ANSWERED / "answers").glob("*.jsonl")
+    assert [len(json.loads(line)["answers"]) for line in shard.read_text().splitlines()] == [3] * 32
