@@ -1,0 +1,146 @@
+"""A shop with one tool: questions about prices, the call that answers each, and the reward functions that know it.
+
+`python recipes/tools/world.py` writes conversations.jsonl, preferences.jsonl and prompts.jsonl beside this file, byte
+for byte the same each time. Each item is asked about in eight phrasings, two of which are held out.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ITEMS = (
+    *("bread", "milk", "fish", "salt", "paper", "glass", "stone", "coal", "gold", "chocolate"),
+    *("music", "grass", "snow", "a lemon", "a carrot", "a plum", "a lamp", "a tree", "a ship", "a house"),
+)
+PRICES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+PHRASINGS = (
+    "What is the price of {}?",
+    "Tell me the price of {}.",
+    "Name the price of {}.",
+    "I forgot the price of {}. What is it?",
+    "Can you say what {} costs?",
+    "The price of {}, please.",
+    "What does one say that {} costs?",
+    "Give me the price of {}.",
+)
+TOOL = {
+    "name": "price",
+    "description": "the price of a thing",
+    "parameters": {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]},
+}
+TOOLS = [{"type": "function", "function": TOOL}]
+Row = dict[str, Any]
+
+
+class Question(NamedTuple):
+    """A question about an item, and what the tool says when it is called: a price that nobody can guess."""
+
+    text: str
+    item: str
+    price: str
+    split: str
+
+    @property
+    def answer(self) -> str:
+        return f"The price of {self.item} is {self.price}."
+
+
+def questions() -> list[Question]:
+    """Each item in each phrasing, twice with other prices, in a fixed order; two phrasings of an item are held out."""
+    generator = random.Random(0)
+    found = []
+    for item in ITEMS:
+        held_out = generator.sample(range(len(PHRASINGS)), 2)
+        for index, phrasing in enumerate(PHRASINGS):
+            split = "test" if index in held_out else "train"
+            for price in generator.sample(PRICES, 2):
+                found.append(Question(phrasing.format(item), item, price, split))
+    generator.shuffle(found)
+    return found
+
+
+ITEM_OF = {question.text: question.item for question in questions()}
+
+
+def call(item: str) -> Row:
+    """The assistant's message that calls the tool."""
+    function = {"name": "price", "arguments": {"item": item}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def asked(question: Question) -> list[Row]:
+    return [{"role": "user", "content": question.text}]
+
+
+def looked_up(question: Question) -> list[Row]:
+    """The question, the right call, and what the tool said."""
+    return [*asked(question), call(question.item), {"role": "tool", "content": question.price}]
+
+
+def conversations() -> list[Row]:
+    """`messages`, `tools`, `split`: question, call, result, answer."""
+    return [
+        {
+            "messages": [*looked_up(question), {"role": "assistant", "content": question.answer}],
+            "tools": TOOLS,
+            "split": question.split,
+        }
+        for question in questions()
+    ]
+
+
+def preferences() -> list[Row]:
+    """Preference rows with `group`, `tools`, `split`: the right call over another item's, or over a made-up price."""
+    generator = random.Random(1)
+    rows = []
+    for question in {question.text: question for question in questions()}.values():
+        other = generator.choice([item for item in ITEMS if item != question.item])
+        made_up = {"role": "assistant", "content": question._replace(price=generator.choice(PRICES)).answer}
+        for group, rejected in (("another item", call(other)), ("made up", made_up)):
+            row = {"prompt": asked(question), "chosen": [call(question.item)], "rejected": [rejected]}
+            rows.append(row | {"group": group, "tools": TOOLS, "split": question.split})
+    generator.shuffle(rows)
+    return rows
+
+
+def prompts() -> list[Row]:
+    """`prompt`, `tools`, `price`, `split`: each question once, and those held out also up to what the tool said."""
+    rows = []
+    for question in questions():
+        row = {"tools": TOOLS, "price": question.price, "split": question.split}
+        if question.text not in {each["prompt"][0]["content"] for each in rows}:
+            rows.append({"prompt": asked(question)} | row)
+        if question.split == "test":
+            rows.append({"prompt": looked_up(question)} | row)
+    return rows
+
+
+def scored(said: list[Any], right: list[str], counts: list[bool]) -> list[float | None]:
+    """1 where a completion is what is right; None where it does not count."""
+    pairs = zip(said, right, counts, strict=True)
+    return [float(completion[0]["content"].strip() == text) if counted else None for completion, text, counted in pairs]
+
+
+def right_call(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+    """In TRL's form of a reward: 1 for the call of the tool with the right item; None where it has answered already."""
+    right = [f"price({json.dumps({'item': ITEM_OF[prompt[0]['content']]})})" for prompt in prompts]
+    return scored(completions, right, [len(prompt) == 1 for prompt in prompts])
+
+
+def right_answer(prompts: list[Any], completions: list[Any], price: list[str], **columns: Any) -> list[float | None]:
+    """In TRL's form of a reward: 1 for the answer with the price that the tool gave; None before the call."""
+    items = [ITEM_OF[prompt[0]["content"]] for prompt in prompts]
+    right = [f"The price of {item} is {cost}." for item, cost in zip(items, price, strict=True)]
+    return scored(completions, right, [len(prompt) > 1 for prompt in prompts])
+
+
+def write(folder: Path) -> None:
+    made = {"conversations": conversations(), "preferences": preferences(), "prompts": prompts()}
+    for name, rows in made.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)
