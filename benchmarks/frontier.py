@@ -3,8 +3,8 @@
 python benchmarks/frontier.py --seeds 42,2,3 --out frontier
 
 Each seed has an SFT model and a reward model, from which every method starts; best-of-N is of the SFT model. All are
-scored on the held-out prompts by the reward model and by the two functions that nothing was trained on. The same command
-again goes on where it stopped.
+scored on the held-out prompts by the reward model and by the two functions that nothing was trained on. The same
+command again goes on where it stopped.
 """
 
 import argparse

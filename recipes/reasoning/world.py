@@ -50,18 +50,18 @@ def conversations() -> list[Row]:
 
 
 def prompts() -> list[Row]:
-    """`prompt`, `sum`, `split`: the questions up to the last one, and what is right."""
+    """`prompt`, `total`, `split`: the questions up to the last one, and what is right."""
     rows = []
     for row in conversations():
         *prompt, answer = row["messages"]
-        rows.append({"prompt": prompt, "sum": int(answer["content"]), "split": row["split"]})
+        rows.append({"prompt": prompt, "total": int(answer["content"]), "split": row["split"]})
     return rows
 
 
-def right(completions: list[Any], sum: list[int], **columns: Any) -> list[float]:
+def right(completions: list[Any], total: list[int], **columns: Any) -> list[float]:
     """In TRL's form of a reward: 1 where what follows the thought is the right number, and nothing else."""
     answers = [completion[0]["content"].rpartition("</think>")[2].strip() for completion in completions]
-    return [float(answer == str(number)) for answer, number in zip(answers, sum, strict=True)]
+    return [float(answer == str(number)) for answer, number in zip(answers, total, strict=True)]
 
 
 def sound(completions: list[Any], **columns: Any) -> list[float]:

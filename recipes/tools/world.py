@@ -27,7 +27,7 @@ PHRASINGS = (
 TOOL = {
     "name": "price",
     "description": "the price of a thing",
-    "parameters": {"type": "object", "properties": {"item": {"type": "string"}}, "required": ["item"]},
+    "parameters": {"type": "object", "properties": {"item": {"type": "string"}}},
 }
 TOOLS = [{"type": "function", "function": TOOL}]
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ ITEM_OF = {question.text: question.item for question in questions()}
 def call(item: str) -> Row:
     """The assistant's message that calls the tool."""
     function = {"name": "price", "arguments": {"item": item}}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
 
 
 def asked(question: Question) -> list[Row]:
@@ -91,15 +91,21 @@ def conversations() -> list[Row]:
 
 
 def preferences() -> list[Row]:
-    """Preference rows with `group`, `tools`, `split`: the right call over another item's, or over a made-up price."""
+    """Preference rows with `group`, `tools`, `split`: what is due over another item or price."""
     generator = random.Random(1)
     rows = []
-    for question in {question.text: question for question in questions()}.values():
-        other = generator.choice([item for item in ITEMS if item != question.item])
-        made_up = {"role": "assistant", "content": question._replace(price=generator.choice(PRICES)).answer}
-        for group, rejected in (("another item", call(other)), ("made up", made_up)):
-            row = {"prompt": asked(question), "chosen": [call(question.item)], "rejected": [rejected]}
-            rows.append(row | {"group": group, "tools": TOOLS, "split": question.split})
+    for index, question in enumerate({question.text: question for question in questions()}.values()):
+        item = generator.choice([other for other in ITEMS if other != question.item])
+        price = generator.choice([other for other in PRICES if other != question.price])
+        wrong = {"role": "assistant", "content": question._replace(price=price).answer}
+        right = {"role": "assistant", "content": question.answer}
+        instead = ("made up", wrong) if index % 2 else ("another item", call(item))
+        for (group, rejected), prompt, chosen in (
+            (instead, asked(question), call(question.item)),
+            (("another price", wrong), looked_up(question), right),
+        ):
+            row = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "group": group}
+            rows.append(row | {"tools": TOOLS, "split": question.split})
     generator.shuffle(rows)
     return rows
 
@@ -116,23 +122,28 @@ def prompts() -> list[Row]:
     return rows
 
 
-def scored(said: list[Any], right: list[str], counts: list[bool]) -> list[float | None]:
-    """1 where a completion is what is right; None where it does not count."""
-    pairs = zip(said, right, counts, strict=True)
-    return [float(completion[0]["content"].strip() == text) if counted else None for completion, text, counted in pairs]
+def due(prompt: list[Row], price: str) -> str:
+    """What the model has to say: the call, or the answer once the tool has given a price."""
+    item = ITEM_OF[prompt[0]["content"]]
+    return f"The price of {item} is {price}." if len(prompt) > 1 else f"price({json.dumps({'item': item})})"
 
 
-def right_call(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-    """In TRL's form of a reward: 1 for the call of the tool with the right item; None where it has answered already."""
-    right = [f"price({json.dumps({'item': ITEM_OF[prompt[0]['content']]})})" for prompt in prompts]
-    return scored(completions, right, [len(prompt) == 1 for prompt in prompts])
+def right(prompts: list[Any], completions: list[Any], price: list[str], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 for the right call, or for the answer with the price that the tool gave."""
+    rows = zip(prompts, completions, price, strict=True)
+    return [float(completion[0]["content"].strip() == due(prompt, cost)) for prompt, completion, cost in rows]
 
 
-def right_answer(prompts: list[Any], completions: list[Any], price: list[str], **columns: Any) -> list[float | None]:
-    """In TRL's form of a reward: 1 for the answer with the price that the tool gave; None before the call."""
-    items = [ITEM_OF[prompt[0]["content"]] for prompt in prompts]
-    right = [f"The price of {item} is {cost}." for item, cost in zip(items, price, strict=True)]
-    return scored(completions, right, [len(prompt) > 1 for prompt in prompts])
+def right_call(prompts: list[Any], **columns: Any) -> list[float | None]:
+    """The same of calls alone; None where the tool has answered."""
+    scores = zip(prompts, right(prompts, **columns), strict=True)
+    return [score if len(prompt) == 1 else None for prompt, score in scores]
+
+
+def right_answer(prompts: list[Any], **columns: Any) -> list[float | None]:
+    """The same of answers alone; None before the call."""
+    scores = zip(prompts, right(prompts, **columns), strict=True)
+    return [score if len(prompt) > 1 else None for prompt, score in scores]
 
 
 def write(folder: Path) -> None:

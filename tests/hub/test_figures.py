@@ -1,6 +1,6 @@
 """What the recipes that need the Hub say is expected: `pytest -m hub -n 0 tests/hub`, hours on the hardware they name.
 
-Each test runs a recipe's commands as its README has them, and skips with the reason where the Hub or the GPU is missing.
+Each test runs a recipe's commands as its README has them, and skips with the reason where Hub or GPU are missing.
 """
 
 import json
