@@ -1,4 +1,4 @@
-"""posttrain: supervised fine-tuning, reward modelling, PPO and DPO as one typed Hydra layer over Hugging Face TRL."""
+"""posttrain: SFT, reward modelling, PPO, GRPO, DPO and KTO as one typed Hydra layer over Hugging Face TRL."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.stages.trainers import DPOTrainer, RewardModelTrainer, SFTTrainer
     from posttrain.train import run_stage
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DPOTrainer",
     "PPOTrainer",

@@ -4,10 +4,10 @@ import json
 import re
 import runpy
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import pytest
-from conftest import ROOT, Posttrain, manifest
+from conftest import ROOT, Posttrain
 
 RECIPES = ROOT / "recipes"
 OWN = ("tools", "reasoning")
@@ -59,6 +59,9 @@ def test_the_stages_of_each_recipe_fit_one_another(posttrain: Posttrain) -> None
     for recipe in OWN:
         done = posttrain(f"recipes={recipe}/sft", *SHORT)
         assert done.code == 0, done
+        hints = [line for line in done.out.splitlines() if line.startswith("  posttrain run stage=")]
+        assert hints
+        assert all(f" run_name={recipe} " in hint for hint in hints), "they name the run that the recipe has named"
         for file in sorted((RECIPES / recipe).glob("*.yaml")):
             if file.stem != "sft":
                 plan = posttrain(f"recipes={recipe}/{file.stem}", "dry_run=true")
@@ -86,22 +89,19 @@ def test_earlier_thoughts_are_not_in_the_prompt(tmp_path: Path) -> None:
     assert first[1]["reasoning_content"] in completion.text
 
 
-def promised(recipe: str) -> dict[str, Any]:
-    """The numbers of the last line of each row of the README's table: score -> share."""
-    text = (RECIPES / recipe / "README.md").read_text()
-    return {name: float(share) / 100 for name, share in re.findall(r"`(\w+)` (\d+) %", text)}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "score"), [("tools", "right_call"), ("reasoning", "right")])
-def test_each_recipe_reaches_about_what_it_promises(recipe: str, score: str, posttrain: Posttrain, entry: Any) -> None:
+@pytest.mark.parametrize("recipe", OWN)
+def test_each_recipe_reaches_about_what_its_readme_says(recipe: str, posttrain: Posttrain, entry: Posttrain) -> None:
+    """The README's table has a row for each score, SFT's number in it first; 40 completions may be 15 points off."""
     from posttrain.evaluate import main
 
-    for stage in ("sft", "ppo"):
-        done = posttrain(f"recipes={recipe}/{stage}")
-        assert done.code == 0, done
-        assert manifest(Path("outputs") / recipe / stage)
-    policies = f"policies=[outputs/{recipe}/sft,outputs/{recipe}/ppo]"
-    done = entry(main, policies, f"recipes={recipe}/ppo", "out=found.json")
+    table = re.findall(r"^\| `(\w+)` \| (\d+) % \|", (RECIPES / recipe / "README.md").read_text(), flags=re.MULTILINE)
+    done = posttrain(f"recipes={recipe}/sft")
     assert done.code == 0, done
-    sft, ppo = json.loads(Path("found.json").read_text())
+    done = entry(main, f"policies=[outputs/{recipe}/sft]", f"recipes={recipe}/ppo", "out=found.json")
+    assert done.code == 0, done
+    [found] = json.loads(Path("found.json").read_text())
+    assert len(table) == 2
+    for name, share in table:
+        scores = [score for score in found["scores"][name] if score is not None]
+        assert fmean(scores) == pytest.approx(int(share) / 100, abs=0.15), name
