@@ -34,12 +34,12 @@ def call(module: str, *words: str) -> None:
         raise SystemExit(f"posttrain {module} {' '.join(words)} ended with {done.returncode}")
 
 
-def train(folder: Path, seed: int, methods: list[str]) -> dict[str, list[Path]]:
+def train(folder: Path, seed: int, methods: list[str], overrides: list[str]) -> dict[str, list[Path]]:
     """Every method of one seed: its stages behind SFT and reward model, the last one the policy that it ends with."""
-    common = (f"seed={seed}", f"output_dir={folder}", "run_name=alone")
+    common = (f"seed={seed}", f"output_dir={folder}", *overrides)
     found = {}
     for stage in ("sft", "reward", *(method for method in methods if method != "rounds")):
-        call("run", f"recipes=quickstart/{stage}", *common)
+        call("run", f"recipes=quickstart/{stage}", "run_name=alone", *common)
         found[stage] = [folder / "alone" / stage]
     del found["reward"]
     if "rounds" in methods:
@@ -47,7 +47,7 @@ def train(folder: Path, seed: int, methods: list[str]) -> dict[str, list[Path]]:
             if not (folder / "rounds" / stage / MANIFEST).is_file():
                 shutil.copytree(folder / "alone" / stage, folder / "rounds" / stage, dirs_exist_ok=True)
         words = ("recipes=quickstart", "stages=[sft,reward,pairs,dpo]", f"rounds={ROUNDS}")
-        call("pipeline", *words, f"seed={seed}", f"output_dir={folder}", "run_name=rounds")
+        call("pipeline", *words, "run_name=rounds", *common)
         ended = sorted((folder / "rounds").glob(f"**/dpo/{MANIFEST}"), key=lambda file: manifest(file)["finished"])
         found["rounds"] = [file.parent for file in ended]
     return found
@@ -82,9 +82,9 @@ def numbers(evaluated: dict[str, Any], seconds: float) -> dict[str, float]:
     return {"kl": metrics.get("kl", metrics.get("kl_bound")), **means, "seconds": seconds}
 
 
-def of_seed(folder: Path, seed: int, methods: list[str]) -> dict[str, dict[str, float]]:
+def of_seed(folder: Path, seed: int, methods: list[str], overrides: list[str]) -> dict[str, dict[str, float]]:
     """Method -> its numbers."""
-    policies = train(folder, seed, methods)
+    policies = train(folder, seed, methods, overrides)
     first, best, *others = evaluate(folder, seed, policies, BEST_OF[0])
     rows = {"SFT": numbers(first, seconds_of(policies["sft"])), f"best of {BEST_OF[0]}": numbers(best, 0.0)}
     for count in BEST_OF[1:]:
@@ -107,12 +107,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="42,2,3")
     parser.add_argument("--out", type=Path, required=True, help="the folder of the runs")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", help="key=value for every training, such as trainer.max_steps=2")
     asked = parser.parse_args()
     methods, seeds = asked.methods.split(","), [int(seed) for seed in asked.seeds.split(",")]
     if unknown := [method for method in methods if method not in METHODS]:
         parser.error(f"--methods has {', '.join(unknown)}; choose of {', '.join(METHODS)}")
     out = asked.out.resolve()
-    found = [of_seed(out / f"seed{seed}", seed, methods) for seed in seeds]
+    found = [of_seed(out / f"seed{seed}", seed, methods, asked.overrides) for seed in seeds]
     print(f"| method | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for method in found[0]:
         cells = [cell(name, [rows[method][name] for rows in found]) for name in COLUMNS]

@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -105,3 +107,15 @@ def test_each_recipe_reaches_about_what_its_readme_says(recipe: str, posttrain: 
     for name, share in table:
         scores = [score for score in found["scores"][name] if score is not None]
         assert fmean(scores) == pytest.approx(int(share) / 100, abs=0.15), name
+
+
+@pytest.mark.slow
+def test_the_frontier_is_a_table_of_the_methods_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "frontier.py"), "--seeds", "1,2", "--out", str(tmp_path)]
+    words = ("--methods", "dpo,kto", "trainer.max_steps=2", "data.max_rows=200")
+    first, again = (subprocess.run([*script, *words], capture_output=True, text=True, check=False) for _ in range(2))
+    assert first.returncode == 0, first.stderr[-4000:]
+    assert again.stdout == first.stdout
+    head, _, *rows = [line.strip("| ").split(" | ") for line in first.stdout.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows] == ["SFT", "best of 4", "best of 16", "DPO", "KTO"]
+    assert all(len(row) == len(head) and all("±" in cell for cell in row[1:]) for row in rows)
