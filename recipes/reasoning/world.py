@@ -1,4 +1,4 @@
-"""Sums of three numbers, thought through in two steps: the rows, and the reward functions that know the sums.
+"""Sums of three numbers, half of them thought through in two steps: the rows, and the reward functions.
 
 `python recipes/reasoning/world.py` writes conversations.jsonl and prompts.jsonl beside this file, byte for byte the
 same each time. A held-out sum is one that was not trained.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PHRASINGS = ("What is {}?", "Add up {}.", "Tell me {}.")
-TRAIN, TEST = 400, 100
+TRAIN, TEST = 600, 100
 Row = dict[str, Any]
 
 
@@ -29,10 +29,13 @@ def thought(*numbers: int) -> str:
     return " ".join(f"{a} + {b} = {c}." for a, b, c in zip(totals, numbers[1:], totals[1:], strict=False))
 
 
-def turn(question: str, *numbers: int) -> list[Row]:
-    """A question, and its answer with the thought before it."""
-    answer = {"role": "assistant", "reasoning_content": thought(*numbers), "content": str(sum(numbers))}
-    return [{"role": "user", "content": question}, answer]
+def turn(question: str, numbers: tuple[int, ...], thinks: bool) -> list[Row]:
+    """A question, and its answer with the thought before it or without."""
+    answer = {"role": "assistant", "content": str(sum(numbers))}
+    return [
+        {"role": "user", "content": question},
+        answer | ({"reasoning_content": thought(*numbers)} if thinks else {}),
+    ]
 
 
 def conversations() -> list[Row]:
@@ -40,11 +43,11 @@ def conversations() -> list[Row]:
     generator = random.Random(1)
     rows = []
     for place, (numbers, split) in enumerate(sums()):
-        question = generator.choice(PHRASINGS).format(" + ".join(map(str, numbers)))
-        messages = turn(question, *numbers)
+        question, thinks = generator.choice(PHRASINGS), generator.random() < 0.5
+        messages = turn(question.format(" + ".join(map(str, numbers))), numbers, thinks)
         if place % 4 == 0:
             more = generator.randint(1, 9)
-            messages += turn(f"And {more} more?", sum(numbers), more)
+            messages += turn(f"And {more} more?", (sum(numbers), more), thinks)
         rows.append({"messages": messages, "split": split})
     return rows
 
@@ -64,15 +67,10 @@ def right(completions: list[Any], total: list[int], **columns: Any) -> list[floa
     return [float(answer == str(number)) for answer, number in zip(answers, total, strict=True)]
 
 
-def sound(completions: list[Any], **columns: Any) -> list[float]:
-    """In TRL's form of a reward: 1 where there is a thought, and each sum in it is true."""
-    scores = []
-    for completion in completions:
-        found = re.match(r"\s*<think>(.*)</think>", completion[0]["content"], re.DOTALL)
-        steps = found.group(1).strip() if found else ""
-        each = [re.fullmatch(r"\s*(\d+) \+ (\d+) = (\d+)", part) for part in steps.rstrip(".").split(".")]
-        scores.append(float(all(step and int(step[1]) + int(step[2]) == int(step[3]) for step in each)))
-    return scores
+def thinks(completions: list[Any], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 where there is a thought before the answer, true or not."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(re.match(r"\s*<think>\s*\S.*</think>", text, re.DOTALL) is not None) for text in texts]
 
 
 def write(folder: Path) -> None:

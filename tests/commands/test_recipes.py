@@ -43,7 +43,7 @@ def test_a_call_is_right_with_the_right_item_alone() -> None:
     assert world["right_call"](**told) == [None] * 3
 
 
-def test_a_sum_is_right_by_its_answer_and_sound_by_its_thought() -> None:
+def test_a_sum_is_right_by_its_answer_alone() -> None:
     world = runpy.run_path(str(RECIPES / "reasoning" / "world.py"))
     texts = (
         "<think>\n3 + 4 = 7. 7 + 5 = 12.\n</think>\n12",
@@ -51,9 +51,10 @@ def test_a_sum_is_right_by_its_answer_and_sound_by_its_thought() -> None:
         "<think>\n3 + 4 = 7. 7 + 5 = 12.\n</think>\n13",
         "12",
         "<think>\n\n</think>\n12",
+        "<think>\n3 + 4 = 7. 7 + 5 = 12.",
     )
-    assert world["right"](completions=said(*texts), total=[12] * 5) == [1, 1, 0, 1, 1]
-    assert world["sound"](completions=said(*texts)) == [1, 0, 1, 0, 0]
+    assert world["right"](completions=said(*texts), total=[12] * 6) == [1, 1, 0, 1, 1, 0]
+    assert world["thinks"](completions=said(*texts)) == [1, 1, 1, 0, 0, 0]
 
 
 def test_the_stages_of_each_recipe_fit_one_another(posttrain: Posttrain) -> None:
