@@ -118,7 +118,7 @@ def main() -> None:
     for method in found[0]:
         cells = [cell(name, [rows[method][name] for rows in found]) for name in COLUMNS]
         print(f"| {method} | {' | '.join(cells)} |")
-    print(f"\nmean ± standard deviation over {len(seeds)} seeds; the KL of best-of-N is its bound, ln N − (N−1)/N")
+    print(f"\nseeds {asked.seeds}: mean ± standard deviation; the KL of best-of-N is its bound, ln N − (N−1)/N")
 
 
 if __name__ == "__main__":

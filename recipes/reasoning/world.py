@@ -1,4 +1,4 @@
-"""Sums of three numbers, half of them thought through in two steps: the rows, and the reward functions.
+"""Sums of five numbers, half of them thought through step by step: the rows, and the reward functions.
 
 `python recipes/reasoning/world.py` writes conversations.jsonl and prompts.jsonl beside this file, byte for byte the
 same each time. A held-out sum is one that was not trained.
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 PHRASINGS = ("What is {}?", "Add up {}.", "Tell me {}.")
-TRAIN, TEST = 600, 100
+TRAIN, TEST = 500, 100
 Row = dict[str, Any]
 
 
-def sums() -> list[tuple[tuple[int, int, int], str]]:
-    """Three numbers from 1 to 9, and the part that they belong to; no two rows ask for the same."""
-    found = list(itertools.product(range(1, 10), repeat=3))
+def sums() -> list[tuple[tuple[int, ...], str]]:
+    """Five numbers from 1 to 5, and the part that they belong to; no two rows ask for the same."""
+    found = list(itertools.product(range(1, 6), repeat=5))
     random.Random(0).shuffle(found)
     return [(each, "train" if place < TRAIN else "test") for place, each in enumerate(found[: TRAIN + TEST])]
 
@@ -46,7 +46,7 @@ def conversations() -> list[Row]:
         question, thinks = generator.choice(PHRASINGS), generator.random() < 0.5
         messages = turn(question.format(" + ".join(map(str, numbers))), numbers, thinks)
         if place % 4 == 0:
-            more = generator.randint(1, 9)
+            more = generator.randint(1, 5)
             messages += turn(f"And {more} more?", (sum(numbers), more), thinks)
         rows.append({"messages": messages, "split": split})
     return rows

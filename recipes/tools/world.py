@@ -78,27 +78,37 @@ def looked_up(question: Question) -> list[Row]:
     return [*asked(question), call(question.item), {"role": "tool", "content": question.price}]
 
 
+def made_up(question: Question, generator: random.Random) -> Row:
+    """An answer that did not wait for the tool."""
+    price = generator.choice([other for other in PRICES if other != question.price])
+    return {"role": "assistant", "content": question._replace(price=price).answer}
+
+
+def once() -> list[Question]:
+    """Each question with one of its prices."""
+    return list({question.text: question for question in questions()}.values())
+
+
 def conversations() -> list[Row]:
-    """`messages`, `tools`, `split`: question, call, result, answer."""
-    return [
-        {
-            "messages": [*looked_up(question), {"role": "assistant", "content": question.answer}],
-            "tools": TOOLS,
-            "split": question.split,
-        }
+    """`messages`, `tools`, `split`: question, call, result, answer; a third of the training rows makes it up."""
+    generator = random.Random(2)
+    right = [
+        ([*looked_up(question), {"role": "assistant", "content": question.answer}], question.split)
         for question in questions()
     ]
+    wrong = [([*asked(each), made_up(each, generator)], each.split) for each in once() if each.split == "train"]
+    rows = [{"messages": messages, "tools": TOOLS, "split": split} for messages, split in right + wrong]
+    generator.shuffle(rows)
+    return rows
 
 
 def preferences() -> list[Row]:
     """Preference rows with `group`, `tools`, `split`: what is due over another item or price."""
     generator = random.Random(1)
     rows = []
-    for index, question in enumerate({question.text: question for question in questions()}.values()):
+    for index, question in enumerate(once()):
         item = generator.choice([other for other in ITEMS if other != question.item])
-        price = generator.choice([other for other in PRICES if other != question.price])
-        wrong = {"role": "assistant", "content": question._replace(price=price).answer}
-        right = {"role": "assistant", "content": question.answer}
+        wrong, right = made_up(question, generator), {"role": "assistant", "content": question.answer}
         instead = ("made up", wrong) if index % 2 else ("another item", call(item))
         for (group, rejected), prompt, chosen in (
             (instead, asked(question), call(question.item)),
