@@ -1,4 +1,4 @@
-"""Sums of five numbers, half of them thought through step by step: the rows, and the reward functions.
+"""Sums of three numbers, thought through in two steps: the rows, and the reward functions that know the sums.
 
 `python recipes/reasoning/world.py` writes conversations.jsonl and prompts.jsonl beside this file, byte for byte the
 same each time. A held-out sum is one that was not trained.
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 PHRASINGS = ("What is {}?", "Add up {}.", "Tell me {}.")
-TRAIN, TEST = 500, 100
+TRAIN, TEST = 400, 100
 Row = dict[str, Any]
 
 
-def sums() -> list[tuple[tuple[int, ...], str]]:
-    """Five numbers from 1 to 5, and the part that they belong to; no two rows ask for the same."""
-    found = list(itertools.product(range(1, 6), repeat=5))
+def sums() -> list[tuple[tuple[int, int, int], str]]:
+    """Three numbers from 1 to 9, and the part that they belong to; no two rows ask for the same."""
+    found = list(itertools.product(range(1, 10), repeat=3))
     random.Random(0).shuffle(found)
     return [(each, "train" if place < TRAIN else "test") for place, each in enumerate(found[: TRAIN + TEST])]
 
@@ -29,13 +29,10 @@ def thought(*numbers: int) -> str:
     return " ".join(f"{a} + {b} = {c}." for a, b, c in zip(totals, numbers[1:], totals[1:], strict=False))
 
 
-def turn(question: str, numbers: tuple[int, ...], thinks: bool) -> list[Row]:
-    """A question, and its answer with the thought before it or without."""
-    answer = {"role": "assistant", "content": str(sum(numbers))}
-    return [
-        {"role": "user", "content": question},
-        answer | ({"reasoning_content": thought(*numbers)} if thinks else {}),
-    ]
+def turn(question: str, *numbers: int) -> list[Row]:
+    """A question, and its answer with the thought before it."""
+    answer = {"role": "assistant", "reasoning_content": thought(*numbers), "content": str(sum(numbers))}
+    return [{"role": "user", "content": question}, answer]
 
 
 def conversations() -> list[Row]:
@@ -43,11 +40,11 @@ def conversations() -> list[Row]:
     generator = random.Random(1)
     rows = []
     for place, (numbers, split) in enumerate(sums()):
-        question, thinks = generator.choice(PHRASINGS), generator.random() < 0.5
-        messages = turn(question.format(" + ".join(map(str, numbers))), numbers, thinks)
+        question = generator.choice(PHRASINGS).format(" + ".join(map(str, numbers)))
+        messages = turn(question, *numbers)
         if place % 4 == 0:
-            more = generator.randint(1, 5)
-            messages += turn(f"And {more} more?", (sum(numbers), more), thinks)
+            more = generator.randint(1, 9)
+            messages += turn(f"And {more} more?", sum(numbers), more)
         rows.append({"messages": messages, "split": split})
     return rows
 
@@ -67,10 +64,15 @@ def right(completions: list[Any], total: list[int], **columns: Any) -> list[floa
     return [float(answer == str(number)) for answer, number in zip(answers, total, strict=True)]
 
 
-def thinks(completions: list[Any], **columns: Any) -> list[float]:
-    """In TRL's form of a reward: 1 where there is a thought before the answer, true or not."""
-    texts = [completion[0]["content"] for completion in completions]
-    return [float(re.match(r"\s*<think>\s*\S.*</think>", text, re.DOTALL) is not None) for text in texts]
+def sound(completions: list[Any], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 where there is a thought, and each sum in it is true."""
+    scores = []
+    for completion in completions:
+        found = re.match(r"\s*<think>(.*)</think>", completion[0]["content"], re.DOTALL)
+        steps = found.group(1).strip() if found else ""
+        each = [re.fullmatch(r"\s*(\d+) \+ (\d+) = (\d+)", part) for part in steps.rstrip(".").split(".")]
+        scores.append(float(all(step and int(step[1]) + int(step[2]) == int(step[3]) for step in each)))
+    return scores
 
 
 def write(folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_call_is_right_with_the_right_item_alone() -> None:
     assert world["right_call"](**told) == [None] * 3
 
 
-def test_a_sum_is_right_by_its_answer_alone() -> None:
+def test_a_sum_is_right_by_its_answer_and_sound_by_its_thought() -> None:
     world = runpy.run_path(str(RECIPES / "reasoning" / "world.py"))
     texts = (
         "<think>\n3 + 4 = 7. 7 + 5 = 12.\n</think>\n12",
@@ -51,10 +51,9 @@ def test_a_sum_is_right_by_its_answer_alone() -> None:
         "<think>\n3 + 4 = 7. 7 + 5 = 12.\n</think>\n13",
         "12",
         "<think>\n\n</think>\n12",
-        "<think>\n3 + 4 = 7. 7 + 5 = 12.",
     )
-    assert world["right"](completions=said(*texts), total=[12] * 6) == [1, 1, 0, 1, 1, 0]
-    assert world["thinks"](completions=said(*texts)) == [1, 1, 1, 0, 0, 0]
+    assert world["right"](completions=said(*texts), total=[12] * 5) == [1, 1, 0, 1, 1]
+    assert world["sound"](completions=said(*texts)) == [1, 0, 1, 0, 0]
 
 
 def test_the_stages_of_each_recipe_fit_one_another(posttrain: Posttrain) -> None:
@@ -72,7 +71,7 @@ def test_the_stages_of_each_recipe_fit_one_another(posttrain: Posttrain) -> None
                 assert f"outputs/{recipe}/sft" in plan.out
 
 
-def test_earlier_thoughts_are_not_in_the_prompt(tmp_path: Path) -> None:
+def test_earlier_thoughts_are_not_in_the_prompt() -> None:
     from transformers import AutoTokenizer
 
     from posttrain.data.chat import ChatEncoder
@@ -86,9 +85,8 @@ def test_earlier_thoughts_are_not_in_the_prompt(tmp_path: Path) -> None:
     assert "<think>" not in prompt.text
     assert completion.text.startswith("<think>\n")
     assert first[1]["reasoning_content"] not in prompt.text
-    twice = [*first[:2], first[0], first[1]]  # the same question again
-    prompt, completion = ChatEncoder(tokenizer).segments(twice, train_on="last")
-    assert first[1]["reasoning_content"] not in prompt.text
+    prompt, completion = ChatEncoder(tokenizer).segments([*first[:2], *first[:2]], train_on="last")  # asked again
+    assert "<think>" not in prompt.text
     assert first[1]["reasoning_content"] in completion.text
 
 
