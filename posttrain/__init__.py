@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.stages.trainers import DPOTrainer, RewardModelTrainer, SFTTrainer
     from posttrain.train import run_stage
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DPOTrainer",
     "PPOTrainer",

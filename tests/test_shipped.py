@@ -19,6 +19,7 @@ SHORT = ["+trainer.max_steps=2", "data.max_rows=120"]
 LOCAL = ["model=tiny", "data.dataset_name=local.jsonl", "data.test_size=0.2", "stage.max_length=128"]
 LOCAL += ["data.dataset_train_split=train", "data.dataset_test_split=null", "model.base_model=posttrain/tiny"]
 LOCAL += ["model.model_name_or_path=null"]
+OWN = ("quickstart", "tools", "reasoning")  # recipes that bring their model and their data
 RECIPES = sorted({str(file.relative_to(ROOT / "recipes").with_suffix("")) for file in ROOT.glob("recipes/*/*.yaml")})
 DOCUMENTS = [
     ROOT / "README.md",
@@ -138,7 +139,12 @@ def slow_if(slow: Callable[[str], bool], found: list[str]) -> list[Any]:
     return [pytest.param(command, marks=pytest.mark.slow if slow(command) else ()) for command in found]
 
 
-@pytest.mark.parametrize("command", slow_if(lambda command: " -m " in command, runs()))
+def takes_long(command: str) -> bool:
+    """Sweeps, and the recipes that tests/commands/test_recipes.py takes through their stages."""
+    return " -m " in command or any(f"recipes={name}/" in command for name in OWN[1:])
+
+
+@pytest.mark.parametrize("command", slow_if(takes_long, runs()))
 def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command: str) -> None:
     arguments = shlex.split(command.removeprefix("posttrain run"))
     names = {"instruction": "Say", "response": "It is", "question": "Say", "answer": "It is", "output": "It is"}
@@ -168,14 +174,17 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
     for name in ("mine", "chat", "maths", "helpful"):
         write_rows(tmp_path / f"{name}.jsonl", [{**row, "system": name} for row in text])
     remote = ("model=gpt2", "model=qwen3_8b", "data.dataset_name=yahma")
-    remote += tuple(f"recipes={name}" for name in RECIPES if not name.startswith("quickstart/"))
+    remote += tuple(f"recipes={name}" for name in RECIPES if name.partition("/")[0] not in OWN)
     more = LOCAL if any(argument.startswith(remote) for argument in arguments) else []
     if "data.mixture" in command:
         more = [word for word in more if not word.startswith("data.dataset_name=")]
     kept = [argument for argument in arguments if not argument.startswith("model=") or argument not in remote]
     if any(argument.startswith("trainer.report_to=") for argument in arguments):
         more = [*more, "trainer.report_to=tensorboard"]
-    if "ppo" in command:
+    mine = next((name for name in OWN[1:] if f"recipes={name}/" in command), None)
+    if mine:  # what it starts from has its template
+        assert posttrain(f"recipes={mine}/sft", *SHORT).code == 0
+    elif "ppo" in command:
         (tmp_path / "my_rewards.py").write_text(
             "def concise(prompts, completions, **columns):\n"
             "    return [-len(completion[0]['content']) / 100 for completion in completions]\n"

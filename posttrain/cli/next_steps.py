@@ -35,6 +35,8 @@ def _command(config: Config, folder: Path, spec: StageSpec, typed: list[str]) ->
     recipe = _recipe(dict(pairs).get("recipes", ""), spec.name, config_dir)
     words = [f"recipes={recipe}" if recipe else f"stage={spec.name}"]
     words += [f"{key}={value}" for key, value in pairs if key.split(".")[0] in CARRIED and key not in NAMES_A_MODEL]
+    if recipe is None and "recipes" in dict(pairs) and "run_name" not in dict(pairs):  # the recipe's
+        words.append(f"run_name={config.run_name}")
     if folder.absolute() != run_path(config).absolute():  # a point of a sweep
         key = "stage.reward_model" if scores else "model.model_name_or_path"
         words.append(f"{key}='{relative(folder)}'")

@@ -1,0 +1,85 @@
+"""Sums of three numbers, thought through in two steps: the rows, and the reward functions that know the sums.
+
+`python recipes/reasoning/world.py` writes conversations.jsonl and prompts.jsonl beside this file, byte for byte the
+same each time. A held-out sum is one that was not trained.
+"""
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+PHRASINGS = ("What is {}?", "Add up {}.", "Tell me {}.")
+TRAIN, TEST = 400, 100
+Row = dict[str, Any]
+
+
+def sums() -> list[tuple[tuple[int, int, int], str]]:
+    """Three numbers from 1 to 9, and the part that they belong to; no two rows ask for the same."""
+    found = list(itertools.product(range(1, 10), repeat=3))
+    random.Random(0).shuffle(found)
+    return [(each, "train" if place < TRAIN else "test") for place, each in enumerate(found[: TRAIN + TEST])]
+
+
+def thought(*numbers: int) -> str:
+    """One sum after the other: 3 + 4 = 7. 7 + 5 = 12."""
+    totals = list(itertools.accumulate(numbers))
+    return " ".join(f"{a} + {b} = {c}." for a, b, c in zip(totals, numbers[1:], totals[1:], strict=False))
+
+
+def turn(question: str, *numbers: int) -> list[Row]:
+    """A question, and its answer with the thought before it."""
+    answer = {"role": "assistant", "reasoning_content": thought(*numbers), "content": str(sum(numbers))}
+    return [{"role": "user", "content": question}, answer]
+
+
+def conversations() -> list[Row]:
+    """`messages`, `split`; every fourth goes on with a second question, about the first one's result."""
+    generator = random.Random(1)
+    rows = []
+    for place, (numbers, split) in enumerate(sums()):
+        question = generator.choice(PHRASINGS).format(" + ".join(map(str, numbers)))
+        messages = turn(question, *numbers)
+        if place % 4 == 0:
+            more = generator.randint(1, 9)
+            messages += turn(f"And {more} more?", sum(numbers), more)
+        rows.append({"messages": messages, "split": split})
+    return rows
+
+
+def prompts() -> list[Row]:
+    """`prompt`, `total`, `split`: the questions up to the last one, and what is right."""
+    rows = []
+    for row in conversations():
+        *prompt, answer = row["messages"]
+        rows.append({"prompt": prompt, "total": int(answer["content"]), "split": row["split"]})
+    return rows
+
+
+def right(completions: list[Any], total: list[int], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 where what follows the thought is the right number, and nothing else."""
+    answers = [completion[0]["content"].rpartition("</think>")[2].strip() for completion in completions]
+    return [float(answer == str(number)) for answer, number in zip(answers, total, strict=True)]
+
+
+def sound(completions: list[Any], **columns: Any) -> list[float]:
+    """In TRL's form of a reward: 1 where there is a thought, and each sum in it is true."""
+    scores = []
+    for completion in completions:
+        found = re.match(r"\s*<think>(.*)</think>", completion[0]["content"], re.DOTALL)
+        steps = found.group(1).strip() if found else ""
+        each = [re.fullmatch(r"\s*(\d+) \+ (\d+) = (\d+)", part) for part in steps.rstrip(".").split(".")]
+        scores.append(float(all(step and int(step[1]) + int(step[2]) == int(step[3]) for step in each)))
+    return scores
+
+
+def write(folder: Path) -> None:
+    for name, rows in {"conversations": conversations(), "prompts": prompts()}.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)
