@@ -48,8 +48,10 @@ def train(folder: Path, seed: int, methods: list[str], overrides: list[str]) -> 
                 shutil.copytree(folder / "alone" / stage, folder / "rounds" / stage, dirs_exist_ok=True)
         words = ("recipes=quickstart", "stages=[sft,reward,pairs,dpo]", f"rounds={ROUNDS}")
         call("pipeline", *words, "run_name=rounds", *common)
-        ended = sorted((folder / "rounds").glob(f"**/dpo/{MANIFEST}"), key=lambda file: manifest(file)["finished"])
-        found["rounds"] = [file.parent for file in ended]
+        names = ("dpo", *(f"dpo-round{number}" for number in range(2, ROUNDS + 1)))
+        ended = [folder / "rounds" / name for name in names if (folder / "rounds" / name / MANIFEST).is_file()]
+        for number in range(len(ended)):  # it may have stopped before the last round
+            found[f"round {number + 1}"] = ended[: number + 1]
     return found
 
 
@@ -61,7 +63,7 @@ def manifest(file: Path) -> dict[str, Any]:
 
 def evaluate(folder: Path, seed: int, policies: dict[str, list[Path]], best_of: int) -> list[dict[str, Any]]:
     """The policies in their order, and best-of-N of the first one behind it."""
-    out = folder / f"{'-'.join(policies)}-best-of-{best_of}.json"
+    out = folder / f"{'-'.join(policies).replace(' ', '')}-best-of-{best_of}.json"
     if not out.is_file():
         last = ",".join(str(stages[-1]) for stages in policies.values())
         words = (f"policies=[{last}]", "recipes=quickstart/ppo", f"best_of={best_of}", f"seed={seed}", f"out={out}")
@@ -90,7 +92,7 @@ def of_seed(folder: Path, seed: int, methods: list[str], overrides: list[str]) -
     for count in BEST_OF[1:]:
         rows[f"best of {count}"] = numbers(evaluate(folder, seed, {"sft": policies["sft"]}, count)[1], 0.0)
     for (method, stages), evaluated in zip([*policies.items()][1:], others, strict=True):
-        name = f"DPO, {ROUNDS} rounds" if method == "rounds" else method.upper()
+        name = f"pairs and DPO, {method}" if method.startswith("round") else method.upper()
         rows[name] = numbers(evaluated, seconds_of(stages))
     return rows
 
