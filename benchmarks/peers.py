@@ -23,7 +23,7 @@ from peers.tools import TOOLS, Tool
 NOISE = re.compile(
     r"\d+%\||it/s|^\s*(File |Traceback|\^|~|[\"{])|^[,(]?\s*\w+ ?[:=] ?\S*,?$|^run sh:|trust_remote_code"
 )
-PLACE = re.compile(r"^\S+\.py:\d+: |^\[[^]]*\] ?|^\w+(\.\w+)+\.(?=\w+Error: )")
+PLACE = re.compile(r"^\S+\.py:\d+: |^\[[^]]*\] \d\S+ \S+ >> |^\[[^]]*\] ?|^\w+(\.\w+)+\.(?=\w+Error: )")
 SHOWN = 130  # characters of a line
 
 
@@ -94,7 +94,7 @@ def judged(tool: Tool, case: Broken, folder: Path) -> dict[str, str]:
     evidence = shown(case.measure, place, output, result) if code == 0 and result and case.measure else Shown()
     usual = folder / slug(tool, case.unbroken) / "output.txt"
     lines = {bare(line) for line in watch.plain(usual).splitlines()} if usual.exists() else set()
-    text = watch.plain(place / "output.txt")
+    text = watch.plain(place / "output.txt").replace(f"{place}/", "")
     said = telling(text, case.said, lines)
     return {
         "exit": found["exit"],
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="*", default=[], help="broken inputs, by their numbers (0a, 0b and 0c: unbroken)"
     )
-    parser.add_argument("--stages", nargs="*", default=["sft", "reward", "dpo", "ppo"])
+    parser.add_argument("--stages", nargs="*", default=["typo", "sft", "reward", "dpo", "ppo"])
     parser.add_argument("--parts", nargs="*", default=["time", "resume"], help="of the stages; time first")
     given = parser.parse_args()
     envs = given.envs.resolve()

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from peers import inputs, watch
 from peers.inputs import Job
-from peers.tools import Tool
+from peers.tools import TOOLS, Tool
 
 ROWS, STEPS = 160, 40  # four rows to a step
 HALF = STEPS // 2
 ROWS_OF = {"sft": "rows.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl", "ppo": "prompts.jsonl"}
-KEYS = ("first step", "steps/s", "peak MiB", "killed and continued", "started again at another rate")
+KEYS = ("first step", "steps/s", "CPU s", "peak MiB", "killed and continued", "started again at another rate")
+
+TYPO = ("seconds", "CPU s", "exit", "said")
 
 
 def prepare(folder: Path) -> None:
@@ -57,7 +59,8 @@ def timed(tool: Tool, job: Job, programs: Path, folder: Path) -> dict[str, str]:
     if whole.code or tool.final(output) is None or len(watch.states(output)) < 2:
         return {KEYS[0]: f"fails, exit {whole.code}: {error(whole.text)}"}
     first, rate = speed(output)
-    return {KEYS[0]: f"{first - started:.1f} s", KEYS[1]: f"{rate:.1f}", KEYS[2]: f"{whole.peak / 2**20:,.0f}"}
+    values = (f"{first - started:.1f} s", f"{rate:.1f}", f"{whole.cpu:.1f}", f"{whole.peak / 2**20:,.0f}")
+    return dict(zip(KEYS, values, strict=False))
 
 
 def kept(tool: Tool, job: Job, programs: Path, folder: Path) -> dict[str, str]:
@@ -66,7 +69,7 @@ def kept(tool: Tool, job: Job, programs: Path, folder: Path) -> dict[str, str]:
     done = tool.final(output)
     if done is None:
         return {}
-    found = {KEYS[3]: killed(tool, replace(job, output="killed"), programs, folder, done)}
+    found = {KEYS[4]: killed(tool, replace(job, output="killed"), programs, folder, done)}
     before = (watch.digests(output), done.stat().st_mtime_ns)
     again = watch.run(tool.command(replace(job, rate=3e-4), folder, programs), folder, folder / "again.txt")
     now = tool.final(output)
@@ -76,7 +79,7 @@ def kept(tool: Tool, job: Job, programs: Path, folder: Path) -> dict[str, str]:
         what = "kept"
     else:
         what = "written again, the same" if watch.digests(output) == before[0] else "overwritten"
-    return {**found, KEYS[4]: f"{what}, exit {again.code}"}
+    return {**found, KEYS[5]: f"{what}, exit {again.code}"}
 
 
 def killed(tool: Tool, job: Job, programs: Path, folder: Path, whole: Path) -> str:
@@ -110,7 +113,8 @@ def typo(tool: Tool, programs: Path, folder: Path) -> dict[str, str]:
     """A misspelt key of SFT: the seconds until it is told."""
     job = Job("sft", "rows.jsonl", lora=True, rate=1e-4, misspelt=True)
     ran = watch.run(tool.command(job, folder, programs), folder, folder / "output.txt")
-    return {"seconds": f"{ran.seconds:.2f}", "exit": str(ran.code), "said": error(ran.text) if ran.code else "nothing"}
+    values = (f"{ran.seconds:.2f}", f"{ran.cpu:.2f}", str(ran.code), error(ran.text) if ran.code else "nothing")
+    return dict(zip(TYPO, values, strict=True))
 
 
 def stages(tools: Sequence[Tool], names: Sequence[str], parts: Sequence[str], envs: Path) -> None:
@@ -119,7 +123,7 @@ def stages(tools: Sequence[Tool], names: Sequence[str], parts: Sequence[str], en
         prepare(folder / "inputs")
     for tool in tools:
         programs = tool.programs(envs)
-        for stage in ("typo", *names):
+        for stage in names:
             place = folder / f"{tool.name} {stage}"
             record = place / "found.json"
             job = Job(stage, ROWS_OF.get(stage, ""), lora=True, rate=1e-4, save_steps=HALF, log_steps=10)
@@ -131,8 +135,10 @@ def stages(tools: Sequence[Tool], names: Sequence[str], parts: Sequence[str], en
                 found = {**json.loads(record.read_text()), **kept(tool, job, programs, place)}
                 record.write_text(json.dumps(found, indent=1))
             print(tool.name, "·", stage, "·", record.read_text(), file=sys.stderr, flush=True)
-    for stage, keys in (("typo", ("seconds", "exit", "said")), *((name, KEYS) for name in names)):
+    for stage in names:
+        keys = TYPO if stage == "typo" else KEYS
         print(f"\n| {stage} | " + " | ".join(keys) + " |\n|---" + "|---" * len(keys) + "|")
-        for tool in tools:
-            found = json.loads((folder / f"{tool.name} {stage}" / "found.json").read_text())
-            print(f"| {tool.name} | " + " | ".join(found.get(key, "").replace("|", "/") for key in keys) + " |")
+        for tool in TOOLS:
+            if (record := folder / f"{tool.name} {stage}" / "found.json").exists():
+                found = json.loads(record.read_text())
+                print(f"| {tool.name} | " + " | ".join(found.get(key, "").replace("|", "/") for key in keys) + " |")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,13 @@ from typing import NamedTuple
 from peers.inputs import ROOT
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
-LIMIT = 240  # seconds of a run
+LIMIT = 480  # seconds of a run
 
 
 class Ran(NamedTuple):
     code: int | None  # None: stopped at the time limit, or by `until`
     seconds: float
+    cpu: float  # seconds, of the processes that it waited for
     text: str
     peak: int  # bytes, of all its processes together
 
@@ -56,7 +58,7 @@ def run(command: Sequence[str], folder: Path, log: Path, until: Callable[[], boo
         "HOME": str(folder / "home"),
     }
     (folder / "home").mkdir(exist_ok=True)
-    started, peak, stopped = time.monotonic(), 0, False
+    started, peak, stopped, before = time.monotonic(), 0, False, cpu_seconds()
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -73,7 +75,14 @@ def run(command: Sequence[str], folder: Path, log: Path, until: Callable[[], boo
                 os.killpg(process.pid, signal.SIGKILL)
             peak = max(peak, resident(process.pid))
             time.sleep(0.05)
-    return Ran(None if stopped else process.returncode, time.monotonic() - started, plain(log), peak)
+    return Ran(
+        None if stopped else process.returncode, time.monotonic() - started, cpu_seconds() - before, plain(log), peak
+    )
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def plain(log: Path) -> str:
