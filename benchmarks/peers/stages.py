@@ -72,13 +72,13 @@ def kept(tool: Tool, job: Job, programs: Path, folder: Path) -> dict[str, str]:
     found = {KEYS[4]: killed(tool, replace(job, output="killed"), programs, folder, done)}
     before = (watch.digests(output), done.stat().st_mtime_ns)
     again = watch.run(tool.command(replace(job, rate=3e-4), folder, programs), folder, folder / "again.txt")
-    now = tool.final(output)
-    if now is None:
+    now = watch.digests(output)
+    if not done.exists():
         what = "the result is gone"
-    elif (watch.digests(output), now.stat().st_mtime_ns) == before:
+    elif done.stat().st_mtime_ns == before[1] and before[0].items() <= now.items():
         what = "kept"
     else:
-        what = "written again, the same" if watch.digests(output) == before[0] else "overwritten"
+        what = "written again, the same" if before[0].items() <= now.items() else "overwritten"
     return {**found, KEYS[5]: f"{what}, exit {again.code}"}
 
 

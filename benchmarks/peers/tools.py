@@ -48,7 +48,7 @@ def posttrain(job: Job, folder: Path, programs: Path) -> list[str]:
     if job.lora:
         given += ["model.use_peft=true"]
     if job.stage == "ppo":
-        given += [f"reward_model={job.reward_model}", "stage.max_new_tokens=8", "stage.gate=warn"]
+        given += [f"stage.reward_model={job.reward_model}", "stage.max_new_tokens=8", "stage.gate=warn"]
         given += ["stage.rollout_batch_size=4", "stage.num_mini_batches=1", "stage.ppo_epochs=1"]
     if job.misspelt:
         given += [f"stage.lerning_rate={job.rate}"]
@@ -109,7 +109,6 @@ def swift(job: Job, folder: Path, programs: Path) -> list[str]:
         "torch_dtype": "float32",
         "max_length": str(job.length),
         "output_dir": job.output,
-        "add_version": "false",
         "per_device_train_batch_size": "4",
         "gradient_accumulation_steps": "1",
         "learning_rate": str(job.rate),
@@ -130,8 +129,7 @@ def swift(job: Job, folder: Path, programs: Path) -> list[str]:
     if job.misspelt:
         given["lerning_rate"] = str(job.rate)
     if job.resume:
-        steps = [int(path.name.partition("-")[2]) for path in (folder / job.output).glob("checkpoint-*")]
-        given["resume_from_checkpoint"] = f"{job.output}/checkpoint-{max(steps)}"
+        given["resume_from_checkpoint"] = str(states(folder / job.output)[-1].parent)
     return [
         str(programs / "swift"),
         *command,
