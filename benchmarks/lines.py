@@ -53,7 +53,9 @@ def prepare(folder: Path) -> None:
     pairs = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": "No."} for n in numbers]
     prompts = [{"prompt": f"Say {n}."} for n in numbers]
     alpaca = [{"instruction": row["instruction"], "input": "", "output": row["response"]} for row in rows]
-    for name, content in (("rows", rows), ("alpaca", alpaca), ("pairs", pairs), ("prompts", prompts)):
+    asked = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in prompts]
+    files = {"rows": rows, "alpaca": alpaca, "pairs": pairs, "prompts": prompts, "asked": asked}
+    for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 

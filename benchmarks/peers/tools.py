@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from peers import environment
-from peers.inputs import Job
+from peers.inputs import Job, write
 from peers.watch import states, weights
 
 HERE = Path(__file__).resolve().parent
@@ -154,10 +154,15 @@ def soup(job: Job, folder: Path, programs: Path) -> list[str]:
         training |= {"reward_model": job.reward_model, "ppo_epochs": 1}
     if job.misspelt:
         training["lerning_rate"] = job.rate
+    data = job.rows
+    if job.stage == "ppo":  # it reads prompts as conversations
+        data = f"chats-{job.rows}"
+        prompts = [json.loads(line)["prompt"] for line in (folder / job.rows).read_text().splitlines()]
+        write(folder / data, [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts])
     settings = {
         "base": job.adapter or job.model,
         "task": {"reward": "reward_model"}.get(job.stage, job.stage),
-        "data": {"train": job.rows, "format": "auto", "val_split": 0, "max_length": job.length},
+        "data": {"train": data, "format": "auto", "val_split": 0, "max_length": job.length},
         "training": training,
         "output": job.output,
     }
