@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+set_seed(42)  # the reward model's head is drawn before the trainer does so
 job = json.loads(sys.argv[1])
 stage, output = job["stage"], job["output"]
 common = {
