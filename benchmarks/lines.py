@@ -2,8 +2,8 @@
 
     python benchmarks/lines.py [folder]
 
-posttrain and TRL run in this environment, LLaMA-Factory in one that the script makes in the folder. TRL has no PPO
-since 1.13: its RLOO stands in for it. Neither peer's files judge the reward model or compare the policies.
+posttrain and TRL run in this environment, the others in ones that the script makes in the folder. TRL has no PPO
+since 1.13: its RLOO stands in for it. No peer's files judge the reward model or compare the policies.
 """
 
 import json
@@ -19,6 +19,8 @@ from peers import environment
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = ROOT / "benchmarks" / "peers" / "four_stages"
 FACTORY = ["torch==2.13.0", "llamafactory==0.9.5"]
+SWIFT = ["torch==2.13.0", "ms-swift==4.6.0"]
+SOUP = ["torch==2.13.0", "soup-cli[train]==0.77.0"]
 
 
 def factory_environment(folder: Path) -> Path:
@@ -50,7 +52,10 @@ def prepare(folder: Path) -> None:
     rows = [{"instruction": f"Say {n}.", "response": f"{n} it is."} for n in numbers]
     pairs = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": "No."} for n in numbers]
     prompts = [{"prompt": f"Say {n}."} for n in numbers]
-    for name, content in (("rows", rows), ("pairs", pairs), ("prompts", prompts)):
+    alpaca = [{"instruction": row["instruction"], "input": "", "output": row["response"]} for row in rows]
+    asked = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in prompts]
+    files = {"rows": rows, "alpaca": alpaca, "pairs": pairs, "prompts": prompts, "asked": asked}
+    for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
@@ -68,7 +73,7 @@ def run(name: str, folder: Path, programs: Path) -> None:
     if name == "llamafactory":
         shutil.copy(WRITTEN / name / "dataset_info.json", folder)
     places = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": places, "PYTHONPATH": str(ROOT) if name != "llamafactory" else ""}
+    variables = {**os.environ, "PATH": places, "PYTHONPATH": str(ROOT) if name in ("posttrain", "trl") else ""}
     offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
         ["bash", "-e", f"{name}.sh"],
@@ -87,7 +92,13 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     prepare(folder)
     here = Path(sys.executable).parent
-    sides = {"posttrain": here, "trl": here, "llamafactory": factory_environment(folder)}
+    sides = {
+        "posttrain": here,
+        "trl": here,
+        "llamafactory": factory_environment(folder),
+        "swift": environment(folder / "ms-swift-4.6.0", *SWIFT),
+        "soup": environment(folder / "soup-cli-0.77.0", *SOUP),
+    }
     for name, programs in sides.items():
         run(name, folder, programs)
         lines = sum(bool(line.strip()) for path in written(name) for line in path.read_text().splitlines())

@@ -1,0 +1,74 @@
+swift sft \
+  --model model \
+  --model_type llama \
+  --template default \
+  --tuner_type full \
+  --torch_dtype float32 \
+  --dataset rows.jsonl \
+  --columns '{"instruction": "query"}' \
+  --split_dataset_ratio 0.1 \
+  --eval_steps 2 \
+  --max_length 64 \
+  --output_dir swift/sft \
+  --add_version false \
+  --per_device_train_batch_size 4 \
+  --gradient_accumulation_steps 1 \
+  --learning_rate 2e-4 \
+  --max_steps 2 \
+  --report_to none
+swift rlhf --rlhf_type rm \
+  --model swift/sft/checkpoint-2 \
+  --model_type llama \
+  --template default \
+  --tuner_type full \
+  --torch_dtype float32 \
+  --dataset pairs.jsonl \
+  --columns '{"prompt": "query", "chosen": "response", "rejected": "rejected_response"}' \
+  --split_dataset_ratio 0.1 \
+  --eval_steps 2 \
+  --max_length 64 \
+  --output_dir swift/reward \
+  --add_version false \
+  --per_device_train_batch_size 4 \
+  --gradient_accumulation_steps 1 \
+  --learning_rate 1e-4 \
+  --max_steps 2 \
+  --report_to none
+swift rlhf --rlhf_type dpo \
+  --model swift/sft/checkpoint-2 \
+  --model_type llama \
+  --template default \
+  --tuner_type full \
+  --torch_dtype float32 \
+  --dataset pairs.jsonl \
+  --columns '{"prompt": "query", "chosen": "response", "rejected": "rejected_response"}' \
+  --beta 0.1 \
+  --split_dataset_ratio 0.1 \
+  --eval_steps 2 \
+  --max_length 64 \
+  --output_dir swift/dpo \
+  --add_version false \
+  --per_device_train_batch_size 4 \
+  --gradient_accumulation_steps 1 \
+  --learning_rate 1e-5 \
+  --max_steps 2 \
+  --report_to none
+swift rlhf --rlhf_type ppo \
+  --model swift/sft/checkpoint-2 \
+  --model_type llama \
+  --template default \
+  --tuner_type full \
+  --torch_dtype float32 \
+  --dataset prompts.jsonl \
+  --columns '{"prompt": "query"}' \
+  --reward_model swift/reward/checkpoint-2 \
+  --response_length 8 \
+  --kl_coef 0.1 \
+  --max_length 64 \
+  --output_dir swift/ppo \
+  --add_version false \
+  --per_device_train_batch_size 4 \
+  --gradient_accumulation_steps 1 \
+  --learning_rate 1e-6 \
+  --max_steps 2 \
+  --report_to none
