@@ -74,6 +74,20 @@ class Counts:
     prompt_too_long: int = 0  # left out: nothing of the response would remain
     too_long: int = 0  # left out on request (data.overlength=drop)
 
+    @property
+    def left_out(self) -> str:
+        """How many rows are left out, and why; empty where none is."""
+        reasons = {
+            "also held out": self.in_test_too,
+            "not in the mixture": self.unmixed,
+            "prompt too long": self.prompt_too_long,
+            "too long": self.too_long,
+            "ties": self.ties,
+            "margin too low": self.low_margin,
+            "bad": self.bad,
+        }
+        return ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)
+
 
 @dataclass
 class Tally:

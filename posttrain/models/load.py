@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from posttrain.config.schema import Config, ModelConfig
+from posttrain.console import warn
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.template import plain_template
 from posttrain.devices import process_state
@@ -228,9 +229,10 @@ def _merge_adapter(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", fol
     with _named_failure(model, "its adapter cannot be loaded"):
         adapted = get_peft_model(base, PeftConfig.from_pretrained(folder))
         report = adapted.load_adapter(folder, "default")
-    for kind, names in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
-        if names:
-            raise ConfigError(f"{where}: {len(names)} {kind} keys in the adapter's weights ({', '.join(names[:3])})")
+    found = {"missing": report.missing_keys, "unexpected": report.unexpected_keys}
+    told = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in found.items() if names]
+    if told:
+        raise ConfigError(f"{where}: keys in the adapter's weights are {', '.join(told)}; it is another model's")
     return adapted.merge_and_unload()
 
 
@@ -294,6 +296,7 @@ def load_causal_lm(
     loaded = _load(AutoModelForCausalLM, model, tokenizer, path, config, quantised)
     loaded.generation_config, _ = _mend(loaded.generation_config)
     _agree_on_special_tokens(loaded, tokenizer)
+    _say_what_is_tied(loaded, path)
     return loaded
 
 
@@ -430,6 +433,17 @@ def _fit_embeddings(model: "PreTrainedModel", size: int) -> None:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight[old:] = layer.weight[:old].mean(dim=0)
+
+
+def _say_what_is_tied(model: "PreTrainedModel", path: str) -> None:
+    """Have the config say that head and embeddings are apart where the file has them apart, as transformers reads it.
+
+    What is saved would otherwise be tied by whoever believes its config.json.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if head is not None and config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        warn(f"{path}: config.json ties head and embeddings, and the weights have two that differ; they stay apart")
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def _agree_on_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

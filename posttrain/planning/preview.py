@@ -25,17 +25,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def _summary(encoded: Encoded | None, counts: Counts) -> list[str]:
-    reasons = {
-        "also held out": counts.in_test_too,
-        "not in the mixture": counts.unmixed,
-        "prompt too long": counts.prompt_too_long,
-        "too long": counts.too_long,
-        "ties": counts.ties,
-        "margin too low": counts.low_margin,
-        "bad": counts.bad,
-    }
-    left_out = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.items() if count)
-    cells = [counts.read, counts.kept if encoded else 0, counts.truncated, left_out or 0, counts.duplicates]
+    cells = [counts.read, counts.kept if encoded else 0, counts.truncated, counts.left_out or 0, counts.duplicates]
     tokens, loss = (encoded.tokens, encoded.loss_tokens) if encoded else (0, 0)
     share = f"{loss:,} ({loss / tokens:.0%})" if tokens else "0"
     return [cell if isinstance(cell, str) else f"{cell:,}" for cell in [*cells, tokens]] + [share]

@@ -16,7 +16,7 @@ from posttrain.data.hashes import Hashes, cache_of
 from posttrain.data.prepared import Encoded, Prepared, is_whole, key_of, load, prepare
 from posttrain.data.reading import Format, Work
 from posttrain.data.sources import NOTHING_GIVEN, Given, Source, find_sources
-from posttrain.data.splits import Example, Row
+from posttrain.data.splits import Counts, Example, Row
 from posttrain.devices import on_each_machine, on_main_process
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.generate import Completion
@@ -198,11 +198,7 @@ def prepare_rows(
     made = load(work, folder, key)
     counts = made.counts["train"]
     if made.train is None:
-        raise DataError(
-            f"no rows left to train on with stage.max_length={room}: {counts.prompt_too_long} prompts fill it "
-            f"alone, {counts.too_long} rows are longer, {counts.ties} pairs are ties, "
-            f"{counts.low_margin} have a margin below data.min_margin, {counts.bad} rows do not fit"
-        )
+        raise DataError(f"none of {counts.read:,} rows is left to train on: {counts.left_out}. {_remedy(counts, room)}")
     if sources.scratch is None:
         sources.hashes.save()
     if made.train.loss_tokens and made.train.without_end == len(made.train.dataset):
@@ -229,6 +225,17 @@ def prepare_rows(
     test = bounded.pop("", None) or next(iter(bounded.values()), None)
     shown = new_tokens or min(COMPLETION_TOKENS, max(room // 2, 1))
     return StageData(encoder, made, made.train, test, bounded, room, shown)
+
+
+def _remedy(counts: Counts, room: int) -> str:
+    """What to do about the reason that most rows are left out for."""
+    remedies = {
+        f"Raise stage.max_length={room}": counts.prompt_too_long + counts.too_long,
+        "A tie has chosen and rejected the same: look at data.columns": counts.ties,
+        "Lower data.min_margin": counts.low_margin,
+    }
+    most = max(remedies, key=lambda remedy: remedies[remedy])
+    return most if remedies[most] else "Look at the rows and at what is held out of them (data.test_size)"
 
 
 def check_length(config: Config) -> int:

@@ -223,9 +223,9 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "adapter without one of its weights": (
         lambda folder: [trained_adapter(folder), without(folder / "adapter_model.safetensors", LORA_WEIGHT)],
-        "1 missing keys in the adapter's weights",
+        "keys in the adapter's weights are 1 missing (",
     ),
-    "adapter of a deeper model": (adapter_of_a_deeper_model, "6 unexpected keys in the adapter's weights"),
+    "adapter of a deeper model": (adapter_of_a_deeper_model, "keys in the adapter's weights are 6 unexpected ("),
     "pickled adapter": (pickled_adapter, "no adapter_model.safetensors"),
     "adapter on a pickled base": (lambda folder: pickled(trained_adapter(folder)), "no file named model.safetensors"),
     "adapter on a base without one of its weights": (

@@ -145,6 +145,21 @@ def test_a_head_is_replaced_where_a_reward_model_begins_and_nowhere_else(tmp_pat
         load_reward_model(finished, tokenizer, finished.start, seed=0, new_head=False)
 
 
+def test_a_head_that_the_file_has_apart_is_not_said_to_be_tied(tmp_path: Path) -> None:
+    path = save_architecture(tmp_path / "model", "qwen2.5", tie_word_embeddings=False)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded, _ = load_model_and_tokenizer(model_config(path), tmp_path / "built")
+    head, embeddings = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert not torch.equal(head, embeddings)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
+    tied, _ = load_model_and_tokenizer(
+        model_config(save_architecture(tmp_path / "tied", "qwen2.5", tie_word_embeddings=True)), tmp_path / "built"
+    )
+    assert tied.config.tie_word_embeddings
+
+
 @pytest.mark.parametrize("new_head", [False, True], ids=["used", "trained on"])
 def test_a_reward_model_has_one_output(tmp_path: Path, new_head: bool) -> None:
     two = reward_model(tmp_path / "two", save(tmp_path / "base", made.chatml(), "qwen2"), outputs=2)

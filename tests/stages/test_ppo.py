@@ -230,7 +230,7 @@ REFUSED = {
     "a critic that cannot stop": (("stage.critic_stop_gradient=true",), "is read by stage.critic=head only"),
     "no room": (("stage.max_new_tokens=64",), "leaves no room for a prompt in stage.max_length=64"),
     "uneven": (("stage.rollout_batch_size=9",), "stage.rollout_batch_size=9 must be a multiple of"),
-    "prompts too long": (("stage.max_length=10",), "no rows left to train on"),
+    "prompts too long": (("stage.max_length=10",), "Raise stage.max_length=10"),
     "top_k": (("trainer.top_k=5",), "trainer.top_k cannot be set: completions are sampled"),
     "beta": (("trainer.beta=0.1",), "trainer.beta cannot be set: set stage.kl_coef"),
     "epsilon": (("trainer.epsilon=0.1",), "trainer.epsilon repeats stage.clip_ratio"),

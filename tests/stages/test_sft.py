@@ -198,7 +198,10 @@ def test_bad_data_leaves_the_disk_as_it_was(posttrain: Posttrain, tmp_path: Path
     ("arguments", "told"),
     [
         (("stage.max_length=1024",), "stage.max_length=1024 exceeds the 512 positions of posttrain/tiny"),
-        (("stage.max_length=12",), "no rows left to train on with stage.max_length=12: 450 prompts fill it alone"),
+        (
+            ("stage.max_length=12",),
+            "450 (prompt too long). Raise stage.max_length=12",
+        ),
         (("precision=fp16",), "precision=fp16 needs a GPU"),
         (("model.use_peft=true", "model.lora_target_modules=[nope]"), "nope match no linear layer"),
         (("trainer.report_to=mlflow",), "trainer.report_to=mlflow is not one of none, tensorboard"),
