@@ -206,6 +206,8 @@ def prepare_rows(
             "every response is cut before its end, so the model could not learn to stop; raise stage.max_length "
             "or set data.overlength=drop"
         )
+    if made.train.loss_tokens and (end := encoder.end_of_text()[1]):
+        made.notes.append(f"the chat template puts no end behind a response: {end} is put there, to be learned")
     if unread := [name for name in made.options if name not in str(tokenizer.chat_template)]:
         made.notes.append(f"the chat template reads no {', '.join(unread)} of the rows' chat_template_kwargs")
     if made.unlike_generation:

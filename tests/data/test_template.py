@@ -251,3 +251,14 @@ def test_every_format_of_a_date_is_that_of_the_run() -> None:
     assert text(written).startswith("".join(f"{DAY.strftime(each)}|" for each in formats))
     with pytest.raises(ConfigError, match="messages"):
         kept(made.CHATML, {"messages": "x"})
+
+
+def test_an_end_that_the_template_does_not_put_is_told(posttrain: Posttrain, rows: Path, tmp_path: Path) -> None:
+    turns = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+    template = turns + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "endless.jinja").write_text(template)
+    words = ("stage=sft", f"data.dataset_name={rows}", "dry_run=true")
+    for more, told in (((), 0), (("model.chat_template_path=endless.jinja",), 1)):
+        done = posttrain(*words, *more)
+        assert done.code == 0, done
+        assert done.out.count("puts no end behind a response") == told
