@@ -365,7 +365,7 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished], best_o
     overrides = parse(arguments).overrides
     names = {override.key_or_group for override in overrides}
     prompts = EVALUATED_AS.data_format.name
-    online = next((name for name in folders if STAGES[name].is_online), EVALUATED_AS.name)
+    online = next((name for name, spec in kinds.items() if spec is not None and spec.is_online), EVALUATED_AS.name)
     if online not in folders and not names & {"recipes", f"data.{prompts}"}:
         say(f"no evaluation: name prompts to compare on with data.{prompts}=<source>")
         return
