@@ -56,11 +56,12 @@ from posttrain.metrics.comparison import REWARD
 from posttrain.models.load import load_model_and_tokenizer
 from posttrain.models.resolve import all_reward_functions, resolve
 from posttrain.planning.preview import show_data
-from posttrain.rlhf.pairing import FILES, REASONS, Choice, PairsConfig, choose, row_of
+from posttrain.rlhf.pairing import FILES, LOW_MARGIN, REASONS, Choice, PairsConfig, choose, row_of
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import ANSWERS, MANIFEST, RunFolder, locked, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
+from posttrain.stages.online import check_rewards
 from posttrain.train import check_start, identity_of, load_tokenizer_of, manifest_of
 
 SHARD = 32  # prompts whose answers are written to one file
@@ -96,6 +97,7 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
         raise ConfigError("gold_filter=true asks the functions of eval_reward_functions=[…], and there are none")
     # 1. what is asked, and whether it has been answered before
     resolved, folder = resolve(config), RunFolder(path)
+    folder.elsewhere = "out=…"
     config = resolved.config
     tokenizer, begun = load_tokenizer_of(resolved)
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,11 +110,17 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
     if config.dry_run:
         say("dry run: nothing was sampled or written")
         return {}
-    identity = identity_of(resolved, sources, tokenizer, begun) | {PAIRS: asdict(chosen)}
+    resolved.keep_out_of(path)
+    check_rewards(config)
+    # what is chosen of the answers may change until it is done, and nothing is sampled again for it
+    identity = identity_of(resolved, sources, tokenizer, begun) | {PAIRS: {"samples": chosen.samples}}
     state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
+        if manifest[PAIRS] != asdict(chosen):
+            told = ", ".join(f"{name}={value}" for name, value in manifest[PAIRS].items())
+            raise ConfigError(f"{path} holds rows chosen with {told}; choose out=… for others")
         say(f"already complete: {path}, and nothing has changed (finished {manifest['finished']})")
         return dict(manifest["metrics"])
     # 2. answer, a shard at a time; those that are there stay
@@ -125,7 +133,7 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
     check_start(resolved, identity)
     # 3. choose, and only then call it finished
     made, metrics, lost = on_main_process(lambda: _choose(path / ANSWERS, rows, scorer, chosen))
-    show_table("pairs", ("prompts", ""), [*lost, ("rows", f"{len(made):,}")])
+    show_table("pairs", ("what became of the prompts", ""), [*lost, ("rows", f"{len(made):,}")])
     if not made:
         raise DataError(
             f"{path}: no row can be made of the answers ({', '.join(f'{why}: {count}' for why, count in lost)}); "
@@ -135,8 +143,9 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
         file, lines = path / FILES[chosen.keep], (json.dumps(row, ensure_ascii=False, default=str) for row in made)
         write_atomically(file, "".join(f"{line}\n" for line in lines))
         manifest = manifest_of(resolved, sources, data, identity, metrics)
-        folder.finish(manifest | {"stage": PAIRS, "files": {file.name: sha256_of(file)}})
-    say(f"rows: {path / FILES[chosen.keep]}")
+        folder.finish(manifest | {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}})
+    trains = "dpo" if chosen.keep == "pairs" else "sft"
+    say(f"rows: {path / FILES[chosen.keep]}; train on them: posttrain run stage={trains} data.dataset_name=<this file>")
     return metrics
 
 
@@ -189,7 +198,8 @@ def _choose(
         for end, answers in sides.items():
             values = [value for each in answers if (value := each.scores.get(score)) is not None]
             metrics |= {f"{score}{end}": fmean(values)} if values else {}
-    return made, metrics, [(reason, f"{why[reason]:,}") for reason in REASONS if why[reason]]
+    names = {reason: reason for reason in REASONS} | {LOW_MARGIN: f"margin below min_margin={config.min_margin:g}"}
+    return made, metrics, [(names[reason], f"{why[reason]:,}") for reason in REASONS if why[reason]]
 
 
 def main() -> None:
@@ -213,7 +223,11 @@ def _main(arguments: Sequence[str]) -> None:
         return
     if any(spec.startswith(judges.__name__) for spec in all_reward_functions(config)):
         judges.shipped.endpoint()
+    if given.get("out") == "":
+        raise ConfigError("out= needs the name of a folder")
     path = Path(given["out"]) if "out" in given else Path(config.output_dir) / config.run_name / PAIRS
+    if (path.is_symlink() or path.exists()) and not path.is_dir():
+        raise ConfigError(f"out={path} is no folder")
     with locked(*([path] if is_main_process() and not config.dry_run else [])):
         sample_pairs(config, path, options)
     judges.print_costs()

@@ -1,4 +1,4 @@
-"""Run SFT, reward model, PPO and DPO in order, then compare them.
+"""Run SFT, reward model and what comes after them in order, then compare the policies.
 
 usage: posttrain pipeline [recipes=...] [stages=[sft,reward,ppo,dpo]] [key=value ...]
 
@@ -47,7 +47,7 @@ from posttrain.config.stages import (
     OnlineStage,
     followers,
 )
-from posttrain.console import is_main_process, say, show_table
+from posttrain.console import is_main_process, say, show_table, warn
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import label
 from posttrain.metrics.comparison import Difference, before_and_after, paired
@@ -56,6 +56,8 @@ from posttrain.report import ROUND, write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
 from posttrain.runs.folder import MANIFEST, locked, run_path
 
+DPO = "dpo"  # that learns from sampled pairs
+FEWEST = 6  # prompts, of which all have to be lost for the sign test to call it more than chance
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
 
 
@@ -106,7 +108,9 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         given = [*flags, *own, *(["--config-dir", line.config_dir] if line.config_dir else [])]
         try:
             with _in_words_of(stage):
-                sampled = PAIRS in stages[:place]  # its rows are to come
+                sampled = stage == DPO and PAIRS in stages[:place]  # its rows are to come
+                if sampled and any(each.key_or_group == f"{stage}.data.dataset_name" for each in line.overrides):
+                    raise ConfigError("stage.data.dataset_name: its rows are those of pairs; leave one of them out")
                 config = read_command(given, stages[:place], needs_data=not sampled).config
                 if config.data.ptx and (rows := _own_instructions(line.overrides, stage)):
                     given.append(f"data.ptx={rows}")
@@ -125,11 +129,11 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     if line.multirun and PAIRS in stages:
         problems["pairs are of one run; sweep afterwards: posttrain run -m stage=dpo data.dataset_name=…"] = None
     rounds = _rounds(line.overrides)
-    if rounds != "1" and not (rounds.isdecimal() and int(rounds) and {PAIRS, "dpo"} <= {*stages}):
-        problems[f"rounds={rounds} must be a whole number, 1 or more, and needs stages=[…,{PAIRS},dpo]"] = None
+    if rounds != "1" and not (rounds.isdecimal() and int(rounds) and {PAIRS, DPO} <= {*stages}):
+        problems[f"rounds={rounds}: a whole number, 1 or more, of rounds of stages=[…,{PAIRS},dpo]"] = None
     if problems:
         raise ConfigError(*problems)
-    again = [step for step in steps if step.stage in (PAIRS, "dpo")]
+    again = [step for step in steps if step.stage in (PAIRS, DPO)]
     return [*steps, *(replace(step, round=number) for number in range(2, int(rounds) + 1) for step in again)]
 
 
@@ -248,7 +252,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
                 result = run_stage(with_what_came(step, earlier), step.folder, to_come)
             metrics = result.metrics if result is not None else {}
         done.append(Finished(step.folder.name, step.folder, metrics, time.monotonic() - started))
-        if metrics and step.stage == "dpo" and _is_worse(step, steps):
+        if metrics and step.stage == DPO and _is_worse(step, steps):
             break
     return done
 
@@ -256,7 +260,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
 def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
     """The configuration of a step, with the pairs of its round and the policy of the round before."""
     config, stage = step.config, step.config.stage
-    first = next((each for each in earlier if each.stage == "dpo"), step)
+    first = next((each for each in earlier if each.stage == DPO), step)
     if step.round > 1:
         before = str(replace(first, round=step.round - 1).folder)
         config = replace(config, model=replace(config.model, model_name_or_path=before, from_scratch=False))
@@ -265,7 +269,7 @@ def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
     sampled = [each for each in earlier if each.pairs is not None and each.round == step.round]
     if step.pairs is not None:
         return replace(config, seed=config.seed + step.round - 1)
-    if not sampled:
+    if not sampled or step.stage != DPO:
         return config
     columns = type(config.data.columns)
     data = replace(
@@ -311,7 +315,9 @@ def _is_worse(step: Step, steps: Sequence[Step]) -> bool:
     ]
     fell = [f"{each.score} fell since {each.first}, {each}" for each in changes if each.way < 0]
     if fell:
-        say(f"round {step.round} is the last of {rounds}: {'; '.join(fell)}. The better policy is {earlier[-1]}")
+        say(f"round {step.round} is the last of {rounds}: {'; '.join(fell)}. The policy before it: {earlier[-1]}")
+    elif len(last.prompts) < FEWEST:
+        warn(f"{len(last.prompts)} held-out prompts cannot tell a fall from chance; rounds do not end by themselves")
     return bool(fell)
 
 

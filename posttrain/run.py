@@ -1,6 +1,6 @@
 """Train one stage, or with -m sweep over its keys.
 
-usage: posttrain run [stage=sft|reward|ppo|dpo] [recipes=...] [key=value ...] [-m]
+usage: posttrain run [stage=sft|reward|ppo|dpo|kto|grpo] [recipes=...] [key=value ...] [-m]
 
 Every key is checked before anything runs. The same command again resumes an
 interrupted run. Every key of a stage: posttrain run stage=ppo --help

@@ -271,6 +271,7 @@ def _run(
     config = resolved.config
     stage, spec = stage_named(config.stage.name), STAGES[config.stage.name]
     # 1. see what is in the folder already, and only then prepare the data
+    resolved.keep_out_of(folder.path)
     tokenizer, begun = load_tokenizer_of(resolved)
     sources = data_sources(config, given)
     identity = identity_of(resolved, sources, tokenizer, begun)

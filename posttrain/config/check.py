@@ -125,10 +125,10 @@ def _check_trainer(stage: StageConfig, trainer: JsonObject) -> typing.Iterator[s
         if name == PATIENCE:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 yield f"{path}={value!r} must be a number of evaluations, 1 or more"
-            if not trainer.get("load_best_model_at_end"):
+            elif not trainer.get("load_best_model_at_end"):
                 yield (
-                    f"{path}={value} waits for a better checkpoint: it needs trainer.load_best_model_at_end=true, "
-                    "trainer.metric_for_best_model=… and trainer.save_steps as trainer.eval_steps"
+                    f"{path}={value} waits for a better checkpoint: it needs trainer.load_best_model_at_end=true and "
+                    f"checkpoints where there are evaluations, trainer.save_steps={trainer.get('eval_steps', 0.2)}"
                 )
         elif name in ours:
             yield f"{path} repeats stage.{ours[name]}; set stage.{ours[name]} only"

@@ -14,7 +14,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     word = f"{section or 'stage'}.{_ELSEWHERE[name]}" if name in _ELSEWHERE else word
     # the last part alone, too, so that a key put into the wrong section finds its own
     # of a short word one wrong letter is a third
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) > 5 else 0.6)
+    close = [other for other in words if other.lower() == word.lower()]
+    close = close or difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) > 5 else 0.6)
     close = close or difflib.get_close_matches(section, words, n=1, cutoff=0.75)  # a key that holds others
     if not close:
         tails = {other.rsplit(".", 1)[-1]: other for other in words}

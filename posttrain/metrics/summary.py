@@ -82,7 +82,7 @@ def _how(stage: Trained) -> str:
     spec = STAGES[stage.stage]
     rows, passes = f"{stage.rows:,} {spec.unit}", f", {stage.epochs:.3g} epochs" if stage.epochs else ""
     if spec.is_online:
-        rows = f"{round(stage.rows * stage.epochs):,} {spec.unit}" if stage.epochs else f"{stage.rows:,} prompts"
+        rows = f"{round(stage.rows * stage.epochs) if stage.epochs else stage.rows:,} prompts"
         passes = ""
     files = ", ".join(Path(source).name for source in stage.sources)
     rewarded = f" with {stage.rewarded_by}" if stage.rewarded_by else ""

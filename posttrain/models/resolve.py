@@ -96,6 +96,18 @@ class Resolved:
         """Each model that the stage starts from."""
         return {"model": self.start} | self.others
 
+    def keep_out_of(self, folder: Path) -> None:
+        """Refuse a folder for the result that holds what it is made of: making room there would delete it.
+
+        Raises:
+            ConfigError: one of the models is in it.
+        """
+        for name, start in self.folders.items():
+            if folder.resolve() in (start.resolve(), *start.resolve().parents):
+                raise ConfigError(
+                    f"{folder} holds the {name.replace('_', ' ')} that is asked for; choose another folder"
+                )
+
 
 def resolve(config: Config, to_come: Collection[str] = (), needs_data: bool = True) -> Resolved:
     """Find out what a stage starts from: model, reward model and rows.

@@ -14,6 +14,7 @@ LENGTH_FACTOR = 2.0
 SPREAD_LEFT = 0.05  # of the first rollout's reward spread
 LARGE = 100.0  # of a mean reward, as it is learned from
 STILL_ROLLOUTS = 5  # how long a policy may take to move, at least
+STILL_UPDATES = 4  # of the policy
 STILL_KL = 0.01  # nats per completion
 VLLM_MEAN = 0.1  # nats between vLLM's log-probabilities and the trainer's, on average over tokens
 VLLM_TOKEN = 0.2  # and at one token: as far as stage.clip_ratio lets an update go
@@ -157,12 +158,12 @@ class Alarms:
         """
         stage = self.stage
         warmup = stage.critic_warmup_steps if isinstance(stage, PPOStage) else 0
-        learned = self.rollouts - 1 - warmup / (stage.num_mini_batches * stage.ppo_epochs)
+        updates = (self.rollouts - 1) * stage.num_mini_batches * stage.ppo_epochs - warmup
         late = self.rollouts in (self.planned, max(STILL_ROLLOUTS, self.planned // 2))
         chance = 2 * ((first["reward_std"] ** 2 + now["reward_std"] ** 2) / stage.rollout_batch_size) ** 0.5
         return (
             late
-            and learned >= 1
+            and updates >= STILL_UPDATES
             and "kl" in now
             and now["kl_k3"] < STILL_KL
             and abs(now["kl"]) <= 2 * now["kl_error"] + STILL_KL

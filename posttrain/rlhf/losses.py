@@ -162,7 +162,8 @@ def explained_variance(errors: "Tensor", returns: "Tensor") -> float:
 
 def group_spread(rewards: "Tensor", group: int) -> "Tensor":
     """The standard deviation (unbiased) of the rewards (E) of each prompt's `group` completions, one after another."""
-    return rewards.view(-1, group).std(1).repeat_interleave(group)
+    rows = rewards.view(-1, group)
+    return (rows - rows[:, :1]).std(1).repeat_interleave(group)
 
 
 def group_advantages(rewards: "Tensor", group: int, leave_one_out: bool, spread: "Tensor | None") -> "Tensor":
@@ -172,7 +173,9 @@ def group_advantages(rewards: "Tensor", group: int, leave_one_out: bool, spread:
     https://arxiv.org/abs/2402.14740. None: no division (Dr. GRPO: Liu et al. 2025, https://arxiv.org/abs/2503.20783);
     1e-4 is TRL's.
     """
-    advantages = rewards - rewards.view(-1, group).mean(1).repeat_interleave(group)
+    rows = rewards.view(-1, group)
+    rows = rows - rows[:, :1]  # so that rounding leaves nothing of rewards that are all the same
+    advantages = (rows - rows.mean(1, keepdim=True)).flatten()
     if leave_one_out:
         advantages = advantages * (group / (group - 1))
     return advantages if spread is None else advantages / (spread + 1e-4)

@@ -363,13 +363,15 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
             means = by_function.nanmean(0).tolist()
             numbers |= {f"reward/{name}": mean for name, mean in zip(self.reward_func_names, means, strict=True)}
         if self.args.stage.needs_kl:
+            paid = self.kl_controller.coef
+            self.kl_controller.update(float(k1.mean()), len(gathered))
             numbers |= {
                 "kl": float(k1.mean()),
                 "kl_error": float(k1.std(unbiased=False)) / len(k1) ** 0.5,
                 "kl_k3": float(k3.mean()),
-                "kl_coef": self.kl_controller.coef,
+                # what this rollout is learned with: a term of the loss comes after the update
+                "kl_coef": self.kl_controller.coef if self.args.stage.kl_in_loss else paid,
             }
-            self.kl_controller.update(numbers["kl"], len(gathered))
         self.trained_tokens += int(length.sum())
         return numbers
 

@@ -102,7 +102,7 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
         return [None if value is None else float(value) for value in values]
 
     def failed(error: BaseException) -> PosttrainError:
-        more = "; it is called with prompts=, completions= and more, so it needs **columns"
+        more = "; it is called with prompts=, completions= and more (**columns), and returns a list of numbers"
         return PosttrainError(
             f"reward function {name} failed: {_place(error)}{more if isinstance(error, TypeError) else ''}"
         )

@@ -163,7 +163,8 @@ def locked(*folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    file = folder.with_name(f".{folder.name}.lock")
+    whole = folder.resolve()
+    file = whole.with_name(f".{whole.name}.lock")
     lock = FileLock(file, timeout=0, is_singleton=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +209,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts.jsonl"
         self.curves = path / "curves.svg"
+        self.elsewhere = "run_name=…"  # the key by which another folder is named
         self.trains = False  # set once training begins: from then on the folder is kept even if the run fails
         self._room: Literal["", "clear", "move"] = ""  # what has to happen to a run that is here
 
@@ -229,7 +231,8 @@ class RunFolder:
         """
         earlier = self._read(IDENTITY)
         if earlier is None:
-            foreign = sorted(entry.name for entry in self._entries() if entry.name not in BEFORE_THE_FIRST_STEP)
+            names = sorted(entry.name for entry in self._entries())
+            foreign = [name for name in names if name.removesuffix(".part") not in BEFORE_THE_FIRST_STEP]
             if foreign:
                 raise ConfigError(
                     f"{self.path} holds files that no run of posttrain wrote ({', '.join(foreign[:3])}); "
@@ -248,7 +251,7 @@ class RunFolder:
         more = len(reasons) - SHOWN_REASONS
         why = "; ".join([*reasons[:SHOWN_REASONS], *([f"and {more} more"] if more > 0 else [])])
         how = "with another configuration" if changed else "whose result is not as it was written"
-        if not finished and not checkpoints(self.path):
+        if not finished and not checkpoints(self.path) and not any((self.path / ANSWERS).glob("*.jsonl")):
             say(f"{self.path}: an earlier start stopped before its first checkpoint; starting over ({why})")
             self._room = "clear"
             return "new"
@@ -259,8 +262,8 @@ class RunFolder:
             return "new"
         raise ConfigError(
             f"{self.path} holds {what} {how} ({why}); "
-            "choose run_name=… for a new run, or pass move_aside=true to keep the old one aside, overwrite=true to "
-            "delete it"
+            f"choose {self.elsewhere} for a new run, or pass move_aside=true to keep the old one aside, overwrite=true "
+            "to delete it"
         )
 
     def began_on(self) -> int | None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import GRPOStage
+from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.models.meta import Holdings, hold_model
 from posttrain.stages import online
@@ -41,6 +42,12 @@ def build(context: StageContext, model: "PreTrainedModel") -> "GRPOTrainer":
     """The trainer with policy, reference and reward."""
     from posttrain.rlhf.grpo import GRPOConfig, GRPOTrainer
 
+    stage = context.config.stage
+    assert isinstance(stage, GRPOStage)
+    say(
+        f"loss: {stage.loss_type} over {stage.num_generations} completions of each prompt, rewards scaled by: "
+        f"{stage.scale_rewards}, KL part of the {'loss' if stage.kl_in_loss else 'reward'}"
+    )
     return online.build_as(GRPOTrainer, GRPOConfig, context, model)
 
 

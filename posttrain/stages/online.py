@@ -92,11 +92,12 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
             f"stage.micro_batch_tokens={stage.micro_batch_tokens} has no room for an episode of stage.max_length="
             f"{stage.max_length} tokens; set at least that many"
         )
+    plan_rollouts(stage, stage.rollout_batch_size, process_state().num_processes)  # before the rows are read
     if stage.use_vllm and not config.dry_run and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "stage.use_vllm=true: vLLM is not installed; pip install 'posttrain[vllm]' on a machine with a GPU"
         )
-    _check_rewards(config)
+    check_rewards(config)
     functions = _functions("stage.reward_functions", stage.reward_functions)
     eval_functions = _functions("stage.eval_reward_functions", stage.eval_reward_functions)
     for function in eval_functions:
@@ -128,7 +129,7 @@ def _stage(config: Config) -> OnlineStage:
     return config.stage
 
 
-def _check_rewards(config: Config) -> None:
+def check_rewards(config: Config) -> None:
     """The weights' number, and the gate before the reward model."""
     stage = _stage(config)
     count = len(stage.reward_functions) + (stage.reward_model is not None)

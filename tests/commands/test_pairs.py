@@ -33,6 +33,7 @@ WORDS_OF_PAIRS = (
     *("policy=outputs/w/sft", REWARD, "data.dataset_name=asked.jsonl", "data.test_size=5", "samples=3"),
     *("max_new_tokens=24", "max_length=64", "run_name=w"),
 )
+SFT = ("max_length=64", "batch_size=8", "learning_rate=1e-2", "warmup_steps=0")
 ANSWERED = Path("outputs/w/pairs")
 
 
@@ -42,9 +43,8 @@ def taught(posttrain: Posttrain, sources: Path, tmp_path_factory: pytest.TempPat
 
     def make(folder: Path) -> None:
         write_sources(folder)
-        sft = ("data.dataset_name=rows.jsonl", "run_name=w", "stage.max_length=64", "trainer.max_steps=40")
-        sft += ("stage.batch_size=8", "stage.learning_rate=1e-2", "stage.warmup_steps=0", "data.test_size=4")
-        assert posttrain("stage=sft", *sft, f"output_dir={folder}/outputs").code == 0
+        given = ("data.dataset_name=rows.jsonl", "run_name=w", f"output_dir={folder}/outputs", "data.test_size=4")
+        assert posttrain("stage=sft", *given, "trainer.max_steps=40", *(f"stage.{each}" for each in SFT)).code == 0
 
     folder = once(tmp_path_factory, "taught", make)
     shutil.copytree(folder / "outputs", sources / "outputs")
@@ -80,6 +80,8 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     # again: nothing; a finished folder that was cut back to a part of its answers: the same bytes
     first = contents(ANSWERED)
     assert "already complete" in entry(pairs.main, *WORDS_OF_PAIRS).out
+    other = entry(pairs.main, *WORDS_OF_PAIRS, "min_margin=2")
+    assert (other.code, "holds rows chosen with samples=3, keep=pairs, min_margin=0.5" in other.err) == (2, True), other
     assert contents(ANSWERED) == first
     for name in ("posttrain.json", "preferences.jsonl", "answers/00000032.jsonl"):
         (ANSWERED / name).unlink()
@@ -109,6 +111,9 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
 
     for words, said in (
         (("min_margin=1000", "out=none"), "no row can be made of the answers"),
+        (("temperature=0.5", "out=none"), "stage.temperature was 1.0, now 0.5"),  # its answers are kept
+        (("out=my_rewards.py",), "out=my_rewards.py is no folder"),
+        (("out=outputs/w/sft", "overwrite=true"), "outputs/w/sft holds the model that is asked for"),
         (("samples=1",), "samples=1 must be at least 2"),
         (("samples=x",), "samples=x"),
         (("keep=all",), "keep=all is not one of pairs, best"),
@@ -117,7 +122,6 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
         (("policy=none/of/this",), "none/of/this: no such folder"),
         (("reward_functions=[]",), "needs a reward"),
         (("data.dataset_name=empty.jsonl",), "empty.jsonl"),
-        (("out=outputs/w/sft",), "outputs/w/sft holds a finished run"),
         (("out=mine",), "mine holds files that no run of posttrain wrote"),
     ):
         Path("mine").mkdir(exist_ok=True)
@@ -128,10 +132,15 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
         assert said in " ".join(done.err.split()), done
     assert Path("mine/notes.txt").read_text() == "keep"
     assert not Path("none/preferences.jsonl").exists()
+    assert Path("outputs/w/sft/model").is_dir()
+    assert entry(pairs.main, *WORDS_OF_PAIRS, "min_margin=0", "out=none").code == 0  # other rows of the same answers
+    assert len(read_rows("none/preferences.jsonl")) >= len(rows)
 
 
 ROUNDS = (
-    *("stages=[pairs,dpo]", "rounds=2", "run_name=w", "data.prompts=asked.jsonl", "ppo.data.test_size=5"),
+    *("stages=[sft,pairs,dpo]", "rounds=2", "run_name=w", "data.prompts=asked.jsonl", "ppo.data.test_size=5"),
+    *("data.instructions=rows.jsonl", "sft.data.test_size=4", "sft.trainer.max_steps=40"),
+    *(f"sft.{each}" for each in SFT),
     *(f"ppo.{REWARD}", "ppo.eval_reward_functions=[my_rewards.vowels]", "ppo.max_new_tokens=24", "ppo.max_length=64"),
     *("pairs.samples=3", "dpo.max_length=64", "dpo.trainer.max_steps=4", "dpo.data.test_size=4"),
     *("dpo.trainer.logging_steps=1", "dpo.trainer.save_steps=2"),
@@ -159,7 +168,11 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
     before = contents(run)
     again = pipeline(*ROUNDS)
     assert again.code == 0, again
-    assert again.out.count("already complete: ") == 4
+    assert again.out.count("already complete: ") == 5
+    policies = [each["policy"] for each in json.loads((run / "evaluation.json").read_text())]
+    first, best, *others = policies
+    assert (first, best) == ("outputs/w/sft", "best of 3 of outputs/w/sft")
+    assert others == ["outputs/w/dpo", "outputs/w/dpo-round2"]
     after = contents(run)
     assert {name: after[name] for name in after if "report.html" not in name} == {
         name: before[name] for name in before if "report.html" not in name

@@ -28,7 +28,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
     trained, better, worse = map(str, sentences([SFT, PPO], list(differences(policies))))
     assert trained == (
         "Trained: gpt2 by sft on 450 rows of rows.jsonl, 20 epochs; "
-        "ppo on 900 episodes of prompts.jsonl with the reward model of reward."
+        "ppo on 900 prompts of prompts.jsonl with the reward model of reward."
     )
     assert better.startswith("Better: sft: held-out loss 6.900 → 0.2600")
     _, style, reward = better.split("; ")

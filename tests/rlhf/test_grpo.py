@@ -32,6 +32,9 @@ def test_advantages_by_hand() -> None:
     assert spread.tolist() == pytest.approx([math.sqrt(8 / 3)] * 4 + [0.0] * 4)
     plain = losses.group_advantages(rewards, 4, leave_one_out=False, spread=None)
     assert plain.tolist() == [-2, 0, 2, 0, 0, 0, 0, 0]
+    for reward in (7.3, 250.7, 123456.79):  # whose mean is rounded
+        same, deviation = torch.full((8,), reward), losses.group_spread(torch.full((8,), reward), 8)
+        assert not losses.group_advantages(same, 8, leave_one_out=False, spread=deviation).any()
     others = losses.group_advantages(rewards, 4, leave_one_out=True, spread=None)
     assert others.tolist() == pytest.approx([1 - 11 / 3, 3 - 9 / 3, 5 - 7 / 3, 3 - 9 / 3, 0, 0, 0, 0])
     scaled = losses.group_advantages(rewards, 4, leave_one_out=False, spread=spread)

@@ -170,7 +170,7 @@ WRONG = {
     "inf": ("my_rewards.infinite", 1, "reward function infinite gave inf"),
     "too large for sums": ("my_rewards.huge", 1, "huge gave a reward of 1e+38 at step 0"),
     "too few": ("my_rewards.few", 1, "reward function few gave 1 rewards for 4 completions"),
-    "no **columns": ("my_rewards.narrow", 1, "so it needs **columns"),
+    "no **columns": ("my_rewards.narrow", 1, "and more (**columns), and returns a list"),
     "sys.exit": ("my_rewards.leaves", 1, "reward function leaves failed: SystemExit: 0 (my_rewards.py:"),
     "sys.exit in a generator": ("my_rewards.leaves_later", 1, "reward function leaves_later failed: SystemExit: 0"),
     "sys.exit at import": (
