@@ -184,7 +184,7 @@ def test_every_documented_run_runs(posttrain: Posttrain, tmp_path: Path, command
     mine = next((name for name in OWN[1:] if f"recipes={name}/" in command), None)
     if mine:  # what it starts from has its template
         assert posttrain(f"recipes={mine}/sft", *SHORT).code == 0
-    elif "ppo" in command:
+    elif "ppo" in command or "stage=grpo" in command or "/grpo" in command:
         (tmp_path / "my_rewards.py").write_text(
             "def concise(prompts, completions, **columns):\n"
             "    return [-len(completion[0]['content']) / 100 for completion in completions]\n"

@@ -141,7 +141,11 @@ def _cause(trainer: PolicyTrainer, buffer: RolloutBuffer, generated: Tensor, tol
         with trainer.unwrapped_model() as policy:
             settings = {**policy.generation_config.to_dict()}
         settings |= {name: value for name, value in trainer.generation_config.to_dict().items() if value is not None}
-        filters = [f"{name}={settings[name]}" for name, neutral in NEUTRAL.items() if settings.get(name) not in neutral]
+        filters = [
+            f"{name}={str(settings[name])[:60]}"
+            for name, neutral in NEUTRAL.items()
+            if settings.get(name) not in neutral
+        ]
         if filters:
             return f"generation samples otherwise than by temperature alone ({', '.join(filters)})"
     reference = trainer.reference_logps(buffer)

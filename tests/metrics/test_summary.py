@@ -60,7 +60,7 @@ def test_a_sweep_names_its_best_and_its_worst_point_by_the_mean_of_its_seeds() -
     scores = ((0.1, 1, 0.2), (0.1, 2, 0.6), (0.2, 1, 0.5), (0.2, 2, 0.5), (0.3, 1, 0.1))
     runs = [Run("r", {"kl": kl, "seed": seed}, {"penalised_reward": by}, Path()) for kl, seed, by in scores]
     trained, best, worst = map(str, of_points(PPO, groups(runs)))
-    assert "5 times by ppo on 900 episodes" in trained
+    assert "5 times by ppo on 900 prompts" in trained
     assert best.startswith("Best: kl=0.2, ")
     assert worst.startswith("Worst: r, ")
     losses = [Run(f"point {n}", {"lr": n}, {"eval_loss": n}, Path()) for n in (1, 2)]

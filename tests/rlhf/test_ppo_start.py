@@ -73,7 +73,7 @@ def test_a_wrong_start_stops_the_run_and_names_its_cause(
     monkeypatch.setattr(PPOTrainer, "__init__", broken)
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD)
     assert done.code == 1, done
-    assert "PPO step-0 check failed" in done.err
+    assert "step-0 check failed" in done.err
     assert told in done.err
     assert not Path("outputs/demo/ppo/posttrain.json").exists()
 

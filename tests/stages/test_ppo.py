@@ -262,7 +262,10 @@ def test_long_prompts_are_counted_and_few_ones_told(posttrain: Posttrain, prompt
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "stage.max_length=22", "stage.rollout_batch_size=16")
     assert done.code == 0, done
     assert "their prompt alone fills stage.max_length=22, of which stage.max_new_tokens=6 are kept free" in done.out
-    assert "prompts are fewer than stage.rollout_batch_size=16: some are completed more than once" in done.out
+    assert (
+        "prompts are fewer than the 16 of a rollout (stage.rollout_batch_size=16): some are taken more than once"
+        in done.out
+    )
     assert manifest(PPO)["metrics"]["steps"] > 0
 
 

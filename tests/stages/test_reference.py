@@ -148,7 +148,7 @@ def test_pairs_below_a_margin_are_left_out_and_counted(posttrain: Posttrain, sou
         assert sum(left_out) == 20  # 0 and 0.5 of 40 rows
     for given, said in (
         ([*command("dpo", "m"), "data.min_margin=1"], "no 'margin', which data.min_margin=1 needs"),
-        ([*words, "data.min_margin=9"], "have a margin below data.min_margin"),
+        ([*words, "data.min_margin=9"], "(margin too low). Lower data.min_margin"),
         ([*command("sft", "m"), "data.min_margin=1"], "data.min_margin=1 is about pairs"),
     ):
         done = posttrain(*given, "dry_run=true")
