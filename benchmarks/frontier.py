@@ -117,9 +117,11 @@ def main() -> None:
     out = asked.out.resolve()
     found = [of_seed(out / f"seed{seed}", seed, methods, asked.overrides) for seed in seeds]
     print(f"| method | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    for method in found[0]:
-        cells = [cell(name, [rows[method][name] for rows in found]) for name in COLUMNS]
-        print(f"| {method} | {' | '.join(cells)} |")
+    for method in dict.fromkeys(method for rows in found for method in rows):
+        there = [rows[method] for rows in found if method in rows]  # rounds may have stopped before the last one
+        cells = [cell(name, [each[name] for each in there]) for name in COLUMNS]
+        few = "" if len(there) == len(found) else f" ({len(there)} of {len(found)} seeds)"
+        print(f"| {method}{few} | {' | '.join(cells)} |")
     print(f"\nseeds {asked.seeds}: mean ± standard deviation; the KL of best-of-N is its bound, ln N − (N−1)/N")
 
 
