@@ -189,6 +189,9 @@ def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Ru
         for part, given in manifest["inputs"].items():  # what another stage has made differs with that stage's settings
             if given["stage"] is None and any(key.startswith(f"{part}.") for key in keys):
                 settings[part] = given["path"]
+        if "data.sources" in settings:  # known by their hashes, and named for the reader
+            files = ", ".join("/".join(Path(source).parts[-2:]) for source in manifest["data"]["sources"])
+            settings["data.sources"] = f"{files} {settings['data.sources']}"
         runs.append(several.Run(name, settings, manifest["metrics"], folder / "metrics.jsonl"))
     return runs
 
@@ -297,7 +300,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         points = [folder for folder in folders if "=" in folder.name]
         within = f"{name}/" if len(paths) > 1 else ""
         several_of = [each for each in folders if _of_several(each.name)]
-        compared += [(f"{within}{each.name}" if each in several_of else name, each) for each in folders]
+        by_stage = [each for each in folders if each in several_of or len(paths) == 1]
+        compared += [(f"{within}{each.name}" if each in by_stage else name, each) for each in folders]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
         others = sorted(file.name for file in path.glob("evaluation-*.json"))

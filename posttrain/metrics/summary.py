@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.config.stages import STAGES
+from posttrain.config.stages import PAIRS, STAGES
 from posttrain.metrics.catalogue import GOLD, label, lower_is_better
 from posttrain.metrics.comparison import (
     NO_DIFFERENCE,
@@ -84,7 +84,9 @@ def _how(stage: Trained) -> str:
     if spec.is_online:
         rows = f"{round(stage.rows * stage.epochs) if stage.epochs else stage.rows:,} prompts"
         passes = ""
-    files = ", ".join(Path(source).name for source in stage.sources)
+    # sampled pairs are told from a file of the same name by their folder
+    parts = [Path(source).parts[-2:] for source in stage.sources]
+    files = ", ".join("/".join(each if each[0].startswith(PAIRS) else each[-1:]) for each in parts)
     rewarded = f" with {stage.rewarded_by}" if stage.rewarded_by else ""
     return f"{stage.name} on {rows} of {files}{passes}{rewarded}"
 
