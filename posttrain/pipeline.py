@@ -129,8 +129,10 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     if line.multirun and PAIRS in stages:
         problems["pairs are of one run; sweep afterwards: posttrain run -m stage=dpo data.dataset_name=…"] = None
     rounds = _rounds(line.overrides)
-    if rounds != "1" and not (rounds.isdecimal() and int(rounds) and {PAIRS, DPO} <= {*stages}):
-        problems[f"rounds={rounds}: a whole number, 1 or more, of rounds of stages=[…,{PAIRS},dpo]"] = None
+    if not (rounds.isdecimal() and int(rounds)):
+        problems[f"rounds={rounds} must be a whole number, 1 or more"] = None
+    elif rounds != "1" and not {PAIRS, DPO} <= {*stages}:
+        problems[f"rounds={rounds} needs stages=[…,{PAIRS},{DPO}]"] = None
     if problems:
         raise ConfigError(*problems)
     again = [step for step in steps if step.stage in (PAIRS, DPO)]
