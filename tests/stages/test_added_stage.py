@@ -32,7 +32,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = before[:place] + added + before[place:].replace(order, f"{order[:-1]}, MINE)")
     spec.write_text(text.replace("import dataclass\n", "import dataclass, replace\n"))
     for file in FILES:
-        text = (copy / file.format("mine")).read_text()
+        text = (copy / file.format("kto")).read_text()
         (copy / file.format("mine")).write_text(text.replace("name: kto", "name: mine"))
     rated = [
         {"prompt": f"What follows {a}?", "completion": f"{b}.", "label": index % 3 > 0}
@@ -112,7 +112,7 @@ def test_it_goes_the_whole_way(tree: Path) -> None:
     run = tree / "outputs" / "demo"
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert [Path(each["policy"]).name for each in evaluation] == ["sft", "mine"]
-    assert 'id="mine"' in (run / "report.html").read_text()
+    assert 'id="run0-mine"' in (run / "report.html").read_text()
     manifest = json.loads((run / "mine" / "posttrain.json").read_text())
     assert manifest["inputs"]["model"]["stage"] == "sft"
     assert manifest["metrics"]["eval_loss"] < 0.5
