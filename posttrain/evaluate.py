@@ -397,10 +397,7 @@ def _main(arguments: Sequence[str]) -> None:
     names = with_data(config).data.dataset_name if asked.completes else asked.tasks[0]
     stem = Path(names if isinstance(names, str) else names[0]).stem
     kind = "evaluation" if asked.policies else "report_card"
-    folder = Path(config.output_dir) / config.run_name
-    named = any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
-    if asked.policies and (Path(asked.policies[0]) / MANIFEST).is_file() and not named:
-        folder = run_of(Path(asked.policies[0]))
+    folder = run_written_to(asked.policies[:1], arguments) or Path(config.output_dir) / config.run_name
     file = Path(asked.out) if asked.out is not None else _free_file(folder, kind, stem)
     if len(set(asked.policies)) < len(asked.policies):
         raise ConfigError("policies= names one of them twice")
@@ -443,6 +440,12 @@ def run_of(stage: Path) -> Path:
     """The folder of the run that a finished stage, or a point of a sweep over it, belongs to."""
     stage = stage if stage.name else stage.resolve()
     return (stage.parent if "=" in stage.name else stage).parent
+
+
+def run_written_to(policies: Sequence[str], arguments: Sequence[str]) -> Path | None:
+    """The run of the policy that a command is about; None where the policy is no run's, or the command names a run."""
+    named = any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
+    return next((run_of(Path(each)) for each in policies if (Path(each) / MANIFEST).is_file() and not named), None)
 
 
 def _free_file(folder: Path, kind: str, about: str) -> Path:

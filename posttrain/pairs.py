@@ -51,7 +51,7 @@ from posttrain.data.encode import PromptEncoding
 from posttrain.data.formats import Prompt, prompts
 from posttrain.devices import on_main_process, setup_device
 from posttrain.errors import ConfigError, DataError
-from posttrain.evaluate import load_scorer, own_options, run_of, sample_answers
+from posttrain.evaluate import load_scorer, own_options, run_written_to, sample_answers
 from posttrain.metrics.comparison import REWARD
 from posttrain.models.load import load_model_and_tokenizer
 from posttrain.models.resolve import all_reward_functions, resolve
@@ -59,7 +59,7 @@ from posttrain.planning.preview import show_data
 from posttrain.rlhf.pairing import FILES, LOW_MARGIN, REASONS, Choice, PairsConfig, choose, row_of
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import ANSWERS, MANIFEST, RunFolder, locked, read_lines, sha256_of
+from posttrain.runs.folder import ANSWERS, RunFolder, locked, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.stages.online import check_rewards
 from posttrain.train import check_start, identity_of, load_tokenizer_of, manifest_of
@@ -191,10 +191,10 @@ def _choose(
     made = [row_of(row, each, config) for row, each in zip(rows, found, strict=True) if isinstance(each, Choice)]
     why = Counter(each for each in found if isinstance(each, str))
     metrics: dict[str, float] = {"prompts": len(rows), "rows": len(made)}
+    chosen = [each for each in found if isinstance(each, Choice)]
+    sides = {"": [each for of_row in answered for each in of_row]}
+    sides |= {"_best": [each.best for each in chosen], "_worst": [each.worst for each in chosen]}
     for score in (REWARD, *gold):
-        chosen = [each for each in found if isinstance(each, Choice)]
-        sides = {"": [each for of_row in answered for each in of_row]}
-        sides |= {"_best": [each.best for each in chosen], "_worst": [each.worst for each in chosen]}
         for end, answers in sides.items():
             values = [value for each in answers if (value := each.scores.get(score)) is not None]
             metrics |= {f"{score}{end}": fmean(values)} if values else {}
@@ -213,11 +213,9 @@ def _main(arguments: Sequence[str]) -> None:
     if "policy" not in given:
         raise ConfigError("policy=… is required: a run folder, a model folder or a Hub id")
     options = read_options({name: value for name, value in given.items() if name in OPTIONS})
-    policy = Path(given["policy"])
-    named = any(argument.startswith(("run_name=", "output_dir=")) for argument in arguments)
-    of_run = (policy / MANIFEST).is_file() and not named
-    run = [f"output_dir='{run_of(policy).parent}'", f"run_name='{run_of(policy).name}'"] if of_run else []
-    config = read_command([*words, *run, f"model.model_name_or_path='{given['policy']}'"]).config
+    run = run_written_to([given["policy"]], arguments)
+    into = [f"output_dir='{run.parent}'", f"run_name='{run.name}'"] if run is not None else []
+    config = read_command([*words, *into, f"model.model_name_or_path='{given['policy']}'"]).config
     if is_to_launch(config):
         launch(config, "posttrain.pairs", arguments)
         return

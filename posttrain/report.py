@@ -299,9 +299,8 @@ def write_report(*paths: Path, out: Path | None = None) -> Path:
         folders = stage_folders(path)
         points = [folder for folder in folders if "=" in folder.name]
         within = f"{name}/" if len(paths) > 1 else ""
-        several_of = [each for each in folders if _of_several(each.name)]
-        by_stage = [each for each in folders if each in several_of or len(paths) == 1]
-        compared += [(f"{within}{each.name}" if each in by_stage else name, each) for each in folders]
+        by_stage = [len(paths) == 1 or bool(_of_several(each.name)) for each in folders]
+        compared += [(f"{within}{each.name}" if by else name, each) for by, each in zip(by_stage, folders, strict=True)]
         stages = [_stage(folder, number, folder not in points or len(points) == 1) for folder in folders]
         named.append((path, [(each["title"], Path(each["folder"])) for each in stages]))
         others = sorted(file.name for file in path.glob("evaluation-*.json"))

@@ -281,9 +281,9 @@ class RunFolder:
     def damage(self, manifest: JsonObject) -> dict[str, str]:
         """File of the result -> what has become of it since the run finished."""
         found = {}
-        parts = (
-            PARTS | {"": "files"} | ({"base": BASE} if manifest.get(PARTS["adapter"]) else {})
-        )  # an adapter needs it
+        parts = {**PARTS, "": "files"}
+        if manifest.get(PARTS["adapter"]):  # which is nothing without it
+            parts["base"] = BASE
         for part, hashes in parts.items():
             for name, digest in manifest.get(hashes, {}).items():
                 file = self.path / part / name
