@@ -30,7 +30,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -62,7 +62,7 @@ from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import ANSWERS, RunFolder, locked, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.stages.online import check_rewards
-from posttrain.train import check_start, identity_of, load_tokenizer_of, manifest_of
+from posttrain.train import check_start, identity_of, leaving_no_trace, load_tokenizer_of, manifest_of
 
 SHARD = 32  # prompts whose answers are written to one file
 
@@ -85,8 +85,10 @@ def read_options(given: Mapping[str, str]) -> PairsConfig:
 OPTIONS = tuple(item.name for item in fields(PairsConfig))
 
 
-def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, float]:
+def sample_pairs(config: Config, path: Path, chosen: PairsConfig, to_come: Collection[str] = ()) -> dict[str, float]:
     """Answer the prompts to train on, and write the rows that are chosen into `path`; their numbers, none of a dry run.
+
+    A dry run does without what the stages `to_come` will make.
 
     Raises:
         ConfigError, DataError: before a model is loaded; or there are answers, and no row can be made of them.
@@ -96,7 +98,7 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
     if chosen.gold_filter and not stage.eval_reward_functions:
         raise ConfigError("gold_filter=true asks the functions of eval_reward_functions=[…], and there are none")
     # 1. what is asked, and whether it has been answered before
-    resolved, folder = resolve(config), RunFolder(path)
+    resolved, folder = resolve(config, to_come), RunFolder(path)
     folder.elsewhere = "out=…"
     config = resolved.config
     tokenizer, begun = load_tokenizer_of(resolved)
@@ -127,10 +129,11 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
     scorer = load_scorer(config, tokenizer)
     if not scorer.functions:
         raise ConfigError("posttrain pairs chooses by the reward: name reward_model= or reward_functions=")
-    on_main_process(folder.make_room)
-    on_main_process(lambda: folder.begin(identity, None))
-    _sample(config, data.encoder, rows, scorer, path / ANSWERS, chosen.samples)
-    check_start(resolved, identity)
+    with leaving_no_trace(folder):
+        on_main_process(folder.make_room)
+        on_main_process(lambda: folder.begin(identity, None))
+        _sample(config, data.encoder, rows, scorer, folder, chosen.samples)
+        check_start(resolved, identity)
     # 3. choose, and only then call it finished
     made, metrics, lost = on_main_process(lambda: _choose(path / ANSWERS, rows, scorer, chosen))
     show_table("pairs", ("what became of the prompts", ""), [*lost, ("rows", f"{len(made):,}")])
@@ -150,18 +153,20 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig) -> dict[str, f
 
 
 def _sample(
-    config: Config, encoder: ChatEncoder, rows: Sequence[Prompt], scorer: RewardScorer, answers: Path, samples: int
+    config: Config, encoder: ChatEncoder, rows: Sequence[Prompt], scorer: RewardScorer, folder: RunFolder, samples: int
 ) -> None:
     """Write the answers of each shard of the prompts that is not there yet; called on all processes.
 
     Answer k to prompt i of n has the seed `seed + k n + i`, so it does not depend on where an earlier start stopped.
     """
+    answers = folder.path / ANSWERS
     there = on_main_process(lambda: {each.name for each in answers.glob("*.jsonl")})
     missing = [start for start in range(0, len(rows), SHARD) if _shard(start) not in there]
     if not missing:
         return
     policy, _ = load_model_and_tokenizer(config.model)
     policy = policy.to(setup_device()).eval()
+    folder.trains = True
     for number, start in enumerate(missing, start=1):
         part = rows[start : start + SHARD]
         seeds = range(config.seed + start, config.seed + start + samples * len(rows), len(rows))
@@ -178,14 +183,28 @@ def _shard(start: int) -> str:
     return f"{start:08}.jsonl"
 
 
+def _answers(file: Path, count: int) -> list[list[ScoredCompletion]]:
+    """The answers of a shard, which are to `count` prompts.
+
+    Raises:
+        DataError: it is not what was written.
+    """
+    again = "delete it, and the same command samples its answers again"
+    try:
+        found = [[ScoredCompletion(**each) for each in line["answers"]] for line in read_lines(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is broken ({error}); {again}") from error
+    if len(found) != count:
+        raise DataError(f"{file} holds answers to {len(found)} of {count} prompts; {again}")
+    return found
+
+
 def _choose(
     folder: Path, rows: Sequence[Prompt], scorer: RewardScorer, config: PairsConfig
 ) -> tuple[list[dict[str, object]], dict[str, float], list[tuple[str, str]]]:
     """The rows that are made, their numbers, and how many prompts make none and why."""
-    lines = [line for start in range(0, len(rows), SHARD) for line in read_lines(folder / _shard(start))]
-    answered = [[ScoredCompletion(**each) for each in line["answers"]] for line in lines]
-    if len(answered) != len(rows):
-        raise DataError(f"{folder} holds answers to {len(answered)} of {len(rows)} prompts; delete it to sample again")
+    shards = {folder / _shard(start): len(rows[start : start + SHARD]) for start in range(0, len(rows), SHARD)}
+    answered = [answers for file, count in shards.items() for answers in _answers(file, count)]
     gold = [score_name(function) for function in scorer.eval_functions]
     found = [choose(answers, config, gold if config.gold_filter else ()) for answers in answered]
     made = [row_of(row, each, config) for row, each in zip(rows, found, strict=True) if isinstance(each, Choice)]

@@ -36,6 +36,7 @@ from posttrain.cli.entry import entry_point
 from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate, refuse_to_launch
 from posttrain.config.schema import Config, MessagesConfig, PreferenceConfig
 from posttrain.config.stages import (
+    DPO,
     EVALUATED_AS,
     FORMATS,
     INSTRUCTIONS,
@@ -56,7 +57,7 @@ from posttrain.report import ROUND, write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
 from posttrain.runs.folder import MANIFEST, locked, run_path
 
-DPO = "dpo"  # that learns from sampled pairs
+MOST = 99  # rounds
 FEWEST = 6  # prompts, of which all have to be lost for the sign test to call it more than chance
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
 
@@ -108,7 +109,7 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         given = [*flags, *own, *(["--config-dir", line.config_dir] if line.config_dir else [])]
         try:
             with _in_words_of(stage):
-                sampled = stage == DPO and PAIRS in stages[:place]  # its rows are to come
+                sampled = stage == DPO.name and PAIRS in stages[:place]  # its rows are to come
                 if sampled and any(each.key_or_group == f"{stage}.data.dataset_name" for each in line.overrides):
                     raise ConfigError("stage.data.dataset_name: its rows are those of pairs; leave one of them out")
                 config = read_command(given, stages[:place], needs_data=not sampled).config
@@ -129,13 +130,13 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
     if line.multirun and PAIRS in stages:
         problems["pairs are of one run; sweep afterwards: posttrain run -m stage=dpo data.dataset_name=…"] = None
     rounds = _rounds(line.overrides)
-    if not (rounds.isdecimal() and int(rounds)):
-        problems[f"rounds={rounds} must be a whole number, 1 or more"] = None
-    elif rounds != "1" and not {PAIRS, DPO} <= {*stages}:
-        problems[f"rounds={rounds} needs stages=[…,{PAIRS},{DPO}]"] = None
+    if rounds not in map(str, range(1, MOST + 1)):
+        problems[f"rounds={rounds} must be a whole number from 1 to {MOST}"] = None
+    elif rounds != "1" and not {PAIRS, DPO.name} <= {*stages}:
+        problems[f"rounds={rounds} needs stages=[…,{PAIRS},{DPO.name}]"] = None
     if problems:
         raise ConfigError(*problems)
-    again = [step for step in steps if step.stage in (PAIRS, DPO)]
+    again = [step for step in steps if step.stage in (PAIRS, DPO.name)]
     return [*steps, *(replace(step, round=number) for number in range(2, int(rounds) + 1) for step in again)]
 
 
@@ -243,10 +244,10 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
         earlier = steps[: place - 1]
         to_come = _unfinished(earlier) if step.config.dry_run else ()
         metrics: dict[str, float] = {}
-        if to_come and PAIRS in (step.stage, *(each.stage for each in earlier)):
+        if to_come and PAIRS in (each.stage for each in earlier):
             say(f"dry run: it follows from {', '.join(to_come)}, still to come")
         elif step.pairs is not None:
-            metrics = sample_pairs(with_what_came(step, earlier), step.folder, step.pairs)
+            metrics = sample_pairs(with_what_came(step, earlier), step.folder, step.pairs, to_come)
         elif step.sweeps and not step.config.dry_run:
             _sweep(step)
         else:
@@ -254,7 +255,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
                 result = run_stage(with_what_came(step, earlier), step.folder, to_come)
             metrics = result.metrics if result is not None else {}
         done.append(Finished(step.folder.name, step.folder, metrics, time.monotonic() - started))
-        if metrics and step.stage == DPO and _is_worse(step, steps):
+        if metrics and step.stage == DPO.name and _is_worse(step, steps):
             break
     return done
 
@@ -262,7 +263,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
 def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
     """The configuration of a step, with the pairs of its round and the policy of the round before."""
     config, stage = step.config, step.config.stage
-    first = next((each for each in earlier if each.stage == DPO), step)
+    first = next((each for each in earlier if each.stage == DPO.name), step)
     if step.round > 1:
         before = str(replace(first, round=step.round - 1).folder)
         config = replace(config, model=replace(config.model, model_name_or_path=before, from_scratch=False))
@@ -271,7 +272,7 @@ def with_what_came(step: Step, earlier: Sequence[Step]) -> Config:
     sampled = [each for each in earlier if each.pairs is not None and each.round == step.round]
     if step.pairs is not None:
         return replace(config, seed=config.seed + step.round - 1)
-    if not sampled or step.stage != DPO:
+    if not sampled or step.stage != DPO.name:
         return config
     columns = type(config.data.columns)
     data = replace(

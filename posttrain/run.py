@@ -30,7 +30,6 @@ from posttrain.cli import entry
 from posttrain.cli.command import read_command
 from posttrain.cli.entry import entry_point, report
 from posttrain.cli.launching import is_to_launch, launch, refuse_sweep_under_accelerate
-from posttrain.cli.sweep import objective_of, show_sweep
 from posttrain.config.check import check
 from posttrain.errors import AlreadyToldError, ConfigError, Stopped
 
@@ -40,6 +39,8 @@ def _job(composed: DictConfig) -> float | None:
     try:
         config, folder = check(composed), Path(HydraConfig.get().runtime.output_dir)
         if is_to_launch(config):
+            from posttrain.cli.sweep import objective_of
+
             launch(config, "posttrain.run", _words(folder))
             return objective_of(folder)
         from posttrain.train import run_stage
@@ -81,6 +82,8 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError(f"output_dir={command.config.output_dir} cannot be written: {error}") from error
     finally:
         if command.sweep:
+            from posttrain.cli.sweep import show_sweep
+
             show_sweep(command)
 
 

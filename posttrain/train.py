@@ -156,7 +156,7 @@ def run_stage(
                 _dry_run(resolved, given, Path(scratch))
                 return None
             on_main_process(lambda: stack.enter_context(locked(folder.path)))
-            stack.enter_context(_leaving_no_trace(folder))
+            stack.enter_context(leaving_no_trace(folder))
             return _run(resolved, folder, open_log, given, callbacks)
     finally:
         if is_main_process():
@@ -164,8 +164,8 @@ def run_stage(
 
 
 @contextlib.contextmanager
-def _leaving_no_trace(folder: RunFolder) -> Iterator[None]:
-    """A command that fails before it trains leaves the disk as it was."""
+def leaving_no_trace(folder: RunFolder) -> Iterator[None]:
+    """A command that fails before it trains, or samples, leaves the disk as it was."""
     untouched = not folder.path.is_dir() or not any(folder.path.iterdir())
     try:
         yield

@@ -146,7 +146,7 @@ def soup(job: Job, folder: Path, programs: Path) -> list[str]:
         "quantization": "none",
         "save_steps": job.save_steps,
         "logging_steps": job.log_steps,
-        "lora": {"r": 16, "alpha": 32} if job.lora else {"r": 0},
+        "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"} if job.lora else {"r": 0},
     }
     if job.stage == "dpo":
         training["dpo_beta"] = 0.1

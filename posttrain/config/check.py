@@ -228,7 +228,8 @@ def _check_together(config: Config) -> typing.Iterator[str]:
     if coefficient and not config.data.ptx:
         yield f"stage.ptx_coef={coefficient:g} needs data.ptx=<a file or Hub id of instruction rows>"
     elif config.data.ptx and not coefficient:
-        where = "stage=ppo; in a pipeline write ppo.data.ptx=…" if coefficient is None else "stage.ptx_coef above 0"
+        able = " or ".join(f"stage={spec.name}" for spec in STAGES.values() if spec.is_online)
+        where = f"{able}; in a pipeline write ppo.data.ptx=…" if coefficient is None else "stage.ptx_coef above 0"
         yield f"data.ptx={', '.join(part.name for part in config.data.ptx)} is read with {where}"
     if config.data.min_margin is not None and "margin" not in {each.name for each in dataclasses.fields(stage.columns)}:
         yield (

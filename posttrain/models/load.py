@@ -465,5 +465,18 @@ def load_model_and_tokenizer(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load both; `folder` takes the weights to train from where they have to be built first (see `prepare_base`)."""
     tokenizer, _ = load_tokenizer(model)
-    path = resolve_path(model) if folder is None else prepare_base(model, tokenizer, folder)
-    return load_causal_lm(model, tokenizer, path, dropout=True), tokenizer
+    if folder is None:
+        return load_whole(model, tokenizer), tokenizer
+    return load_causal_lm(model, tokenizer, prepare_base(model, tokenizer, folder), dropout=True), tokenizer
+
+
+def load_whole(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The model as it was saved, for what is not trained; an adapter merged with its base model.
+
+    Raises:
+        ConfigError: as `load_causal_lm`.
+    """
+    path = resolve_path(model)
+    if (Path(path) / "adapter_config.json").is_file():
+        return _merge_adapter(model, tokenizer, path)
+    return load_causal_lm(model, tokenizer, path, dropout=True)

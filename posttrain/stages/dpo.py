@@ -19,10 +19,10 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import of_sets
 from posttrain.metrics.report_card import wilson
 from posttrain.models.generate import COMPLETED, complete, completion_kl, completion_logps, generate, share_ended
-from posttrain.models.load import load_causal_lm, load_tokenizer
+from posttrain.models.load import load_causal_lm, load_tokenizer, load_whole
 from posttrain.models.lora import lora_config
 from posttrain.models.meta import Batch, Holdings, fuse_head, hold_model, meta_model, weight_bytes
-from posttrain.models.resolve import beside, naming, resolve_path
+from posttrain.models.resolve import beside, naming
 from posttrain.runs.arguments import trainer_arguments, trl_config
 from posttrain.stages.base import (
     DataSources,
@@ -81,38 +81,41 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     return prepare_rows(config, tokenizer, sources, preferences, encoding)
 
 
-def named_reference(config: Config, tokenizer: "PreTrainedTokenizerBase") -> ModelConfig | None:
-    """The settings of the model that stage.reference names; None where the reference is what the stage starts from.
+def named_reference(config: Config) -> ModelConfig | None:
+    """The settings of the model that stage.reference names; None where the reference is what the stage starts from."""
+    name = other_models(config.stage).get("reference")
+    return None if name is None else beside(config.model, name)
+
+
+def check_reference(settings: ModelConfig, config: Config, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """The model that stage.reference names has the policy's tokens.
 
     Raises:
-        ConfigError: its tokens are not the policy's.
+        ConfigError: it has others.
     """
-    name = other_models(config.stage).get("reference")
-    if name is None:
-        return None
-    settings = beside(config.model, name)
     with naming("stage.reference"):
         vocabulary = load_tokenizer(settings)[0].get_vocab()
     if vocabulary != (ours := tokenizer.get_vocab()):
         raise ConfigError(
-            f"stage.reference={name} has another tokenizer than {config.model.start}: {len(vocabulary):,} and "
-            f"{len(ours):,} tokens, {len(vocabulary.items() - ours.items()):,} of them others; name a model with the "
-            "same one, such as that which the policy was trained from"
+            f"stage.reference={settings.start} has another tokenizer than {config.model.start}: {len(vocabulary):,} "
+            f"and {len(ours):,} tokens, {len(vocabulary.items() - ours.items()):,} of them others; name a model with "
+            "the same one, such as that which the policy was trained from"
         )
-    return settings
 
 
 def load_reference(settings: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
     """The model that stage.reference names, read from where it is."""
     with naming("stage.reference"):
-        return load_causal_lm(settings, tokenizer, resolve_path(settings))
+        return load_whole(settings, tokenizer)
 
 
 def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     """The policy, and the reference that scores the same batch: the policy without its adapter, or a frozen copy."""
     import torch
 
-    held, named = hold_model(config, tokenizer), named_reference(config, tokenizer)
+    held, named = hold_model(config, tokenizer), named_reference(config)
+    if named is not None:
+        check_reference(named, config, tokenizer)
     if config.trainer.get("precompute_ref_log_probs") and named is None:
         return held
     frozen = held.trained
@@ -148,9 +151,10 @@ def build_as(
     """A trainer of a policy and its reference, as one of this class."""
     config, data, tokenizer = context.config, context.data, context.tokenizer
     given = trainer_arguments(config, context.folder.path, data.test is not None)
-    lora, path, named = config.model.use_peft, str(model.config._name_or_path), named_reference(config, tokenizer)
+    lora, path, named = config.model.use_peft, str(model.config._name_or_path), named_reference(config)
     frozen, origin = None, f"{path}, {'the adapter switched off' if lora else 'its log-probabilities taken once'}"
     if named is not None:
+        check_reference(named, config, tokenizer)
         frozen, origin = load_reference(named, tokenizer), f"{named.start} (stage.reference), a frozen copy"
     elif not lora and not given.get("precompute_ref_log_probs"):
         frozen, origin = load_causal_lm(config.model, tokenizer, path), f"{path}, a frozen copy"
@@ -203,7 +207,7 @@ def preflight(context: StageContext, trainer: "ReferenceTrainer") -> None:
     rows = [trainer.train_dataset[place * len(trainer.train_dataset) // count] for place in range(count)]
     sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
     prompts, said = zip(*((prompt, ids) for prompt, ids in sides if ids is not None), strict=True)
-    pad, named = context.tokenizer.pad_token_id, named_reference(context.config, context.tokenizer)
+    pad, named = context.tokenizer.pad_token_id, named_reference(context.config)
     tolerance = STEP_0_TOLERANCE[trainer.rounds_as]
     trainer.model.eval()
     with trainer.unwrapped_model() as policy:

@@ -1,7 +1,8 @@
 """Sums of three numbers, thought through in two steps: the rows, and the reward functions that know the sums.
 
 `python recipes/reasoning/world.py` writes conversations.jsonl and prompts.jsonl beside this file, byte for byte the
-same each time. A held-out sum is one that was not trained.
+same each time. A held-out sum is one that was not trained. The prompts to train on are sums of which no conversation
+tells the answer.
 """
 
 import itertools
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 PHRASINGS = ("What is {}?", "Add up {}.", "Tell me {}.")
-TRAIN, TEST = 400, 100
+SHOWN, TEST = 400, 100  # sums that SFT is shown, and that are held out; the others are for rewards
 Row = dict[str, Any]
 
 
-def sums() -> list[tuple[tuple[int, int, int], str]]:
-    """Three numbers from 1 to 9, and the part that they belong to; no two rows ask for the same."""
+def sums() -> list[tuple[int, int, int]]:
+    """All of three numbers from 1 to 9, in a random order."""
     found = list(itertools.product(range(1, 10), repeat=3))
     random.Random(0).shuffle(found)
-    return [(each, "train" if place < TRAIN else "test") for place, each in enumerate(found[: TRAIN + TEST])]
+    return found
 
 
 def thought(*numbers: int) -> str:
@@ -39,20 +40,23 @@ def conversations() -> list[Row]:
     """`messages`, `split`; every fourth goes on with a second question, about the first one's result."""
     generator = random.Random(1)
     rows = []
-    for place, (numbers, split) in enumerate(sums()):
+    for place, numbers in enumerate(sums()[: SHOWN + TEST]):
         question = generator.choice(PHRASINGS).format(" + ".join(map(str, numbers)))
         messages = turn(question, *numbers)
         if place % 4 == 0:
             more = generator.randint(1, 9)
             messages += turn(f"And {more} more?", sum(numbers), more)
-        rows.append({"messages": messages, "split": split})
+        rows.append({"messages": messages, "split": "train" if place < SHOWN else "test"})
     return rows
 
 
 def prompts() -> list[Row]:
-    """`prompt`, `total`, `split`: the questions up to the last one, and what is right."""
+    """`prompt`, `total`, `split`: sums that no conversation shows, in each phrasing, and held-out questions."""
     rows = []
-    for row in conversations():
+    for numbers, phrasing in itertools.product(sums()[SHOWN + TEST :], PHRASINGS):
+        question, _ = turn(phrasing.format(" + ".join(map(str, numbers))), *numbers)
+        rows.append({"prompt": [question], "total": sum(numbers), "split": "train"})
+    for row in conversations()[SHOWN:]:
         *prompt, answer = row["messages"]
         rows.append({"prompt": prompt, "total": int(answer["content"]), "split": row["split"]})
     return rows

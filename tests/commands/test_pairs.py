@@ -137,6 +137,30 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     assert len(read_rows("none/preferences.jsonl")) >= len(rows)
 
 
+def test_damaged_answers_are_named_and_kept(entry: Posttrain, taught: Path) -> None:
+    assert entry(pairs.main, *WORDS_OF_PAIRS).code == 0
+    shard, manifest_file = ANSWERED / "answers/00000000.jsonl", ANSWERED / "posttrain.json"
+    whole, finished = shard.read_bytes(), manifest_file.read_bytes()
+    for damaged, text, said in (
+        (manifest_file, finished[:99], "posttrain.json is broken"),
+        (manifest_file, b"[]", "posttrain.json is broken"),
+        (shard, whole[: len(whole) // 2], "holds answers to"),
+        (shard, b"", "holds answers to"),
+        (shard, whole.replace(b'"answers"', b'"answer"', 1), "00000000.jsonl is broken"),
+        (shard, whole.replace(b'"scores"', b'"score"', 1), "00000000.jsonl is broken"),
+        (shard, whole.replace(b'{"answers"', b'{"answers', 1), "00000000.jsonl is broken"),
+    ):
+        manifest_file.write_bytes(finished)
+        if damaged == shard:
+            manifest_file.unlink()  # answers are read while it is not finished
+        damaged.write_bytes(text)
+        done = entry(pairs.main, *WORDS_OF_PAIRS)
+        assert done.code == 2, done
+        assert said in " ".join(done.err.split()), done
+        assert "Traceback" not in done.err
+        assert damaged.read_bytes() == text
+
+
 ROUNDS = (
     *("stages=[sft,pairs,dpo]", "rounds=2", "run_name=w", "data.prompts=asked.jsonl", "ppo.data.test_size=5"),
     *("data.instructions=rows.jsonl", "sft.data.test_size=4", "sft.trainer.max_steps=40"),
@@ -146,6 +170,15 @@ ROUNDS = (
     *("dpo.trainer.logging_steps=1", "dpo.trainer.save_steps=2"),
 )
 MADE = ("pairs", "dpo", "pairs-round2", "dpo-round2")
+
+
+def test_a_dry_run_of_rounds_reads_the_prompts(pipeline: Posttrain, taught: Path) -> None:
+    done = pipeline(*ROUNDS, "run_name=unborn", "dry_run=true")
+    assert done.code == 0, done
+    assert "3 answers to each of 35 prompts, into outputs/unborn/pairs" in " ".join(done.out.split())
+    assert not Path("outputs/unborn").exists()
+    done = pipeline(*ROUNDS, "run_name=unborn", "dry_run=true", "data.prompts=none.jsonl")
+    assert (done.code, "none.jsonl" in done.err) == (2, True), done
 
 
 @pytest.mark.slow

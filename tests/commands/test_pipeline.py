@@ -98,7 +98,11 @@ REFUSED = {
     "pairs": (["stages=[sft,reward,pairs,dpo]", "pairs.samples=1"], "samples=1 must be at least 2"),
     "rows of pairs": (["stages=[sft,reward,pairs,dpo]", "pairs.keep=best"], "pairs.keep=best makes no pairs"),
     "rounds of nothing": (["stages=[sft,dpo]", "rounds=2"], "needs stages=[…,pairs,dpo]"),
-    "no rounds": (["stages=[sft,reward,pairs,dpo]", "rounds=0"], "rounds=0 must be a whole number, 1 or more"),
+    "no rounds": (["stages=[sft,reward,pairs,dpo]", "rounds=0"], "rounds=0 must be a whole number from 1 to 99"),
+    "far too many rounds": (
+        ["stages=[sft,reward,pairs,dpo]", "rounds=1000000000"],
+        "rounds=1000000000 must be a whole number from 1 to 99",
+    ),
     "no sweep": (["-m", "dpo.beta=0.1"], "-m sweeps over nothing"),
 }
 

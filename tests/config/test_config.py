@@ -200,7 +200,8 @@ def test_a_typo_is_answered_with_exit_code_2_and_without_torch(tmp_path: Path) -
     code = (
         "import sys, runpy\nsys.argv = ['posttrain', 'stage.lerning_rate=1', 'stage=sft', '+trainer.nope=1']\n"
         "try:\n    runpy.run_module('posttrain.run', run_name='__main__')\n"
-        "except SystemExit as ended:\n    heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
+        "except SystemExit as ended:\n"
+        "    heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules)\n"
         "    print(ended.code, sorted(heavy))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

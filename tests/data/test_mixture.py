@@ -123,7 +123,7 @@ def test_what_is_wrong_is_told_before_anything_is_read(
     [
         (
             ["stage=sft", "data.ptx=a.jsonl"],
-            r"data\.ptx=a\.jsonl is read with stage=ppo; in a pipeline write ppo\.data",
+            r"data\.ptx=a\.jsonl is read with stage=ppo or stage=grpo; in a pipeline write ppo\.data",
         ),
         (["stage=ppo", "data.ptx=a.jsonl"], r"data\.ptx=a\.jsonl is read with stage\.ptx_coef above 0"),
         (["stage=ppo", "stage.ptx_coef=0.5"], r"stage\.ptx_coef=0\.5 needs data\.ptx="),

@@ -3,19 +3,24 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STAGES, Posttrain, contents, write_rows
+from conftest import Posttrain, contents, write_rows
+
+from posttrain import pairs
 
 GOOD: dict[str, dict[str, Any]] = {
     "sft": {"instruction": "What is red?", "response": "A colour."},
     "reward": {"prompt": "What is red?", "chosen": "A colour.", "rejected": "No."},
     "ppo": {"prompt": "What is red?"},
+    "kto": {"prompt": "What is red?", "completion": "A colour."},
 }
 GOOD["dpo"] = GOOD["reward"]
-PPO = ("stage.reward_functions=[my_rewards.constant]", "stage.max_new_tokens=8")
+GOOD["grpo"] = GOOD["ppo"]
+ONLINE = ("stage.reward_functions=[my_rewards.constant]", "stage.max_new_tokens=8")
 
 
 def rows(stage: str, **changes: Any) -> bytes:
@@ -23,6 +28,7 @@ def rows(stage: str, **changes: Any) -> bytes:
     found = []
     for number in range(20):
         row = {name: f"{text} {number}" for name, text in GOOD[stage].items()}
+        row |= {"label": number % 2 == 0} if stage == "kto" else {}
         if number == 2:
             row = {name: value for name, value in {**row, **changes}.items() if value is not Ellipsis}
         found.append(json.dumps(row))
@@ -87,15 +93,16 @@ def refused(posttrain: Posttrain, folder: Path, *arguments: str) -> str:
     return done.err
 
 
-# pairs are read by the same code for reward and DPO
-READ = [(kind, stage) for kind in FILES for stage in STAGES if stage != "dpo" or kind == "column missing"]
+# pairs are read by the same code for reward and DPO, prompts by the same for PPO and GRPO
+SAME = ("dpo", "grpo")
+READ = [(kind, stage) for kind in FILES for stage in GOOD if stage not in SAME or kind == "column missing"]
 
 
 @pytest.mark.parametrize(("kind", "stage"), READ)
 def test_a_broken_data_file(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
     make, name, told = FILES[kind]
     (tmp_path / name).write_bytes(make(stage))
-    more = PPO if stage == "ppo" else ()
+    more = ONLINE if stage in ("ppo", "grpo") else ()
     named = refused(
         posttrain,
         tmp_path,
@@ -105,7 +112,27 @@ def test_a_broken_data_file(posttrain: Posttrain, tmp_path: Path, stage: str, ki
     assert told in named, named
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["no json", "cut", "column missing", "half a character", "control token", "parquet"])
+def test_a_broken_data_file_of_pairs(entry: Posttrain, tmp_path: Path, kind: str) -> None:
+    make, name, told = FILES[kind]
+    (tmp_path / name).write_bytes(make("ppo"))
+    given = ("policy=posttrain/tiny", f"data.dataset_name={name}", "max_new_tokens=8")
+    named = refused(partial(entry, pairs.main), tmp_path, *given, "reward_functions=[my_rewards.constant]")
+    assert name in named
+    assert told in named, named
+
+
+@pytest.mark.parametrize("kind", ["config cut", "weights cut", "tokenizer cut", "adapter of a deeper model"])
+def test_a_broken_policy_of_pairs(entry: Posttrain, tmp_path: Path, kind: str) -> None:
+    make, told = MODELS[kind]
+    make(model_folder(tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_bytes(rows("ppo"))
+    given = ("policy=model", "data.dataset_name=rows.jsonl", "max_new_tokens=8", "max_length=64")
+    named = refused(partial(entry, pairs.main), tmp_path, *given, "reward_functions=[my_rewards.constant]")
+    assert told in named, named
+
+
+@pytest.mark.parametrize("stage", GOOD)
 @pytest.mark.parametrize("kind", ["empty text", "control token"])
 def test_a_row_that_does_not_fit_can_be_left_out(posttrain: Posttrain, tmp_path: Path, stage: str, kind: str) -> None:
     make, name, told = FILES[kind]
@@ -113,7 +140,7 @@ def test_a_row_that_does_not_fit_can_be_left_out(posttrain: Posttrain, tmp_path:
     write_reward(tmp_path)
     done = posttrain(
         *(f"stage={stage}", f"data.dataset_name={name}", "data.bad_rows=drop", "dry_run=true", "data.test_size=2"),
-        *("model.model_name_or_path=posttrain/tiny", *(PPO if stage == "ppo" else ())),
+        *("model.model_name_or_path=posttrain/tiny", *(ONLINE if stage in ("ppo", "grpo") else ())),
     )
     assert done.code == 0, done
     assert f"left out (data.bad_rows=drop): {name} {told}: " in done.out.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Each stage is killed at random moments, twenty times, and ends with the weights of a run that nobody touched."""
+"""Each stage is killed at random moments, fifty times, and ends with the weights of a run that nobody touched."""
 
 import random
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import command, same_weights, start
 
-KILLS = 20
+KILLS = 50
 STEPS = 30
 
 
