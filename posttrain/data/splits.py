@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from posttrain.config.schema import DataConfig, PreferenceConfig
 from posttrain.config.suggest import nearest
-from posttrain.data.messages import Message, MessageKeys, kind, message_keys
+from posttrain.data.messages import Message, MessageKeys, check_text, kind, message_keys
 from posttrain.data.sources import NAMED, Problems, Source, parse_line
 from posttrain.errors import ConfigError
 from posttrain.values import Fields
@@ -283,7 +283,10 @@ class Reader(Generic[Row]):
             if isinstance(record, dict) and not source.keeps_split:
                 named = record.get("split")
                 split = named if isinstance(named, str) and named and not named.startswith(NAMED) else split
-            row = self._row(where, record)
+            found = self._row(where, record)
+            if found is not None:
+                check_text(found.content, "the row")  # what it hands to templates and reward functions as well
+            row = found
             self.tally.left_out[split].ties += row is None
         except ConfigError:
             raise

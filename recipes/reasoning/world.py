@@ -37,7 +37,10 @@ def turn(question: str, *numbers: int) -> list[Row]:
 
 
 def conversations() -> list[Row]:
-    """`messages`, `split`; every fourth goes on with a second question, about the first one's result."""
+    """`messages`, `split`; every fourth goes on with a second question, about the first one's result.
+
+    The answers of a third of those to train on do not follow from their thoughts, as in careless data.
+    """
     generator = random.Random(1)
     rows = []
     for place, numbers in enumerate(sums()[: SHOWN + TEST]):
@@ -46,6 +49,8 @@ def conversations() -> list[Row]:
         if place % 4 == 0:
             more = generator.randint(1, 9)
             messages += turn(f"And {more} more?", sum(numbers), more)
+        if place < SHOWN and place % 3 == 2:
+            messages[-1]["content"] = str(int(messages[-1]["content"]) + generator.choice((-2, -1, 1, 2)))
         rows.append({"messages": messages, "split": "train" if place < SHOWN else "test"})
     return rows
 

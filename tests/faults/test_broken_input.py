@@ -70,6 +70,11 @@ FILES: dict[str, tuple[Callable[[str], bytes], str, str]] = {
         "line 3",
     ),
     "half a character": (lambda stage: rows(stage).replace(b"red? 2", b"\\ud800"), "rows.jsonl", "line 3"),
+    "half a character in a template option": (
+        lambda stage: rows(stage, chat_template_kwargs={"tone": "\ud800"}),
+        "rows.jsonl",
+        "line 3: the row contains an unpaired surrogate",
+    ),
     "an object": (lambda stage: b'{"a": 1}', "rows.json", "rows.json"),
     "csv": (lambda stage: b'a,b\n"1,2\n', "rows.csv", "rows.csv"),
     "parquet": (lambda stage: b"PAR1 but not really", "rows.parquet", "rows.parquet"),
@@ -112,7 +117,9 @@ def test_a_broken_data_file(posttrain: Posttrain, tmp_path: Path, stage: str, ki
     assert told in named, named
 
 
-@pytest.mark.parametrize("kind", ["no json", "cut", "column missing", "half a character", "control token", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["no json", "cut", "column missing", "half a character in a template option", "control token", "parquet"]
+)
 def test_a_broken_data_file_of_pairs(entry: Posttrain, tmp_path: Path, kind: str) -> None:
     make, name, told = FILES[kind]
     (tmp_path / name).write_bytes(make("ppo"))
