@@ -478,5 +478,6 @@ def load_whole(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pre
     """
     path = resolve_path(model)
     if (Path(path) / "adapter_config.json").is_file():
-        return _merge_adapter(model, tokenizer, path)
+        with outside_zero_init():
+            return _merge_adapter(model, tokenizer, path)
     return load_causal_lm(model, tokenizer, path, dropout=True)

@@ -222,7 +222,10 @@ def resolve_path(model: ModelConfig) -> str:
         return str(paths.TINY)
     folder = Path(name)
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        # an id on the Hub has one slash at most, and what is before it is no folder of runs
+        finished = ("*/posttrain.json", "*/*/posttrain.json")
+        runs = "/" in name and any(any(folder.parent.glob(each)) for each in finished)
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or runs:
             raise ConfigError(f"model.model_name_or_path={name}: no such folder")
         return name
     if (folder / "model" / "config.json").is_file():

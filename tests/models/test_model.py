@@ -237,6 +237,18 @@ def test_broken_model_folders_are_named(tmp_path: Path) -> None:
         model_config(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("missing", ["runs/demo", "runs/demo/sft", "runs/nope"])
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/other/sft").mkdir(parents=True)
+    assert model_config("runs/nope").start == "runs/nope"  # an id on the Hub, for all that is known
+    (tmp_path / "runs/other/sft/posttrain.json").touch()
+    with pytest.raises(ConfigError, match=f"{missing}: no such folder"):
+        model_config(missing)
+
+
 def test_lora_targets_are_checked_one_by_one(tmp_path: Path) -> None:
     path = save(tmp_path / "base", made.gpt2_like())
     model, _ = load_model_and_tokenizer(model_config(path), tmp_path / "built")
