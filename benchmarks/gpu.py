@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ def cases(small: bool) -> Iterator[Case]:
         yield Case(f"{model}, sft, QLoRA", model, "sft", QLORA, peer=False)
 
 
-def prepare(folder: Path, small: bool, length: int) -> dict[str, int]:
-    """Random models of each shape, and rows that all have the same length; model -> its weights."""
+def prepare(folder: Path, names: Iterable[str], length: int) -> dict[str, int]:
+    """Random models of these shapes, and rows that all have the same length; model -> its weights."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -107,7 +107,7 @@ def prepare(folder: Path, small: bool, length: int) -> dict[str, int]:
         ),
     }
     weights = {}
-    for name in ("small",) if small else ("gpt2", "llama-1b"):
+    for name in names:
         model = shapes[name]()
         weights[name] = sum(weight.numel() for weight in model.parameters())  # the head is tied to the embeddings
         model.save_pretrained(folder / name)
@@ -147,7 +147,8 @@ def ceiling() -> float:
 
 def run(command: list[str], folder: Path) -> dict[str, Any]:
     """The note that a process leaves about its training."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "THREADS": os.environ.get("THREADS", "2")}
+    path = os.pathsep.join([str(ROOT), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "THREADS": os.environ.get("THREADS", "2")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -174,7 +175,7 @@ def posttrain_command(case: Case, folder: Path, sizes: dict[str, int], steps: in
     ]
 
 
-def planned(case: Case, arguments: list[str], length: int) -> int:
+def planned(case: Case, arguments: list[str], longest: int, completion: int) -> int:
     """The peak that `dry_run=true` tells, in bytes."""
     from posttrain import configure
     from posttrain.models.load import load_tokenizer
@@ -182,7 +183,7 @@ def planned(case: Case, arguments: list[str], length: int) -> int:
 
     config = configure(*arguments)
     tokenizer, _ = load_tokenizer(config.model)
-    return plan_memory(config, tokenizer, length, length // 2 if case.stage == "ppo" else 0).peak
+    return plan_memory(config, tokenizer, longest, completion if case.stage == "ppo" else 0).peak
 
 
 def main() -> None:
@@ -198,14 +199,13 @@ def main() -> None:
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sizes = {"batch": 4, "length": 128} if given.small else {"batch": 8, "length": 1024}
-    weights = prepare(folder, given.small, sizes["length"])
+    wanted = [case for case in cases(given.small) if given.only in case.name]
+    weights = prepare(folder, dict.fromkeys(case.model for case in wanted), sizes["length"])
     limit = ceiling()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}: {limit / 1e12:.2f} TFLOP/s in large matrix multiplications")
     print(f"{'':<42} {'tokens/s':>9} {'ceiling':>8} {'peak GiB':>9} {'planned':>8} {'× bare TRL':>11}", flush=True)
-    for case in cases(given.small):
-        if given.only not in case.name:
-            continue
+    for case in wanted:
         command = posttrain_command(case, folder, sizes, given.steps)
         spec = {
             **sizes,
@@ -236,7 +236,7 @@ def main() -> None:
             if theirs
             else None
         )
-        plan = planned(case, command[3:], sizes["length"]) / 2**30
+        plan = planned(case, command[3:], round(_row(folder, case, sizes)), sizes["length"] // 2) / 2**30
         print(
             f"{case.name:<42} {read:>9,.0f} {'' if case.stage == 'ppo' else f'{share:.1%}':>8} "
             f"{max(note['peak'] for note in ours) / 2**30:>9.2f} {plan:>8.2f} {f'{ratio:.3f}' if ratio else '':>11}",

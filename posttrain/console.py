@@ -33,6 +33,7 @@ HARMLESS = (
     "after connection broken by",
     "Connection pool is full, discarding connection",
     "'pin_memory' argument is set as true but no accelerator is found",
+    "barrier(): using the device under current context",  # which accelerate has chosen
 )
 
 
@@ -166,6 +167,7 @@ def logging_to_console(verbose: bool = True) -> Iterator[Callable[[Path], None]]
     datasets.utils.logging.disable_propagation()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # transformers', which prints by itself
     logging.captureWarnings(True)
     try:
         yield open_log

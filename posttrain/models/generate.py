@@ -1,7 +1,7 @@
 """What a model says to held-out prompts, how likely it finds a completion, and how it scores one."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.splits import Row
@@ -10,7 +10,7 @@ from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
     from posttrain.data.chat import ChatEncoder
     from posttrain.data.splits import Example
@@ -34,6 +34,29 @@ class Generated(NamedTuple):
     prompts: list[list[int]]
     completions: list[list[int]]
     ended: list[bool]
+
+
+@contextmanager
+def half_weights(model: "PreTrainedModel", arguments: "TrainingArguments", shards: bool) -> Iterator[None]:
+    """For one generation by continuous batching: the weights in the half precision that is trained in, then as before.
+
+    It runs in a thread of its own, which autocast does not reach. TRL (1.16) casts the weights as well, but for good:
+    what a later update adds to them is then rounded away, as the rotary embeddings are. So its own switch is off here.
+    """
+    import torch
+
+    kind = torch.bfloat16 if arguments.bf16 else torch.float16
+    half, switches = (arguments.bf16 or arguments.fp16) and not shards, (arguments.bf16, arguments.fp16)
+    kept = [(weight, weight.data) for weight in model.parameters() if half and weight.is_floating_point()]
+    arguments.bf16 = arguments.fp16 = False
+    try:
+        for weight, data in kept:
+            weight.data = data.to(kind)
+        yield
+    finally:
+        arguments.bf16, arguments.fp16 = switches
+        for weight, data in kept:
+            weight.data = data
 
 
 def panel(rows: Sequence[Row], encoder: "ChatEncoder", size: int, room: int, drop_bad: bool = False) -> list[Row]:

@@ -70,7 +70,8 @@ def plan_memory(
     weights, gradients, optimizer = _kept(config, holdings, machine)
     # these engines gather or keep weights in half precision; elsewhere autocast makes copies that are
     halved = machine.engine in (FSDP, ZERO) and precision != "no"
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    kernels = kernels_of_a_gpu() if torch.cuda.is_available() else contextlib.nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels:
         for module in holdings.modules:
             give_fake_content(module, half if halved else None)
         accumulation = stage.plan(config, 10**6, machine.devices).accumulation
@@ -122,6 +123,30 @@ def plan_memory(
     parts = {**always, **moments[moment]}
     tokens = sequences * longest
     return MemoryPlan(holdings.held, parts, moment, backward.forward / tokens, backward.backward / tokens)
+
+
+@contextlib.contextmanager
+def kernels_of_a_gpu() -> Iterator[None]:
+    """Let fake tensors on the CPU take the memory that they would take on a GPU.
+
+    There, TRL's head works within its tile, in Triton, and attention with dropout keeps no probabilities.
+    """
+    from torch.nn import functional
+    from trl.kernels import chunked_logprob as head
+
+    forward, backward = head._forward_tile, head._backward_tile
+    attention: Callable[..., Tensor] = functional.scaled_dot_product_attention
+
+    def without_dropout(*tensors: "Tensor", dropout_p: float = 0.0, **options: object) -> "Tensor":
+        return attention(*tensors, **options)
+
+    head._forward_tile = head._backward_tile = lambda *_, **__: None
+    functional.scaled_dot_product_attention = without_dropout  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        head._forward_tile, head._backward_tile = forward, backward
+        functional.scaled_dot_product_attention = attention
 
 
 @dataclass

@@ -43,8 +43,9 @@ class ValueNetwork(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(rows, tokens, hidden) -> (rows, tokens), in float32."""
-        with torch.autocast(hidden.device.type, enabled=False):  # a value in bf16 would lose its last digits
-            found: Tensor = self.head(hidden.float()).squeeze(-1)
+        # a value in bf16 would lose its last digits; FSDP2 and DeepSpeed may hold the head in nothing better
+        with torch.autocast(hidden.device.type, enabled=False):
+            found: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
         return found
 
 

@@ -10,7 +10,7 @@ tests/rlhf/test_trl_internals.py pins what is relied upon.
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from posttrain.config.stages import OnlineStage
 from posttrain.console import say
 from posttrain.data.messages import Message
 from posttrain.errors import PosttrainError
-from posttrain.models.generate import by_length
+from posttrain.models.generate import by_length, half_weights
 from posttrain.models.lora import active_adapter, adapter_layers
 from posttrain.rlhf import losses, vllm
 from posttrain.rlhf.critic import log_probs
@@ -237,7 +237,9 @@ class OnlineTrainer(SafeTrainer, RLOOTrainer):
 
     def _generate_single_turn(self, *args: object, **kwargs: object) -> list[list[int]]:
         # as in training, where accelerate does it for the module as a whole
-        with self.accelerator.autocast(), vllm.reaching(self.server):
+        half = half_weights(self.accelerator.unwrap_model(self.model).policy, self.args, self.shards)
+        batched = self.use_transformers_continuous_batching
+        with half if batched else nullcontext(), self.accelerator.autocast(), vllm.reaching(self.server):
             found: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
         return found
 

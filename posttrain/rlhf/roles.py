@@ -79,7 +79,8 @@ def scores_of_adapter(trainer: "PolicyTrainer", head: "torch.Tensor", rows: list
             hidden = both.hidden(REWARD, ids, mask, positions)
         numbers = torch.arange(ids.size(1), device=head.device)
         last = hidden[torch.arange(len(part), device=head.device), (numbers * (ids != padding)).argmax(-1)]
-        found[places] = (last.float() @ head.float().T)[:, 0].cpu()
+        with torch.autocast(head.device.type, enabled=False):  # which whoever asks for scores may be in
+            found[places] = (last.float() @ head.float().T)[:, 0].cpu()
     return found.tolist()
 
 

@@ -28,7 +28,7 @@ from posttrain.runs.checkpoint import (
     write_atomically,
     writing,
 )
-from posttrain.runs.sharding import gathered, tie
+from posttrain.runs.sharding import begin_each_forward_anew, gathered, keep_output_dtype, tie
 from posttrain.values import JsonObject
 
 if TYPE_CHECKING:
@@ -84,6 +84,11 @@ class SafeTrainer(_TrainerBase):
         # transformers deletes by modification time, and folders whose names merely begin like a checkpoint's
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_output_dtype(self.accelerator.state.fsdp_plugin)
+
     @contextmanager
     def unwrapped_model(self, **options: object) -> "Iterator[PreTrainedModel]":
         """The model that the stage leaves behind, without what accelerate has wrapped around it, to be called.
@@ -112,6 +117,7 @@ class SafeTrainer(_TrainerBase):
         found: tuple[object, object] = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
+        begin_each_forward_anew(self.model)
         if self.when_prepared is not None:
             self.when_prepared()
         self.began = time.monotonic()
@@ -125,11 +131,14 @@ class SafeTrainer(_TrainerBase):
     @property
     def rounds_as(self) -> str:
         """`no` (float32), `bf16` or `fp16`: the coarsest precision that this run computes in."""
+        mixed = str(self.accelerator.mixed_precision)
+        return mixed if mixed != "no" else self.weights_as
+
+    @property
+    def weights_as(self) -> str:
+        """The same of the weights alone."""
         import torch
 
-        mixed = str(self.accelerator.mixed_precision)
-        if mixed != "no":
-            return mixed
         kinds = {weight.dtype for weight in self.model.parameters()}
         return "bf16" if torch.bfloat16 in kinds else "fp16" if torch.float16 in kinds else "no"
 

@@ -2,10 +2,42 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from accelerate import FullyShardedDataParallelPlugin
     from torch import Tensor, nn
+
+
+def keep_output_dtype(plugin: "FullyShardedDataParallelPlugin") -> None:
+    """Let FSDP2 hand out what a model gives as the model gives it.
+
+    accelerate (1.15) has it rounded to the precision of the weights, also log-probabilities and losses, which TRL
+    computes in float32: in bf16 the log-probability of a completion is then off by up to a nat.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def begin_each_forward_anew(model: "nn.Module") -> None:
+    """Let FSDP2 take each forward of the whole model for a new one.
+
+    Before 2.13, torch waits for a head that is tied to the embeddings and that TRL's loss reads without calling it:
+    after a forward without gradients it takes the next one for the same, and does not gather what it needs.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def begin(*_: object) -> None:
+        for state in states:
+            state._modules_to_run_forward.clear()
+
+    if states:
+        model.register_forward_pre_hook(begin)
 
 
 @contextmanager

@@ -35,11 +35,11 @@ STOPS = {"sft": 4, "reward": 2, "dpo": 2, "ppo": 2, "kto": 2, "grpo": 2}
 WEIGHTS = {"model.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp.bin", "global_step4"}
 
 
-def launch(engine: str, folder: Path, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def launch(engine: str, folder: Path, tasks: list[dict[str, Any]], precision: str = "no") -> list[dict[str, Any]]:
     """Run the tasks one after the other in two processes, under a shipped configuration."""
     shipped = yaml.safe_load((ROOT / f"accelerate_configs/{engine}.yaml").read_text())
     file, todo = folder / f"{engine}.yaml", folder / f"{engine}.json"
-    file.write_text(yaml.safe_dump(shipped | {"mixed_precision": "no", "num_processes": 2, "use_cpu": True}))
+    file.write_text(yaml.safe_dump(shipped | {"mixed_precision": precision, "num_processes": 2, "use_cpu": True}))
     todo.write_text(json.dumps(tasks))
     words = ("--config_file", str(file), "--main_process_port", "0", str(ROOT / "tests/engines.py"), str(todo))
     started = start(*words, cwd=folder, module="accelerate.commands.launch", new_session=True)
@@ -52,6 +52,11 @@ def launch(engine: str, folder: Path, tasks: list[dict[str, Any]]) -> list[dict[
     saved = sum(not task["stop"] for task in tasks)
     assert done.out.count("saved model: reloaded") == saved
     return found[0]
+
+
+def needs_deepspeed(engine: str) -> None:
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("pip install --no-build-isolation deepspeed")
 
 
 def stages_of(mode: str) -> tuple[str, ...]:
@@ -78,8 +83,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_every_stage_under_every_engine(engine: str, mode: str, sources: Path, ddp: Path, capsys: Any) -> None:
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("pip install --no-build-isolation deepspeed")
+    needs_deepspeed(engine)
     tasks = []
     for stage in stages_of(mode):
         tasks += [run(stage, mode, "whole"), run(stage, mode, "cut", STOPS[stage]), run(stage, mode, "cut")]
@@ -108,6 +112,25 @@ def test_every_stage_under_every_engine(engine: str, mode: str, sources: Path, d
         assert computed(whole) == computed(cut)
         with capsys.disabled():
             print(", resumes bit for bit, saves a whole model", end="")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_every_stage_in_the_precision_of_the_shipped_files(engine: str, mode: str, sources: Path) -> None:
+    needs_deepspeed(engine)
+    more = ("trainer.eval_strategy=steps", "trainer.eval_steps=1")
+    tasks = []
+    for stage in stages_of(mode):
+        tasks += [run(stage, mode, "whole"), run(stage, mode, "cut", STOPS[stage]), run(stage, mode, "cut")]
+    for task in tasks:
+        task["overrides"] += more
+    launch(engine, sources, tasks, precision="bf16")
+    for stage in stages_of(mode):
+        whole, cut = (sources / f"outputs/{mode}-{name}" / stage for name in ("whole", "cut"))
+        assert manifest(whole)["metrics"]["steps"] == 4
+        assert same_weights(whole / "model", cut / "model")
+        assert computed(whole) == computed(cut)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The memory plan: against hand-counted weights, against torch's own tracker, and as the dry runs print it."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,10 @@ from conftest import Posttrain
 
 from posttrain import configure
 from posttrain.models.load import load_tokenizer
+from posttrain.paths import TINY
 from posttrain.planning.advice import changes, words
 from posttrain.planning.machines import machine_of
-from posttrain.planning.memory import MemoryPlan, plan_memory
+from posttrain.planning.memory import MemoryPlan, kernels_of_a_gpu, plan_memory
 
 # posttrain/tiny by hand: 3 layers of 12 × 128² + 13 × 128, 916 tokens and 512 positions of 128, and the last norm
 NUMBERS = 3 * (12 * 128**2 + 13 * 128) + (916 + 512) * 128 + 2 * 128
@@ -80,6 +83,20 @@ def test_the_activations_agree_with_torchs_own_tracker() -> None:
     ours = plan("stage=sft").parts
     dynamic = sum(size for name, size in ours.items() if name not in ("weights", "optimizer"))
     assert dynamic == pytest.approx(theirs["Total"] - theirs["Parameter"], rel=0.02)
+
+
+def test_a_gpu_keeps_no_attention_probabilities_and_one_tile_of_logits(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "drops")
+    drops = json.loads((TINY / "config.json").read_text()) | {"attn_pdrop": 0.1}
+    (tmp_path / "drops/config.json").write_text(json.dumps(drops))
+    words = ("stage=sft", "precision=bf16", "stage.batch_size=8", f"model.model_name_or_path={tmp_path}/drops")
+    here = plan(*words, longest=512)
+    with kernels_of_a_gpu():
+        there = plan(*words, longest=512)
+    # TRL's tile, of 4,096 tokens at most and 32,768 numbers of 2 bytes
+    assert there.parts["logits × vocabulary"] == pytest.approx(8 * 511 * 32768 * 2, rel=0.1)
+    # in each of 3 layers those of 8 sequences in 4 heads, before and after dropout, in 2 bytes
+    assert here.parts["activations"] - there.parts["activations"] >= 3 * 8 * 4 * 512**2 * (2 + 2)
 
 
 def test_what_makes_it_less() -> None:

@@ -11,6 +11,7 @@ from conftest import LORA, QLORA, REWARD, SHORT_PPO, Posttrain, logged, manifest
 from safetensors.torch import load_file
 
 PPO = Path("outputs/demo/ppo")
+BF16 = "precision=bf16"
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def models(
 ROLES = {
     "full": ((), (), "4 models in memory", "the reward model, all weights"),
     "lora-shared": (LORA, LORA, "1 model in memory", "the reward model, an adapter on the same base"),
+    "lora-shared-bf16": (LORA, (*LORA, BF16), "1 model in memory", "the reward model, an adapter on the same base"),
     "lora-separate": ((), LORA, "2 models in memory", "an adapter on the same base"),
     "qlora": (QLORA, QLORA, "1 model in memory", "adapter"),
 }
@@ -90,6 +92,19 @@ def test_ppo_takes_both_models_of_the_run(
         assert sum(ratio for _, ratio, _ in sample["trace"]) == pytest.approx(sample["kl"], abs=1e-3)
     assert any(advantage for *_, advantage in samples[0]["trace"])
     assert Path("outputs/demo/ppo/curves.svg").is_file()
+
+
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_continuous_batching_leaves_the_weights_in_float32(
+    posttrain: Posttrain, prompts: str, more: tuple[str, ...]
+) -> None:
+    batching = (BF16, "stage.use_transformers_continuous_batching=true")
+    done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, *batching, *more)
+    assert done.code == 0, done
+    assert "ContinuousBatchingLogger" not in done.err
+    trained = load_file(PPO / ("adapter/adapter_model.safetensors" if more else "model/model.safetensors"))
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert not any(torch.equal(weight, weight.bfloat16().float()) for weight in trained.values() if weight.any())
 
 
 def test_an_adapter_scores_as_the_merged_reward_model(
