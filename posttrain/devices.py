@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,15 @@ def world_size() -> int:
 def launched() -> bool:
     """Whether this process is one of those that `accelerate launch` or torchrun has started."""
     return world_size() > 1 or "LOCAL_RANK" in os.environ
+
+
+def leave_processes() -> None:
+    """Take leave of the other processes: one that merely exits while torch's threads still serve another may abort."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def visible_gpus() -> list[str]:

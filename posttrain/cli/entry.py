@@ -13,7 +13,7 @@ from posttrain import __version__, console
 from posttrain.cli.completion import complete
 from posttrain.cli.help import help_text
 from posttrain.console import TRACE, fail, is_main_process
-from posttrain.devices import launched
+from posttrain.devices import launched, leave_processes
 from posttrain.errors import AlreadyToldError, PosttrainError, Stopped
 from posttrain.runs.checkpoint import StopSignals
 
@@ -57,6 +57,7 @@ def guarded(body: Callable[[], None]) -> int:
     os.environ[TRACE] = "1"  # Hydra then hands exceptions on instead of printing and exiting by itself
     try:
         body()
+        leave_processes()
     except (Stopped, KeyboardInterrupt) as error:
         return report(error)
     except BrokenPipeError:  # whoever read the output, such as `head`, has ended

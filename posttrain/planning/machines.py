@@ -17,6 +17,7 @@ class Machine:
     """Devices, and how accelerate's engine shares out among them."""
 
     name: str  # of a device
+    is_gpu: bool
     devices: int
     memory: int  # of a device, in bytes
     tflops: float | None  # peak of a device in the precision of the run, if it is known
@@ -34,12 +35,14 @@ def machine_of(config: Config) -> Machine:
     Raises:
         ConfigError: the precision contradicts accelerate's.
     """
+    import torch
+
     plan, file, environment = config.plan, accelerate_config(config.accelerate), os.environ
     devices = plan.devices or int(file.get("num_processes", world_size()))
     launched = file.get("mixed_precision", environment.get("ACCELERATE_MIXED_PRECISION"))
     precision = wanted_precision(config.precision, launched)
+    elsewhere = bool(plan.device or plan.memory or plan.tflops)
     if precision is None:
-        elsewhere = plan.device or plan.memory or plan.tflops
         precision = "bf16" if elsewhere else mixed_precision(config.precision)
     name, memory = _here()
     tflops = plan.tflops
@@ -51,7 +54,8 @@ def machine_of(config: Config) -> Machine:
     if plan.memory is not None:
         name, memory = plan.device or "the planned device", bytes_of(plan.memory)
     engine, weights, gradients, optimizer = _shares(file, devices)
-    return Machine(name, devices, memory, tflops, precision, engine, weights, gradients, optimizer)
+    is_gpu = elsewhere or torch.cuda.is_available()
+    return Machine(name, is_gpu, devices, memory, tflops, precision, engine, weights, gradients, optimizer)
 
 
 def _shares(file: dict[str, object], devices: int) -> tuple[str, float, float, float]:

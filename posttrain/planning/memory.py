@@ -63,6 +63,8 @@ def plan_memory(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from posttrain.rlhf.critic import PolicyAndValue
+
     stage, machine = stage_named(config.stage.name), machine_of(config)
     holdings = stage.hold(config, tokenizer)
     precision = machine.precision
@@ -70,7 +72,9 @@ def plan_memory(
     weights, gradients, optimizer = _kept(config, holdings, machine)
     # these engines gather or keep weights in half precision; elsewhere autocast makes copies that are
     halved = machine.engine in (FSDP, ZERO) and precision != "no"
-    kernels = kernels_of_a_gpu() if torch.cuda.is_available() else contextlib.nullcontext()
+    if isinstance(holdings.trained, PolicyAndValue):
+        holdings.trained.fused = machine.is_gpu
+    kernels = kernels_of_a_gpu() if machine.is_gpu else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), kernels:
         for module in holdings.modules:
             give_fake_content(module, half if halved else None)
@@ -84,9 +88,7 @@ def plan_memory(
             with torch.autocast("cpu", half, enabled=precision != "no"):
                 steps.append(_step(config, holdings, loss, (sequences, longest), accumulation > 1, machine.gradients))
         if isinstance(config.stage, OnlineStage):
-            rows = wider(
-                config.stage, holdings.trained.config.get_text_config().vocab_size, not torch.cuda.is_available()
-            )
+            rows = wider(config.stage, holdings.trained.config.get_text_config().vocab_size, not machine.is_gpu)
             with torch.no_grad(), torch.autocast("cpu", half, enabled=precision != "no"):
                 estimating = _step(config, holdings, losses[0], (rows, longest), False, 0.0).activations
         full = sum(weight.nbytes for weight in holdings.trained.parameters() if weight.requires_grad)

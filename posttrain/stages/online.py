@@ -210,7 +210,6 @@ def hold_roles(
             model = meta_model(alone, True, len(source.tokenizer if source is not None else tokenizer))
             held.append(("reward model (frozen)", weight_bytes(model, alone)))
     both = PolicyAndValue(policy_alone.trained, critic, stage.temperature, stage.entropy_coef > 0)
-    both.fused = torch.cuda.is_available()
 
     def loss(batch: Batch, completion: int) -> "torch.Tensor":
         ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -13,7 +13,7 @@ from posttrain.models.load import load_tokenizer
 from posttrain.paths import TINY
 from posttrain.planning.advice import changes, words
 from posttrain.planning.machines import machine_of
-from posttrain.planning.memory import MemoryPlan, kernels_of_a_gpu, plan_memory
+from posttrain.planning.memory import MemoryPlan, plan_memory
 
 # posttrain/tiny by hand: 3 layers of 12 × 128² + 13 × 128, 916 tokens and 512 positions of 128, and the last norm
 NUMBERS = 3 * (12 * 128**2 + 13 * 128) + (916 + 512) * 128 + 2 * 128
@@ -90,9 +90,7 @@ def test_a_gpu_keeps_no_attention_probabilities_and_one_tile_of_logits(tmp_path:
     drops = json.loads((TINY / "config.json").read_text()) | {"attn_pdrop": 0.1}
     (tmp_path / "drops/config.json").write_text(json.dumps(drops))
     words = ("stage=sft", "precision=bf16", "stage.batch_size=8", f"model.model_name_or_path={tmp_path}/drops")
-    here = plan(*words, longest=512)
-    with kernels_of_a_gpu():
-        there = plan(*words, longest=512)
+    here, there = (plan(*words, *more, longest=512) for more in ((), ("dry_run=true", "plan.device=h100")))
     # TRL's tile, of 4,096 tokens at most and 32,768 numbers of 2 bytes
     assert there.parts["logits × vocabulary"] == pytest.approx(8 * 511 * 32768 * 2, rel=0.1)
     # in each of 3 layers those of 8 sequences in 4 heads, before and after dropout, in 2 bytes

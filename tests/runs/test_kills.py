@@ -1,5 +1,9 @@
-"""Each stage is killed at random moments, fifty times, and ends with the weights of a run that nobody touched."""
+"""Each stage is killed at random moments, fifty times, and ends with the weights of a run that nobody touched.
 
+On one process, and on two, which end together with what has launched them.
+"""
+
+import os
 import random
 import shutil
 import signal
@@ -9,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import command, same_weights, start
+from conftest import command, launched, same_weights, start
+from filelock import FileLock
 
 KILLS = 50
 STEPS = 30
@@ -22,10 +27,12 @@ def newest(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "kto", "grpo"])
-def test_killed_at_any_moment_it_ends_the_same(sources: Path, stage: str) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_it_ends_the_same(sources: Path, processes: int, stage: str) -> None:
+    begin = start if processes == 1 else launched
     arguments = [*command(stage, "whole"), "stage.batch_size=2", "trainer.save_steps=1"]
     arguments = [each.replace("trainer.max_steps=4", f"trainer.max_steps={STEPS}") for each in arguments]
-    process = start(*arguments, cwd=sources)
+    process = begin(*arguments, cwd=sources)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     cut = [each.replace("run_name=whole", "run_name=cut") for each in arguments]
@@ -34,24 +41,30 @@ def test_killed_at_any_moment_it_ends_the_same(sources: Path, stage: str) -> Non
     killed: Counter[str] = Counter()
     while killed.total() < KILLS:
         reached = newest(folder)
-        process = start(*cut, cwd=sources)
+        process = begin(*cut, cwd=sources)
         if killed.total() % 4:  # three of four once it trains, the fourth at any time
             while newest(folder) == reached and process.poll() is None:
                 time.sleep(0.01)
         try:
-            out, err = process.communicate(timeout=moments.uniform(0, 1.5 if killed.total() % 4 else 9))
+            out, err = process.communicate(timeout=moments.uniform(0, 1.5 if killed.total() % 4 else 9 * processes))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            if processes == 1:
+                process.send_signal(signal.SIGKILL)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+            if folder.parent.is_dir():
+                with FileLock(folder.parent / f".{stage}.lock", timeout=60):
+                    pass  # what the launcher has started ends a moment later
             step = newest(folder)
             killed["training" if reached < step < STEPS else "starting" if step == reached < STEPS else "ending"] += 1
             continue
         assert process.returncode == 0, out + err
         # faster than the kill; begin anew, so that there is something to kill
         shutil.rmtree(sources / "outputs/cut")
-    print(stage, dict(killed))
+    print(processes, stage, dict(killed))
     assert killed["training"] >= KILLS // 4
-    process = start(*cut, cwd=sources)
+    process = begin(*cut, cwd=sources)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert same_weights(sources / f"outputs/whole/{stage}/model", folder / "model")

@@ -94,11 +94,12 @@ def test_ppo_takes_both_models_of_the_run(
     assert Path("outputs/demo/ppo/curves.svg").is_file()
 
 
-@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("more", [(), pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_continuous_batching_leaves_the_weights_in_float32(
     posttrain: Posttrain, prompts: str, more: tuple[str, ...]
 ) -> None:
-    batching = (BF16, "stage.use_transformers_continuous_batching=true")
+    small = "+trainer.transformers_continuous_batching_config={num_blocks: 8, max_batch_tokens: 64}"
+    batching = (BF16, "stage.use_transformers_continuous_batching=true", small)
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, *batching, *more)
     assert done.code == 0, done
     assert "ContinuousBatchingLogger" not in done.err
