@@ -14,6 +14,7 @@ from conftest import ROOT, Posttrain, contents, ended, start
 from posttrain import __main__ as door
 from posttrain import chat, evaluate, export, paths, pipeline, report, run
 from posttrain.cli.command import compose_all
+from posttrain.cli.entry import guarded
 from posttrain.cli.help import COMMANDS, docstring
 from posttrain.config.stages import STAGES
 
@@ -261,3 +262,11 @@ def test_a_recipe_that_is_not_utf8_is_refused(command: Posttrain, tmp_path: Path
     done = command("run", "--config-dir", "mine", "recipes=bad")
     assert done.code == 2, done
     assert "bad.yaml: invalid YAML" in done.err
+
+
+def test_processes_take_leave_of_one_another() -> None:
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    assert guarded(lambda: None) == 0
+    assert not distributed.is_initialized()
