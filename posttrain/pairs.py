@@ -56,7 +56,7 @@ from posttrain.metrics.comparison import REWARD
 from posttrain.models.load import load_model_and_tokenizer
 from posttrain.models.resolve import all_reward_functions, resolve
 from posttrain.planning.preview import show_data
-from posttrain.rlhf.pairing import FILES, LOW_MARGIN, REASONS, Choice, PairsConfig, choose, row_of
+from posttrain.rlhf.pairing import FILES, LOW_MARGIN, NO_END, REASONS, Choice, PairsConfig, choose, row_of
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import ANSWERS, RunFolder, locked, read_lines, sha256_of
@@ -140,7 +140,8 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig, to_come: Colle
     if not made:
         raise DataError(
             f"{path}: no row can be made of the answers ({', '.join(f'{why}: {count}' for why, count in lost)}); "
-            "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
+            + ("let them be longer (max_new_tokens=), " if NO_END in dict(lost) else "")
+            + "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
         )
     if is_main_process():
         file, lines = path / FILES[chosen.keep], (json.dumps(row, ensure_ascii=False, default=str) for row in made)

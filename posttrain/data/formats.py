@@ -411,6 +411,8 @@ def ratings(data: DataConfig) -> Reader[Pair]:
             return Pair(prompt, chosen, rejected, where, inputs=_inputs(row))
         require_columns(row, ("prompt", "completion", "label"), "ratings")
         label = row["label"]
+        if isinstance(label, str):  # a CSV file's cells are text
+            label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
         if label not in (True, False):  # 1 and 0 among them
             raise ValueError(f"'label' must be true or false, got {label!r}")
         prompt = _begun(_asked(row["prompt"], "prompt", keys), row, keys)

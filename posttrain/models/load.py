@@ -268,6 +268,16 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
     return str(folder)
 
 
+def refuse_reward_model(model: ModelConfig, config: "PretrainedConfig") -> None:
+    """Raises ConfigError where a language model is wanted, and the config is that of a model that gives a score."""
+    kinds = [name for name in config.architectures or () if "ForSequenceClassification" in name]
+    if kinds:
+        raise ConfigError(
+            f"model.model_name_or_path={model.start} is a reward model ({kinds[0]}), which gives a score and writes "
+            "nothing; name a language model"
+        )
+
+
 def load_causal_lm(
     model: ModelConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -286,6 +296,7 @@ def load_causal_lm(
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
     config = hub_config(model, path)
+    refuse_reward_model(model, config)
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.to_dict().get("is_decoder"):
         raise ConfigError(
             f"model.model_name_or_path={model.start}: {config.model_type} is an encoder, reads in both directions and "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config, ModelConfig
-from posttrain.models.load import hub_config
+from posttrain.models.load import hub_config, refuse_reward_model
 from posttrain.models.lora import lora_config
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def meta_model(settings: ModelConfig, scores: bool, tokens: int) -> "PreTrainedM
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     known = hub_config(settings)
-    if scores:
+    if not scores:
+        refuse_reward_model(settings, known)
+    else:
         known.num_labels = 1
         known.get_text_config().pad_token_id = 0
     text = known.get_text_config()

@@ -236,7 +236,7 @@ class RunFolder:
             if foreign:
                 raise ConfigError(
                     f"{self.path} holds files that no run of posttrain wrote ({', '.join(foreign[:3])}); "
-                    "choose run_name=… or output_dir=…"
+                    f"choose {self.elsewhere}"
                 )
             return "new"
         if overwrite:

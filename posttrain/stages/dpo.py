@@ -121,7 +121,8 @@ def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
     frozen = held.trained
     if not config.model.use_peft or named is not None:
         settings = named or config.model
-        frozen = meta_model(settings, False, len(tokenizer))
+        with naming("stage.reference" if named else "model.model_name_or_path"):
+            frozen = meta_model(settings, False, len(tokenizer))
         fuse_head(frozen)
         held.modules.append(frozen)
         held.held.append(("reference (frozen copy)", weight_bytes(frozen, settings)))

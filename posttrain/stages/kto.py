@@ -10,6 +10,7 @@ from posttrain.console import warn
 from posttrain.data.encode import PairEncoding
 from posttrain.data.formats import ratings
 from posttrain.errors import ConfigError
+from posttrain.models.meta import Batch, Holdings
 from posttrain.stages import dpo
 from posttrain.stages.base import DataSources, StageContext, StageData, prepare_rows
 
@@ -58,8 +59,8 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     if not liked or not others:
         raise ConfigError(
             f"data.dataset_name={config.data.dataset_name}: {'all' if liked else 'none'} of the {liked + others:,} "
-            "completions to train on were liked: there is nothing to tell apart; add others, or train SFT on those "
-            "that were liked"
+            "completions to train on were liked: there is nothing to tell apart; add others"
+            + (", or train SFT on them" if liked else "")
         )
     ratio = liked * stage.desirable_weight / (others * stage.undesirable_weight)
     even = stage.desirable_weight / ratio
@@ -79,6 +80,20 @@ def prepare(config: Config, tokenizer: "PreTrainedTokenizerBase", sources: DataS
     return found
 
 
+def hold(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Holdings:
+    """As DPO, and before it a forward of both models without gradients, of the completions for the KL term."""
+    import torch
+
+    held = dpo.hold(config, tokenizer)
+
+    def loss(batch: Batch, completion: int) -> "torch.Tensor":
+        with torch.no_grad():
+            held.loss(batch, completion)
+        return held.loss(batch, completion)
+
+    return replace(held, loss=loss)
+
+
 def build(context: StageContext, model: "PreTrainedModel") -> "KTOTrainer":
     """The trainer, its reference read from where the policy was."""
     from trl import KTOConfig
@@ -88,5 +103,5 @@ def build(context: StageContext, model: "PreTrainedModel") -> "KTOTrainer":
     return dpo.build_as(KTOTrainer, KTOConfig, context, model)
 
 
-# models, memory, checks and numbers are those of DPO: a policy, and what it starts from as reference
-STAGE = dpo.STAGE._replace(prepare=prepare, build=build)
+# models, checks and numbers are those of DPO: a policy, and what it starts from as reference
+STAGE = dpo.STAGE._replace(prepare=prepare, hold=hold, build=build)

@@ -97,6 +97,13 @@ def test_a_gpu_keeps_no_attention_probabilities_and_one_tile_of_logits(tmp_path:
     assert here.parts["activations"] - there.parts["activations"] >= 3 * 8 * 4 * 512**2 * (2 + 2)
 
 
+def test_kto_reads_the_completions_of_its_kl_term_without_gradients() -> None:
+    pairs, rated = plan("stage=dpo", "stage.batch_size=4"), plan("stage=kto", "stage.batch_size=8")
+    assert rated.peak == pytest.approx(pairs.peak, rel=0.02)
+    assert rated.forward == pytest.approx(2 * pairs.forward, rel=0.01)
+    assert rated.backward == pytest.approx(pairs.backward, rel=0.01)
+
+
 def test_what_makes_it_less() -> None:
     usual = plan("stage=sft", longest=512)
     twice = plan("stage=sft", "stage.batch_size=8", longest=512)

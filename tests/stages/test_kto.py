@@ -81,12 +81,23 @@ def test_it_learns_what_was_liked(posttrain: Posttrain, tmp_path: Path) -> None:
     assert "(1 epoch of 6)" in done.out  # 48 completions, 8 to a batch
 
 
+@pytest.mark.parametrize("labels", [("True", "False"), ("1", "0")])
+def test_labels_of_a_csv_file_are_text(posttrain: Posttrain, tmp_path: Path, labels: tuple[str, str]) -> None:
+    lines = [f"Say {n}.,{row['completion']},{labels[not row['label']]}" for n, row in enumerate(rated(20))]
+    (tmp_path / "rated.csv").write_text("\n".join(["prompt,completion,label", *lines]))
+    done = posttrain(*FEW, "data.dataset_name=rated.csv", "dry_run=true")
+    assert done.code == 0, done
+    assert "completions were liked, " in done.out
+
+
 def test_what_it_refuses(posttrain: Posttrain, tmp_path: Path) -> None:
     write_rows(tmp_path / "bad.jsonl", [*rated(8), {"prompt": "a", "completion": "b", "label": "yes"}])
     write_rows(tmp_path / "liked.jsonl", rated(20)[:20])
+    write_rows(tmp_path / "others.jsonl", rated(20)[20:])
     for words, said in (
         (("data.dataset_name=bad.jsonl",), "bad.jsonl line 17: 'label' must be true or false, got 'yes'"),
         (("data.dataset_name=liked.jsonl",), "all of the 8 completions to train on were liked"),
+        (("data.dataset_name=others.jsonl",), "none of the 8 completions to train on were liked"),
         (("data.dataset_name=bad.jsonl", "stage.batch_size=1"), "stage.batch_size"),
         (("data.dataset_name=bad.jsonl", "+trainer.train_sampling_strategy=random"), "cannot be set: rows are drawn"),
     ):

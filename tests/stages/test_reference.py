@@ -75,17 +75,26 @@ def test_another_reference_and_what_can_be_none(posttrain: Posttrain, sources: P
     plan = [posttrain(*start, *LORA, *more, "dry_run=true").out for more in ((), HELD_TO[:1])]
     assert ["reference (frozen copy)" in each for each in plan] == [False, True]
 
-    # one that reads other tokens is refused by name, and so is one that is not there
+    # one that reads other tokens is refused by name, and so is one that is not there, before anything is trained
     shutil.copytree("outputs/a/sft/model", "other")
     tokenizer = json.loads(Path("other/tokenizer.json").read_text())
     tokens = tokenizer["model"]["vocab"]
     (one, its), (two, theirs) = list(tokens.items())[40:42]
     tokens[one], tokens[two] = theirs, its
     Path("other/tokenizer.json").write_text(json.dumps(tokenizer))
-    for reference, said in (("other", "2 of them others"), ("a/b/none", "stage.reference=a/b/none: no such folder")):
-        done = posttrain(*start, f"stage.reference={reference}")
-        assert done.code == 2, done
-        assert said in done.err
+    # so is a reward model, whose config says what it is
+    shutil.copytree("outputs/a/sft/model", "scores")
+    scores = json.loads(Path("scores/config.json").read_text()) | {"architectures": ["GPT2ForSequenceClassification"]}
+    Path("scores/config.json").write_text(json.dumps(scores))
+    for reference, said in (
+        ("other", "2 of them others"),
+        ("a/b/none", "stage.reference=a/b/none: no such folder"),
+        ("scores", "stage.reference=scores is a reward model (GPT2ForSequenceClassification)"),
+    ):
+        for more in ((), ("dry_run=true",)):
+            done = posttrain(*start, f"stage.reference={reference}", *more)
+            assert done.code == 2, done
+            assert said in done.err
         assert not Path("outputs/x").exists()
 
 
