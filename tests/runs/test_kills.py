@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from conftest import command, launched, same_weights, start
-from filelock import FileLock
 
 KILLS = 50
 STEPS = 30
@@ -23,6 +22,12 @@ STEPS = 30
 def newest(folder: Path) -> int:
     """The step of the last whole checkpoint."""
     return max((int(path.parent.name[11:]) for path in folder.glob("checkpoint-*/checkpoint.json")), default=0)
+
+
+def family(process: int) -> list[int]:
+    """A process and what it has started: torch's launcher puts each of its processes into a session of its own."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(each for child in children for each in family(int(child)))]
 
 
 @pytest.mark.slow
@@ -48,14 +53,9 @@ def test_killed_at_any_moment_it_ends_the_same(sources: Path, processes: int, st
         try:
             out, err = process.communicate(timeout=moments.uniform(0, 1.5 if killed.total() % 4 else 9 * processes))
         except subprocess.TimeoutExpired:
-            if processes == 1:
-                process.send_signal(signal.SIGKILL)
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
+            for each in family(process.pid):
+                os.kill(each, signal.SIGKILL)
             process.communicate()
-            if folder.parent.is_dir():
-                with FileLock(folder.parent / f".{stage}.lock", timeout=60):
-                    pass  # what the launcher has started ends a moment later
             step = newest(folder)
             killed["training" if reached < step < STEPS else "starting" if step == reached < STEPS else "ending"] += 1
             continue
