@@ -1,5 +1,6 @@
 """The start and the end of every entry point: help, the version, a failure as one paragraph, the exit code."""
 
+import atexit
 import os
 import shlex
 import signal
@@ -57,7 +58,7 @@ def guarded(body: Callable[[], None]) -> int:
     os.environ[TRACE] = "1"  # Hydra then hands exceptions on instead of printing and exiting by itself
     try:
         body()
-        leave_processes()
+        atexit.register(leave_processes)
     except (Stopped, KeyboardInterrupt) as error:
         return report(error)
     except BrokenPipeError:  # whoever read the output, such as `head`, has ended

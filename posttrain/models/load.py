@@ -296,12 +296,12 @@ def load_causal_lm(
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
     config = hub_config(model, path)
-    refuse_reward_model(model, config)
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.to_dict().get("is_decoder"):
         raise ConfigError(
             f"model.model_name_or_path={model.start}: {config.model_type} is an encoder, reads in both directions and "
             "writes no completions; it can be a reward model only"
         )
+    refuse_reward_model(model, config)
     if not dropout:
         _switch_dropout_off(config)
     loaded = _load(AutoModelForCausalLM, model, tokenizer, path, config, quantised)

@@ -14,7 +14,6 @@ from conftest import ROOT, Posttrain, contents, ended, start
 from posttrain import __main__ as door
 from posttrain import chat, evaluate, export, paths, pipeline, report, run
 from posttrain.cli.command import compose_all
-from posttrain.cli.entry import guarded
 from posttrain.cli.help import COMMANDS, docstring
 from posttrain.config.stages import STAGES
 
@@ -264,9 +263,17 @@ def test_a_recipe_that_is_not_utf8_is_refused(command: Posttrain, tmp_path: Path
     assert "bad.yaml: invalid YAML" in done.err
 
 
-def test_processes_take_leave_of_one_another() -> None:
-    from torch import distributed
+LEAVING = """
+import atexit
+from torch import distributed
+from posttrain.cli.entry import guarded
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    assert guarded(lambda: None) == 0
-    assert not distributed.is_initialized()
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+atexit.register(lambda: print("initialized:", distributed.is_initialized()))  # called last
+guarded(lambda: None)
+"""
+
+
+def test_processes_take_leave_of_one_another() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=True)
+    assert done.stdout == "initialized: False\n"
