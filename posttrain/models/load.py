@@ -268,10 +268,13 @@ def prepare_base(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folde
     return str(folder)
 
 
+def _classifiers(config: "PretrainedConfig") -> list[str]:
+    return [name for name in config.architectures or () if "ForSequenceClassification" in name]
+
+
 def refuse_reward_model(model: ModelConfig, config: "PretrainedConfig") -> None:
     """Raises ConfigError where a language model is wanted, and the config is that of a model that gives a score."""
-    kinds = [name for name in config.architectures or () if "ForSequenceClassification" in name]
-    if kinds:
+    if kinds := _classifiers(config):
         raise ConfigError(
             f"model.model_name_or_path={model.start} is a reward model ({kinds[0]}), which gives a score and writes "
             "nothing; name a language model"
@@ -334,8 +337,7 @@ def load_reward_model(
             f"{where}: transformers has no reward model (sequence classifier) of the architecture {config.model_type}; "
             "take another model for it, as stage.reward_model may have a tokenizer of its own"
         )
-    scores = not new_head or any("ForSequenceClassification" in name for name in config.architectures or [])
-    if scores and config.num_labels != 1:
+    if (not new_head or _classifiers(config)) and config.num_labels != 1:
         raise ConfigError(
             f"{where}: it has {config.num_labels} outputs, one is needed: the reward. Train one with stage=reward, or "
             "save its model with num_labels=1"

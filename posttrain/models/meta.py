@@ -74,11 +74,11 @@ def meta_model(settings: ModelConfig, scores: bool, tokens: int) -> "PreTrainedM
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     known = hub_config(settings)
-    if not scores:
-        refuse_reward_model(settings, known)
-    else:
+    if scores:
         known.num_labels = 1
         known.get_text_config().pad_token_id = 0
+    else:
+        refuse_reward_model(settings, known)
     text = known.get_text_config()
     text.vocab_size = max(text.vocab_size, tokens)
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM

@@ -74,7 +74,7 @@ def plan_memory(
     halved = machine.engine in (FSDP, ZERO) and precision != "no"
     if isinstance(holdings.trained, PolicyAndValue):
         holdings.trained.fused = machine.is_gpu
-    kernels = kernels_of_a_gpu() if machine.is_gpu else contextlib.nullcontext()
+    kernels = _kernels_of_a_gpu() if machine.is_gpu else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), kernels:
         for module in holdings.modules:
             give_fake_content(module, half if halved else None)
@@ -128,7 +128,7 @@ def plan_memory(
 
 
 @contextlib.contextmanager
-def kernels_of_a_gpu() -> Iterator[None]:
+def _kernels_of_a_gpu() -> Iterator[None]:
     """Let fake tensors on the CPU take the memory that they would take on a GPU.
 
     There, TRL's head works within its tile, in Triton, and attention with dropout keeps no probabilities.

@@ -68,6 +68,14 @@ def run(stage: str, mode: str, name: str, stop: int = 0) -> dict[str, Any]:
     return {"overrides": command(stage, f"{mode}-{name}", *more), "stop": stop}
 
 
+def whole_and_cut(mode: str) -> list[dict[str, Any]]:
+    """Of each stage an undisturbed run, one that is cut off, and what continues it."""
+    tasks = []
+    for stage in stages_of(mode):
+        tasks += [run(stage, mode, "whole"), run(stage, mode, "cut", STOPS[stage]), run(stage, mode, "cut")]
+    return tasks
+
+
 @pytest.fixture
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same runs under DDP, made once."""
@@ -84,9 +92,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_every_stage_under_every_engine(engine: str, mode: str, sources: Path, ddp: Path, capsys: Any) -> None:
     needs_deepspeed(engine)
-    tasks = []
-    for stage in stages_of(mode):
-        tasks += [run(stage, mode, "whole"), run(stage, mode, "cut", STOPS[stage]), run(stage, mode, "cut")]
+    tasks = whole_and_cut(mode)
     found = launch(engine, sources, tasks)
     if engine == "fsdp2":  # the layers, and what is around them
         assert min(each["units"] for each in found[::3]) > 2
@@ -120,9 +126,7 @@ def test_every_stage_under_every_engine(engine: str, mode: str, sources: Path, d
 def test_every_stage_in_the_precision_of_the_shipped_files(engine: str, mode: str, sources: Path) -> None:
     needs_deepspeed(engine)
     more = ("trainer.eval_strategy=steps", "trainer.eval_steps=1")
-    tasks = []
-    for stage in stages_of(mode):
-        tasks += [run(stage, mode, "whole"), run(stage, mode, "cut", STOPS[stage]), run(stage, mode, "cut")]
+    tasks = whole_and_cut(mode)
     for task in tasks:
         task["overrides"] += more
     launch(engine, sources, tasks, precision="bf16")
