@@ -85,8 +85,10 @@ def read_options(given: Mapping[str, str]) -> PairsConfig:
 OPTIONS = tuple(item.name for item in fields(PairsConfig))
 
 
-def sample_pairs(config: Config, path: Path, chosen: PairsConfig, to_come: Collection[str] = ()) -> dict[str, float]:
-    """Answer the prompts to train on, and write the rows that are chosen into `path`; their numbers, none of a dry run.
+def sample_pairs(
+    config: Config, folder: RunFolder, chosen: PairsConfig, to_come: Collection[str] = ()
+) -> dict[str, float]:
+    """Answer the prompts to train on, and write the rows chosen into `folder`; their numbers, none of a dry run.
 
     A dry run does without what the stages `to_come` will make.
 
@@ -98,8 +100,7 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig, to_come: Colle
     if chosen.gold_filter and not stage.eval_reward_functions:
         raise ConfigError("gold_filter=true asks the functions of eval_reward_functions=[…], and there are none")
     # 1. what is asked, and whether it has been answered before
-    resolved, folder = resolve(config, to_come), RunFolder(path)
-    folder.elsewhere = "out=…"
+    policy, resolved, path = config.model.model_name_or_path, resolve(config, to_come), folder.path
     config = resolved.config
     tokenizer, begun = load_tokenizer_of(resolved)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,13 +117,10 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig, to_come: Colle
     check_rewards(config)
     # what is chosen of the answers may change until it is done, and nothing is sampled again for it
     identity = identity_of(resolved, sources, tokenizer, begun) | {PAIRS: {"samples": chosen.samples}}
-    state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside))
+    state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside, {PAIRS: asdict(chosen)}))
     if state == "complete":
         manifest = folder.manifest()
         assert manifest is not None
-        if manifest[PAIRS] != asdict(chosen):
-            told = ", ".join(f"{name}={value}" for name, value in manifest[PAIRS].items())
-            raise ConfigError(f"{path} holds rows chosen with {told}; choose out=… for others")
         say(f"already complete: {path}, and nothing has changed (finished {manifest['finished']})")
         return dict(manifest["metrics"])
     # 2. answer, a shard at a time; those that are there stay
@@ -143,13 +141,15 @@ def sample_pairs(config: Config, path: Path, chosen: PairsConfig, to_come: Colle
             + ("let them be longer (max_new_tokens=), " if NO_END in dict(lost) else "")
             + "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
         )
+    file = path / FILES[chosen.keep]
     if is_main_process():
-        file, lines = path / FILES[chosen.keep], (json.dumps(row, ensure_ascii=False, default=str) for row in made)
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in made)
         write_atomically(file, "".join(f"{line}\n" for line in lines))
         manifest = manifest_of(resolved, sources, data, identity, metrics)
         folder.finish(manifest | {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}})
     trains = "dpo" if chosen.keep == "pairs" else "sft"
-    say(f"rows: {path / FILES[chosen.keep]}; train on them: posttrain run stage={trains} data.dataset_name=<this file>")
+    say(f"rows: {file}")
+    say(f"to train on them: posttrain run stage={trains} model.model_name_or_path={policy} data.dataset_name={file}")
     return metrics
 
 
@@ -218,7 +218,8 @@ def _choose(
         for end, answers in sides.items():
             values = [value for each in answers if (value := each.scores.get(score)) is not None]
             metrics |= {f"{score}{end}": fmean(values)} if values else {}
-    names = {reason: reason for reason in REASONS} | {LOW_MARGIN: f"margin below min_margin={config.min_margin:g}"}
+    low = f"margin below min_margin={config.min_margin:g}" if config.min_margin else "best and worst have one reward"
+    names = {reason: reason for reason in REASONS} | {LOW_MARGIN: low}
     return made, metrics, [(names[reason], f"{why[reason]:,}") for reason in REASONS if why[reason]]
 
 
@@ -246,8 +247,10 @@ def _main(arguments: Sequence[str]) -> None:
     path = Path(given["out"]) if "out" in given else Path(config.output_dir) / config.run_name / PAIRS
     if (path.is_symlink() or path.exists()) and not path.is_dir():
         raise ConfigError(f"out={path} is no folder")
+    folder = RunFolder(path)
+    folder.elsewhere = "out=…"
     with locked(*([path] if is_main_process() and not config.dry_run else [])):
-        sample_pairs(config, path, options)
+        sample_pairs(config, folder, options)
     judges.print_costs()
 
 

@@ -55,7 +55,7 @@ from posttrain.metrics.comparison import Difference, before_and_after, paired
 from posttrain.models.resolve import data_required, resolve
 from posttrain.report import ROUND, write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
-from posttrain.runs.folder import MANIFEST, locked, run_path
+from posttrain.runs.folder import MANIFEST, RunFolder, locked, run_path
 
 MOST = 99  # rounds
 FEWEST = 6  # prompts, of which all have to be lost for the sign test to call it more than chance
@@ -247,7 +247,7 @@ def run_pipeline(steps: Sequence[Step]) -> list[Finished]:
         if to_come and PAIRS in (each.stage for each in earlier):
             say(f"dry run: it follows from {', '.join(to_come)}, still to come")
         elif step.pairs is not None:
-            metrics = sample_pairs(with_what_came(step, earlier), step.folder, step.pairs, to_come)
+            metrics = sample_pairs(with_what_came(step, earlier), RunFolder(step.folder), step.pairs, to_come)
         elif step.sweeps and not step.config.dry_run:
             _sweep(step)
         else:

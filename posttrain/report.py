@@ -74,7 +74,7 @@ def stage_folders(path: Path) -> list[Path]:
     found += sorted(later, key=lambda folder: int(folder.name.partition(ROUND)[2]))
     found += [point.parent for stage in (*STAGES, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
     if not found:
-        raise ConfigError(f"{path} is not a finished run (no {MANIFEST} in it or in its folders)")
+        raise ConfigError(f"{path} is not a finished run (no {MANIFEST} of a stage in it or in its folders)")
     return found
 
 

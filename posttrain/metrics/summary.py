@@ -80,10 +80,8 @@ def of_points(one: Trained, points: Sequence[Group]) -> list[Sentence]:
 
 def _how(stage: Trained) -> str:
     spec = STAGES[stage.stage]
-    rows, passes = f"{stage.rows:,} {spec.unit}", f", {stage.epochs:.3g} epochs" if stage.epochs else ""
-    if spec.is_online:
-        rows = f"{round(stage.rows * stage.epochs) if stage.epochs else stage.rows:,} prompts"
-        passes = ""
+    unit = "prompts" if spec.is_online else spec.unit
+    rows, passes = f"{stage.rows:,} {unit}", f", {stage.epochs:.3g} epochs" if stage.epochs else ""
     # sampled pairs are told from a file of the same name by their folder
     parts = [Path(source).parts[-2:] for source in stage.sources]
     files = ", ".join("/".join(each if each[0].startswith(PAIRS) else each[-1:]) for each in parts)

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,11 +220,13 @@ class RunFolder:
         """The manifest of a complete run, None before."""
         return self._read(MANIFEST)
 
-    def look(self, identity: JsonObject, overwrite: bool, move_aside: bool) -> State:
+    def look(
+        self, identity: JsonObject, overwrite: bool, move_aside: bool, once_done: Mapping[str, object] | None = None
+    ) -> State:
         """Whether this run has begun here before; changes nothing, and is for the main process alone.
 
         Where another run is here, `overwrite` lets `make_room` delete it, whichever it is, and `move_aside` move it to
-        `earlier/`.
+        `earlier/`. What `once_done` holds, by the names of the manifest, may change until the run is finished.
 
         Raises:
             ConfigError: the folder holds another run, or files that no run wrote; names what differs.
@@ -243,6 +245,9 @@ class RunFolder:
             self._room = "clear"
             return "new"
         finished = self.manifest()
+        if finished is not None and once_done is not None:
+            earlier = earlier | {name: finished[name] for name in once_done if name in finished}
+            identity = {**identity, **once_done}
         changed = changes(earlier, identity)
         damage = [f"{name} {what}" for name, what in self.damage(finished).items()] if finished is not None else []
         if not changed and not damage:
@@ -274,6 +279,8 @@ class RunFolder:
     def make_room(self) -> None:
         """Do to a run that is here what `look` has found."""
         if self._room == "clear":
+            if (self.path / MANIFEST).is_file():
+                say(f"{self.path}: the finished run is deleted (overwrite=true)")
             self.clear()
         elif self._room == "move":
             say(f"{self.path}: it is moved to {self.move_aside()}")
@@ -401,7 +408,7 @@ def _comparable(identity: JsonObject) -> JsonObject:
 
 def _changed(key: str, old: object, new: object) -> str:
     if key.startswith("data."):
-        return "the rows are not the same: the content of a file that data names has changed"
+        return "the rows are not the same: data names another file, or the content of one has changed"
     if key == "config.data.mixture":
         return "data.mixture is not the same"
     if key.startswith("reward_model."):

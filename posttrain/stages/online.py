@@ -159,7 +159,7 @@ def check_rewards(config: Config) -> None:
     else:
         raise ConfigError(
             f"stage.reward_model={stage.reward_model} is not good enough to optimise against: {said}. Train it on more "
-            "or better pairs, or go on with stage.gate=warn"
+            f"or better pairs, or go on with stage.gate=warn (in a pipeline {stage.name}.gate=warn)"
         )
 
 

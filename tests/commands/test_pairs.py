@@ -81,8 +81,14 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     first = contents(ANSWERED)
     assert "already complete" in entry(pairs.main, *WORDS_OF_PAIRS).out
     other = entry(pairs.main, *WORDS_OF_PAIRS, "min_margin=2")
-    assert (other.code, "holds rows chosen with samples=3, keep=pairs, min_margin=0.5" in other.err) == (2, True), other
+    assert (other.code, "pairs.min_margin was 0.5, now 2.0" in " ".join(other.err.split())) == (2, True), other
     assert contents(ANSWERED) == first
+    other = entry(pairs.main, *WORDS_OF_PAIRS, "min_margin=0", "move_aside=true")
+    assert (other.code, manifest(ANSWERED)["pairs"]["min_margin"]) == (0, 0), other
+    [aside] = Path("outputs/w/earlier").glob("pairs-*")
+    assert contents(aside) == first
+    shutil.rmtree(ANSWERED)
+    aside.rename(ANSWERED)
     for name in ("posttrain.json", "preferences.jsonl", "answers/00000032.jsonl"):
         (ANSWERED / name).unlink()
     done = entry(pairs.main, *WORDS_OF_PAIRS)
@@ -210,6 +216,12 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
     assert {name: after[name] for name in after if "report.html" not in name} == {
         name: before[name] for name in before if "report.html" not in name
     }
+    # margins are whole numbers: the rows are chosen anew, and are the same ones, so nothing is trained again
+    other = pipeline(*ROUNDS, "pairs.min_margin=0.1")
+    assert other.code == 0, other
+    assert other.out.count("already complete: ") == 3
+    assert {each.name.rpartition("-")[0] for each in (run / "earlier").iterdir()} == {"pairs", "pairs-round2"}
+    assert manifest(run / "pairs-round2")["pairs"]["min_margin"] == 0.1
 
 
 @pytest.mark.slow

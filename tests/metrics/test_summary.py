@@ -28,7 +28,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
     trained, better, worse = map(str, sentences([SFT, PPO], list(differences(policies))))
     assert trained == (
         "Trained: gpt2 by sft on 450 rows of rows.jsonl, 20 epochs; "
-        "ppo on 900 prompts of prompts.jsonl with the reward model of reward."
+        "ppo on 450 prompts of prompts.jsonl, 2 epochs with the reward model of reward."
     )
     assert better.startswith("Better: sft: held-out loss 6.900 → 0.2600")
     _, style, reward = better.split("; ")
@@ -60,7 +60,7 @@ def test_a_sweep_names_its_best_and_its_worst_point_by_the_mean_of_its_seeds() -
     scores = ((0.1, 1, 0.2), (0.1, 2, 0.6), (0.2, 1, 0.5), (0.2, 2, 0.5), (0.3, 1, 0.1))
     runs = [Run("r", {"kl": kl, "seed": seed}, {"penalised_reward": by}, Path()) for kl, seed, by in scores]
     trained, best, worst = map(str, of_points(PPO, groups(runs)))
-    assert "5 times by ppo on 900 prompts" in trained
+    assert "5 times by ppo on 450 prompts" in trained
     assert best.startswith("Best: kl=0.2, ")
     assert worst.startswith("Worst: r, ")
     losses = [Run(f"point {n}", {"lr": n}, {"eval_loss": n}, Path()) for n in (1, 2)]

@@ -409,7 +409,7 @@ def test_instruction_rows_are_learned_beside(posttrain: Posttrain, prompts: str,
     write_rows(rows, [{"instruction": "What is new?", "response": "This."}])
     changed = posttrain(*words)
     assert changed.code == 2, changed
-    assert "the content of a file that data names has changed" in changed.err
+    assert "or the content of one has changed" in changed.err
 
 
 def test_updates_beyond_the_target_kl_are_skipped(posttrain: Posttrain, prompts: str) -> None:
