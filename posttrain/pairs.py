@@ -40,7 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain import judges
 from posttrain.cli.command import parse, read_command
-from posttrain.cli.entry import entry_point
+from posttrain.cli.entry import entry_point, quoted
 from posttrain.cli.launching import is_to_launch, launch
 from posttrain.config.schema import Config
 from posttrain.config.stages import EVALUATED_AS, PAIRS, OnlineStage
@@ -100,7 +100,7 @@ def sample_pairs(
     if chosen.gold_filter and not stage.eval_reward_functions:
         raise ConfigError("gold_filter=true asks the functions of eval_reward_functions=[…], and there are none")
     # 1. what is asked, and whether it has been answered before
-    policy, resolved, path = config.model.model_name_or_path, resolve(config, to_come), folder.path
+    resolved, path = resolve(config, to_come), folder.path
     config = resolved.config
     tokenizer, begun = load_tokenizer_of(resolved)
     with tempfile.TemporaryDirectory() as scratch:
@@ -147,9 +147,7 @@ def sample_pairs(
         write_atomically(file, "".join(f"{line}\n" for line in lines))
         manifest = manifest_of(resolved, sources, data, identity, metrics)
         folder.finish(manifest | {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}})
-    trains = "dpo" if chosen.keep == "pairs" else "sft"
     say(f"rows: {file}")
-    say(f"to train on them: posttrain run stage={trains} model.model_name_or_path={policy} data.dataset_name={file}")
     return metrics
 
 
@@ -251,6 +249,10 @@ def _main(arguments: Sequence[str]) -> None:
     folder.elsewhere = "out=…"
     with locked(*([path] if is_main_process() and not config.dry_run else [])):
         sample_pairs(config, folder, options)
+    if not config.dry_run:
+        trains, rows = "dpo" if options.keep == "pairs" else "sft", path / FILES[options.keep]
+        typed = (f"stage={trains}", f"model.model_name_or_path={given['policy']}", f"data.dataset_name={rows}")
+        say(f"train on them: posttrain run {' '.join(quoted(word) for word in typed)}")
     judges.print_costs()
 
 

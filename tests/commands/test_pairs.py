@@ -65,6 +65,9 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
 
     done = entry(pairs.main, *WORDS_OF_PAIRS)
     assert done.code == 0, done
+    assert f"model.model_name_or_path=outputs/w/sft data.dataset_name={ANSWERED}/preferences.jsonl" in " ".join(
+        done.out.split()
+    )
     rows, known = read_rows(ANSWERED / "preferences.jsonl"), manifest(ANSWERED)
     assert len(rows) == known["metrics"]["rows"] > 5
     assert known["metrics"]["prompts"] == 35
