@@ -45,6 +45,11 @@ TRACE = "HYDRA_FULL_ERROR"
 traces = False  # whether the user asked for tracebacks
 
 
+def counted(number: int | str, unit: str) -> str:
+    """The number, already written out or not, and its unit, which has an s unless there is one of it."""
+    return f"{number if isinstance(number, str) else format(number, ',')} {unit}{'' if str(number) == '1' else 's'}"
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from posttrain.console import counted
 from posttrain.errors import ConfigError, PosttrainError
 
 if TYPE_CHECKING:
@@ -195,4 +196,5 @@ def hardware() -> tuple[str, int | None]:
         return torch.cuda.get_device_name(), int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.is_file() else "")
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads", int(found[1]) * 1024 if found else None
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"CPU ({platform.machine()}), {threads}", int(found[1]) * 1024 if found else None

@@ -11,7 +11,7 @@ from posttrain.console import say, show_table
 from posttrain.metrics.catalogue import OF_NAMED, label, of_sets, with_gold_apart
 from posttrain.metrics.comparison import before_and_after
 from posttrain.metrics.trackers import Cells
-from posttrain.runs.folder import RunFolder
+from posttrain.runs.folder import ROUND, RunFolder
 from posttrain.stages.base import EvalResult
 from posttrain.values import JsonObject
 
@@ -65,8 +65,9 @@ def show_result(
         rows.append(("held-out rows", *[f"{metrics['eval_rows']:,}"] * 2, ""))
     rows += [(f"{name}: held-out rows", *[f"{metrics[f'eval_{name}_rows']:,}"] * 2, "") for name in sets]
     columns = ("", "before", "after", "change")
+    name = folder.path.name if ROUND in folder.path.name else config.stage.name
     width = 4 if any(row[3] for row in rows) else 3
-    show_table(f"{config.stage.name}: before and after", columns[:width], [row[:width] for row in rows])
+    show_table(f"{name}: before and after", columns[:width], [row[:width] for row in rows])
     completed = list(zip(shown, before.completions, after.completions, strict=False))
     shown_rows = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
     if shown_rows:

@@ -59,7 +59,7 @@ from posttrain.planning.preview import show_data
 from posttrain.rlhf.pairing import FILES, LOW_MARGIN, NO_END, REASONS, Choice, PairsConfig, choose, row_of
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import ANSWERS, RunFolder, locked, read_lines, sha256_of
+from posttrain.runs.folder import ANSWERS, IDENTITY, RunFolder, changes, locked, read_json, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.stages.online import check_rewards
 from posttrain.train import check_start, identity_of, leaving_no_trace, load_tokenizer_of, manifest_of
@@ -115,7 +115,7 @@ def sample_pairs(
         return {}
     resolved.keep_out_of(path)
     check_rewards(config)
-    # what is chosen of the answers may change until it is done, and nothing is sampled again for it
+    # what is chosen of the answers may change until it is done; nothing is sampled again for it, nor later
     identity = identity_of(resolved, sources, tokenizer, begun) | {PAIRS: {"samples": chosen.samples}}
     state = on_main_process(lambda: folder.look(identity, config.overwrite, config.move_aside, {PAIRS: asdict(chosen)}))
     if state == "complete":
@@ -128,8 +128,10 @@ def sample_pairs(
     if not scorer.functions:
         raise ConfigError("posttrain pairs chooses by the reward: name reward_model= or reward_functions=")
     with leaving_no_trace(folder):
-        on_main_process(folder.make_room)
+        aside = on_main_process(folder.make_room)
         on_main_process(lambda: folder.begin(identity, None))
+        if aside is not None and not changes(read_json(aside / IDENTITY, "move it away"), identity):
+            on_main_process(lambda: _take_over(aside / ANSWERS, path / ANSWERS))
         _sample(config, data.encoder, rows, scorer, folder, chosen.samples)
         check_start(resolved, identity)
     # 3. choose, and only then call it finished
@@ -176,6 +178,14 @@ def _sample(
             write_atomically(answers / _shard(start), "".join(f'{{"answers": {line}}}\n' for line in lines))
         if number * 10 // len(missing) > (number - 1) * 10 // len(missing):
             say(f"answered: {min(start + SHARD, len(rows)):,} of {len(rows):,} prompts")
+
+
+def _take_over(earlier: Path, answers: Path) -> None:
+    """Begin with the answers of a run that was moved aside, of which others may be chosen now."""
+    answers.mkdir()
+    for file in sorted(earlier.glob("*.jsonl")):
+        write_atomically(answers / file.name, file.read_text(encoding="utf-8"))
+    say(f"answers: those of {earlier.parent}")
 
 
 def _shard(start: int) -> str:

@@ -53,9 +53,9 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.metrics.catalogue import label
 from posttrain.metrics.comparison import Difference, before_and_after, paired
 from posttrain.models.resolve import data_required, resolve
-from posttrain.report import ROUND, write_report
+from posttrain.report import write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
-from posttrain.runs.folder import MANIFEST, RunFolder, locked, run_path
+from posttrain.runs.folder import MANIFEST, ROUND, RunFolder, locked, run_path
 
 MOST = 99  # rounds
 FEWEST = 6  # prompts, of which all have to be lost for the sign test to call it more than chance

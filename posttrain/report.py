@@ -36,12 +36,11 @@ from posttrain.metrics.report_card import FIT
 from posttrain.metrics.samples import collect
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import IDENTITY, MANIFEST, changes, read_json
+from posttrain.runs.folder import IDENTITY, MANIFEST, ROUND, changes, read_json
 from posttrain.values import JsonObject
 
 FILE = "report.html"
 FRONTIER = "frontier.json"
-ROUND = "-round"  # in the name of a stage's folder, before the number of the pipeline's round
 GENERATOR = '<meta name="generator" content="posttrain">'
 LONGEST = 60  # characters of a setting in the table of those that differ
 CURVES = 16  # runs whose curves are drawn over one another

@@ -258,7 +258,7 @@ def _code(config: Config) -> dict[str, str]:
     except (OSError, ImportError, ValueError):
         for spec in functions:
             load_function("stage.reward_functions or stage.eval_reward_functions", spec)  # says what is wrong with it
-        return code_hashes(functions)  # modules of the folder that this is called in are found now
+        raise
 
 
 def _run(

@@ -130,6 +130,10 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
         axes.minorticks_off()
     if chart.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(bottom, 0), min(top, 1))  # the margin around the lines ends where shares do
+        for line in axes.lines:
+            line.set_clip_on(False)
     axes.set_title(chart.title, fontsize=10)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)

@@ -253,8 +253,8 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
         rows.append(("mean of the groups", f"accuracy {mean:.1%} of {len(groups)} groups, each counted once"))
     base = card["baselines"]
     rows += [
-        ("the longer completion wins", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),
-        ("whichever is first wins", f"{base['first_wins']:.1%}"),
+        ("the longer completion is right", f"{base['longer_wins']:.1%} (the shorter: {base['shorter_wins']:.1%})"),
+        ("a guess, by a hash of the text, is right", f"{base['first_wins']:.1%}"),
         ("mean margin", f"{card['mean_margin']:.3f}"),
         ("reward against length", f"correlation {card['length_correlation']:+.2f}"),
         ("calibration error", f"{card['calibration_error']:.3f}"),
@@ -265,7 +265,7 @@ def card_table(card: JsonObject) -> list[tuple[str, str]]:
             "fit means",
             f"accuracy surely ≥ {THRESHOLDS['accuracy_low']:.0%} and above length alone, calibration error ≤ "
             f"{THRESHOLDS['calibration_error']}, correlation with length within ±{THRESHOLDS['length_correlation']}, "
-            f"accuracy surely above {CHANCE:.0%} on each kind of pair that {ENOUGH} pairs or more are of",
+            f"accuracy surely above {CHANCE:.0%} on each kind of pair of which there are at least {ENOUGH}",
         ),
     ]
     return rows

@@ -1,10 +1,11 @@
-"""What was trained, what got better and what got worse, in three sentences."""
+"""What was trained, what got better, what got worse and where no difference is seen, in a sentence each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.config.stages import PAIRS, STAGES
+from posttrain.console import counted
 from posttrain.metrics.catalogue import GOLD, label, lower_is_better
 from posttrain.metrics.comparison import (
     NO_DIFFERENCE,
@@ -18,6 +19,7 @@ from posttrain.metrics.comparison import (
 from posttrain.metrics.several import Group
 
 NOTHING = "nothing beyond chance"
+UNTESTED = "which no test tells from chance"  # two means, of which no spread is known
 CHANCE = 0.5  # the accuracy of a guess
 
 
@@ -35,7 +37,7 @@ class Trained(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """One of the three, in parts that a page can put one below the other."""
+    """One of them, in parts that a page can put one below the other."""
 
     title: str
     parts: Sequence[str]
@@ -52,7 +54,7 @@ class Claim(NamedTuple):
 
 
 def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> list[Sentence]:
-    """The three sentences about the stages of a run, and what an evaluation of its policies has found."""
+    """The sentences about the stages of a run, and what an evaluation of its policies has found."""
     names = [each.name for each in trained]
     differences = [each for each in differences if name_of(each.policy) in names]  # best-of-N was not trained
     evaluated = {name_of(each.policy) for each in differences}
@@ -62,7 +64,8 @@ def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> 
     return [
         Sentence("Trained", [f"{trained[0].model} by {_how(trained[0])}", *map(_how, trained[1:])]),
         Sentence("Better", better or [NOTHING]),
-        Sentence("Worse", [*(worse or [NOTHING]), *(f"{NO_DIFFERENCE} in {each}" for each in same)]),
+        Sentence("Worse", worse or [NOTHING]),
+        *([Sentence(NO_DIFFERENCE.capitalize(), same)] if same else []),
     ]
 
 
@@ -81,7 +84,7 @@ def of_points(one: Trained, points: Sequence[Group]) -> list[Sentence]:
 def _how(stage: Trained) -> str:
     spec = STAGES[stage.stage]
     unit = "prompts" if spec.is_online else spec.unit
-    rows, passes = f"{stage.rows:,} {unit}", f", {stage.epochs:.3g} epochs" if stage.epochs else ""
+    rows, passes = f"{stage.rows:,} {unit}", f", {counted(f'{stage.epochs:.3g}', 'epoch')}" if stage.epochs else ""
     # sampled pairs are told from a file of the same name by their folder
     parts = [Path(source).parts[-2:] for source in stage.sources]
     files = ", ".join("/".join(each if each[0].startswith(PAIRS) else each[-1:]) for each in parts)
@@ -110,7 +113,7 @@ def _claims(stage: Trained) -> Iterator[Claim]:
         way = 1 if metrics[f"{key}_low"] > high else -1 if metrics[f"{key}_high"] < low else 0
         yield Claim(text if before else f"{text}, where chance is {CHANCE:.0%}", way)
     elif before and (gain := metrics[key] - metrics[f"{key}_before"]):
-        yield Claim(text, 1 if (gain < 0) == lower_is_better(key) else -1)
+        yield Claim(f"{text}, {UNTESTED}", 1 if (gain < 0) == lower_is_better(key) else -1)
 
 
 def _of_difference(found: Difference) -> Claim:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,15 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in files}
 
 
+def import_from_here() -> None:
+    """Let modules of the current folder be imported, of which an installed command does not know."""
+    sys.path[:0] = [] if {"", str(Path.cwd())} & set(sys.path) else [str(Path.cwd())]
+
+
 def code_hashes(functions: Collection[str]) -> dict[str, str]:
     """Reward function, as a configuration names it -> sha256 of the file that holds it."""
     files = {}
+    import_from_here()
     for spec in functions:
         module = spec.rpartition(":" if ":" in spec else ".")[0]
         found = importlib.util.find_spec(module) if not module.endswith(".py") else None
@@ -192,7 +199,7 @@ def _with_reward_model(config: Config, to_come: Collection[str]) -> Config:
 
 def _with_starting_model(config: Config, to_come: Collection[str]) -> tuple[Config, str]:
     if config.model.model_name_or_path is not None:
-        return config, "named by model.model_name_or_path"
+        return config, "as named"
     base = replace(config, model=replace(config.model, model_name_or_path=config.model.base_model))
     first = next(iter(STAGES[config.stage.name].follows), None)
     if first is None:

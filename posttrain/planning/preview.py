@@ -9,7 +9,7 @@ import numpy as np
 
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES
-from posttrain.console import say, show_markup, show_table, verbatim, warn
+from posttrain.console import counted, say, show_markup, show_table, verbatim, warn
 from posttrain.data.chat import IGNORED
 from posttrain.data.division import Numbers
 from posttrain.data.encode import labels_of
@@ -50,7 +50,7 @@ def show_data(config: Config, data: StageData) -> None:
     train, counts, max_length = data.train, data.prepared.counts["train"], config.stage.max_length
     parts, rows_of = _parts(data), data.prepared.rows_of
     cells = zip(names, *(_summary(part, data.prepared.counts[name]) for name, part in parts.items()), strict=True)
-    sources = [(f"rows of {name}", *(f"{rows[part]:,}" for part in parts)) for name, rows in rows_of.items()]
+    sources = [(f"readable rows of {name}", *(f"{rows[part]:,}" for part in parts)) for name, rows in rows_of.items()]
     loss_tokens = sum(part.loss_tokens for part in parts.values() if part is not None)
     table = [*sources, *list(cells)[: len(names) if loss_tokens else -1]]
     show_table("data", ("", *("held out" if name == "test" else name for name in parts)), table)
@@ -102,8 +102,7 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
     if config.trainer.get("max_steps", -1) > 0:
         say(f"steps: {plan.steps:,} (trainer.max_steps={config.trainer['max_steps']})")
     else:
-        unit = "epoch" if stage.num_epochs == 1 else "epochs"
-        say(f"steps: {plan.steps:,} ({stage.num_epochs:g} {unit} of {plan.steps_per_epoch:,})")
+        say(f"steps: {plan.steps:,} ({counted(f'{stage.num_epochs:g}', 'epoch')} of {plan.steps_per_epoch:,})")
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")

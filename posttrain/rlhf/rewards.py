@@ -18,6 +18,7 @@ from posttrain.console import say, warn
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.messages import Message
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.models.resolve import import_from_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def load_function(key: str, spec: str) -> RewardFunction:
             raise ConfigError(f"{key}={spec}: no file {path}")
         found = importlib.util.spec_from_file_location(f"reward_functions_in_{path.stem}", path)
     else:
-        sys.path[:0] = [] if {"", str(Path.cwd())} & set(sys.path) else [str(Path.cwd())]
+        import_from_here()
         try:
             found = importlib.util.find_spec(file)
         except (ImportError, ValueError) as error:

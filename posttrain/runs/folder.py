@@ -51,6 +51,7 @@ BASE = "base_weights"  # the same of base/
 OWN_FOLDERS = ("model", "adapter", "base", "runs", ANSWERS)
 BEFORE_THE_FIRST_STEP = (IDENTITY, "config.yaml", "run.log", "base", "runs", ".lock")
 OF_SWEEPS = ("multirun.yaml", "sweep.svg", "frontier.json", ".submitit")  # beside the points, in a stage's folder
+ROUND = "-round"  # in the name of a stage's folder, before the number of the pipeline's round
 EARLIER = "earlier"  # in the folder of a run: results that a re-run has moved aside
 SHOWN_REASONS = 5  # why a run is not the one that its folder holds
 # Keys that change what is shown or kept, never what is learned; data are compared by their content.
@@ -276,14 +277,17 @@ class RunFolder:
         identity = self._read(IDENTITY) if checkpoints(self.path) else None
         return identity["processes"] if identity else None
 
-    def make_room(self) -> None:
-        """Do to a run that is here what `look` has found."""
+    def make_room(self) -> Path | None:
+        """Do to a run that is here what `look` has found; where it is now, if it was moved aside."""
         if self._room == "clear":
             if (self.path / MANIFEST).is_file():
                 say(f"{self.path}: the finished run is deleted (overwrite=true)")
             self.clear()
         elif self._room == "move":
-            say(f"{self.path}: it is moved to {self.move_aside()}")
+            aside = self.move_aside()
+            say(f"{self.path}: it is moved to {aside}")
+            return aside
+        return None
 
     def damage(self, manifest: JsonObject) -> dict[str, str]:
         """File of the result -> what has become of it since the run finished."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from posttrain.config.ptx import ptx_data
 from posttrain.config.schema import Config
 from posttrain.config.stages import STAGES, OnlineStage, PPOStage
-from posttrain.console import is_main_process, say, warn
+from posttrain.console import counted, is_main_process, say, warn
 from posttrain.data.encode import ConversationEncoding, PromptEncoding, from_text
 from posttrain.data.formats import Prompt, instructions, prompts
 from posttrain.data.prepared import Encoded
@@ -179,7 +179,7 @@ def plan(config: Config, rows: int, processes: int) -> StepPlan:
     note = (
         f"rollout: {stage.rollout_batch_size // stage.group} prompts completed"
         + (f" {stage.group} times each" if stage.group > 1 else "")
-        + f", learned from in {stage.ppo_epochs} passes of {stage.num_mini_batches} updates"
+        + f", learned from in {counted(stage.ppo_epochs, 'epoch')} of {counted(stage.num_mini_batches, 'update')}"
     )
     return step_plan(config, STAGES[stage.name].unit, rollouts.accumulation, per_epoch, processes, note)
 

@@ -88,6 +88,7 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     assert contents(ANSWERED) == first
     other = entry(pairs.main, *WORDS_OF_PAIRS, "min_margin=0", "move_aside=true")
     assert (other.code, manifest(ANSWERED)["pairs"]["min_margin"]) == (0, 0), other
+    assert "answered: " not in other.out  # the answers are the same ones
     [aside] = Path("outputs/w/earlier").glob("pairs-*")
     assert contents(aside) == first
     shutil.rmtree(ANSWERED)
@@ -109,6 +110,10 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     done = entry(pairs.main, *WORDS_OF_PAIRS, "samples=2")
     assert done.code == 2, done
     assert "pairs.samples was 3, now 2" in done.err
+    done = entry(pairs.main, *WORDS_OF_PAIRS, "samples=2", "move_aside=true")
+    assert (done.code, "answered: " in done.out) == (0, True), done
+    assert manifest(ANSWERED)["metrics"]["prompts"] == 35
+    assert entry(pairs.main, *WORDS_OF_PAIRS, "move_aside=true").code == 0
 
     # rejection sampling: the best alone, as rows of SFT
     done = entry(pairs.main, *WORDS_OF_PAIRS, "keep=best", "out=best")
@@ -201,6 +206,7 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
     assert "reference" not in given["dpo"]
     assert given["pairs-round2"]["model"]["path"] == given["dpo-round2"]["model"]["path"] == "outputs/w/dpo"
     assert given["dpo-round2"]["reference"]["path"] == "outputs/w/sft"
+    assert "dpo-round2: before and after" in done.out
     assert (known["pairs"]["seed"], known["pairs-round2"]["seed"]) == (42, 43)
     assert [Path(source).parent.name for source in known["dpo-round2"]["data"]["sources"]] == ["pairs-round2"]
     assert known["dpo-round2"]["metrics"]["kl_before"] > 0 == known["dpo"]["metrics"]["kl_before"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.metrics.charts import card_charts, chart_of, curves, draw
+from posttrain.metrics.charts import Series, card_charts, chart_of, curves, draw
 from posttrain.metrics.report_card import ScoredPair, report_card
 from posttrain.metrics.several import Run, groups, over_keys, over_kl, over_one_another
 
@@ -80,6 +80,10 @@ def test_a_picture_has_a_title_axes_a_role_and_ids_of_its_own(tmp_path: Path) ->
         assert f">{chart.y}<" in picture
         assert chart.see
     assert re.search(r">80(\.0)?%<", drawn[1])
+    perfect = draw([accuracy._replace(series=[Series("", [(1, 1.0), (2, 1.0)])])])
+    ticks = [float(share) for share in re.findall(r">(-?[\d.]+)%<", perfect)]
+    assert ticks
+    assert max(ticks) <= 100
     ids = [found for picture in drawn for found in re.findall(r' id="([^"]+)"', picture)]
     assert len(ids) == len(set(ids))
     asked = {found for picture in drawn for found in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', picture)}

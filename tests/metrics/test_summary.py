@@ -1,13 +1,13 @@
-"""The three sentences: what counts as better and worse, and on what grounds."""
+"""The sentences: what counts as better and worse, and on what grounds."""
 
 from pathlib import Path
 
 from posttrain.metrics.comparison import differences, paired
 from posttrain.metrics.several import Run, groups
-from posttrain.metrics.summary import Trained, of_points, sentences
+from posttrain.metrics.summary import UNTESTED, Trained, of_points, sentences
 
 SFT = Trained("sft", "sft", "gpt2", 450, 20.0, ["data/rows.jsonl"], "", {"eval_loss_before": 6.9, "eval_loss": 0.26})
-PPO = Trained("ppo", "ppo", "outputs/demo/sft", 450, 2.0, ["prompts.jsonl"], "the reward model of reward", {})
+PPO = Trained("ppo", "ppo", "outputs/demo/sft", 450, 1.0, ["prompts.jsonl"], "the reward model of reward", {})
 
 
 def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_apart() -> None:
@@ -25,25 +25,24 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
         },
     ]
     policies.append({"policy": "best of 4 of outputs/demo/sft", "against_first": {"reward": paired([3.0] * 20, right)}})
-    trained, better, worse = map(str, sentences([SFT, PPO], list(differences(policies))))
+    trained, better, worse, same = map(str, sentences([SFT, PPO], list(differences(policies))))
     assert trained == (
         "Trained: gpt2 by sft on 450 rows of rows.jsonl, 20 epochs; "
-        "ppo on 450 prompts of prompts.jsonl, 2 epochs with the reward model of reward."
+        "ppo on 450 prompts of prompts.jsonl, 1 epoch with the reward model of reward."
     )
-    assert better.startswith("Better: sft: held-out loss 6.900 → 0.2600")
-    _, style, reward = better.split("; ")
+    loss, style, reward = better.removeprefix("Better: ").split("; ")
+    assert loss == f"sft: held-out loss 6.900 → 0.2600, {UNTESTED}"  # two means alone
     tested = "(10 better, 0 worse of 20 prompts, p = 0.002), wins 75% (53% to 89%) against sft"
     assert style == f"ppo: style 0.000 → 0.500 {tested}"
     assert reward.startswith("ppo: the reward that is optimised 1.000 → 2.000")
     assert worse.startswith("Worse: ppo: correct 1.000 → 0.600 (0 better, 8 worse")
-    assert "; no difference seen in ppo: short 1.000" in worse
+    assert same.startswith("No difference seen: ppo: short 1.000")
 
 
 def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     def judged(stage: str, **metrics: float) -> list[str]:
         known = Trained(stage, stage, "gpt2", 9, None, ["a"], "", metrics)
-        told = [(each.title, part) for each in sentences([known], [])[1:] for part in each.parts if stage in part]
-        return ["same" if part.startswith("no difference seen in ") else title for title, part in told]
+        return [each.title for each in sentences([known], [])[1:] for part in each.parts if stage in part]
 
     assert judged("sft", eval_loss=1.0, eval_loss_before=2.0) == ["Better"]
     assert judged("sft", eval_loss=2.0, eval_loss_before=1.0) == ["Worse"]
@@ -51,7 +50,7 @@ def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     assert judged("reward", accuracy=0.7, accuracy_low=0.6, accuracy_high=0.8) == ["Better"]
     assert judged("dpo", accuracy=0.3, accuracy_low=0.2, accuracy_high=0.4) == ["Worse"]
     # chance is within the interval
-    assert judged("dpo", accuracy=0.55, accuracy_low=0.45, accuracy_high=0.65) == ["same"]
+    assert judged("dpo", accuracy=0.55, accuracy_low=0.45, accuracy_high=0.65) == ["No difference seen"]
     fell = {"gold/correct": 0.2, "gold/correct_before": 0.9, "gold/correct_better": 0, "gold/correct_worse": 9}
     assert judged("ppo", reward=1.0, reward_before=0.0, reward_better=9, reward_worse=0, **fell) == ["Better", "Worse"]
 

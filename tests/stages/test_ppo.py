@@ -215,6 +215,7 @@ def test_a_constant_reward_is_told(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, "stage.reward_functions=[my_rewards.constant]")
     assert done.code == 0, done
     assert "all completions of a rollout got the same reward (3)" in done.out
+    assert done.out.count("constant from ") == 1  # the file is named before it is imported, and once
 
 
 def test_ppo_without_a_reward_or_with_a_wrong_one_is_refused(
@@ -288,7 +289,7 @@ def test_long_prompts_are_counted_and_few_ones_told(posttrain: Posttrain, prompt
 def test_a_dry_run_shows_the_plan(posttrain: Posttrain, prompts: str) -> None:
     done = posttrain("stage=ppo", prompts, *SHORT_PPO, REWARD, "dry_run=true")
     assert done.code == 0, done
-    assert "rollout: 8 prompts completed, learned from in 2 passes of 2 updates" in done.out
+    assert "rollout: 8 prompts completed, learned from in 2 epochs of 2 updates" in done.out
     assert "batch: 4 per device × 1 accumulation × 1 device = 4 episodes per update" in done.out
     assert "steps: 16 (2 epochs of 8)" in done.out
     assert not Path("outputs").exists()

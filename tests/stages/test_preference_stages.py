@@ -101,7 +101,7 @@ def test_reward_ends_in_a_model_that_scores_when_loaded(
     for words in (
         "report card",
         "accuracy (95 % interval)",
-        "the longer completion wins",
+        "the longer completion is right",
         "calibration error",
         "verdict",
         "fit means",
