@@ -19,7 +19,7 @@ from posttrain.metrics.comparison import (
 from posttrain.metrics.several import Group
 
 NOTHING = "nothing beyond chance"
-UNTESTED = "which no test tells from chance"  # two means, of which no spread is known
+UNTESTED = "no significance test"  # two means, of which no spread is known
 CHANCE = 0.5  # the accuracy of a guess
 
 
@@ -99,9 +99,10 @@ def _claims(stage: Trained) -> Iterator[Claim]:
     tested = [key for key in scores if key == REWARD or key.startswith(GOLD)]  # not those of the sets of data.eval
     for key in sorted(tested, key=lambda key: key == REWARD):
         before, after, words = before_and_after(key, metrics)
+        words = words.replace(f"{NO_DIFFERENCE} (", "(")  # their sentence begins with it
         way = {"rose": 1, "fell": -1, NO_DIFFERENCE: 0}[change(key, metrics)]
         optimised = f" (which {spec.title} optimises)" if key == REWARD else ""
-        yield Claim(f"{stage.name}: {label(key)}{optimised} {before} → {after}, {words}", way)
+        yield Claim(f"{stage.name}: {label(key)}{optimised} {before} → {after}{', ' if way else ' '}{words}", way)
     key = spec.headline
     if tested or key not in metrics:
         return
@@ -113,7 +114,7 @@ def _claims(stage: Trained) -> Iterator[Claim]:
         way = 1 if metrics[f"{key}_low"] > high else -1 if metrics[f"{key}_high"] < low else 0
         yield Claim(text if before else f"{text}, where chance is {CHANCE:.0%}", way)
     elif before and (gain := metrics[key] - metrics[f"{key}_before"]):
-        yield Claim(f"{text}, {UNTESTED}", 1 if (gain < 0) == lower_is_better(key) else -1)
+        yield Claim(f"{text} ({UNTESTED})", 1 if (gain < 0) == lower_is_better(key) else -1)
 
 
 def _of_difference(found: Difference) -> Claim:

@@ -31,7 +31,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
         "ppo on 450 prompts of prompts.jsonl, 1 epoch with the reward model of reward."
     )
     loss, style, reward = better.removeprefix("Better: ").split("; ")
-    assert loss == f"sft: held-out loss 6.900 → 0.2600, {UNTESTED}"  # two means alone
+    assert loss == f"sft: held-out loss 6.900 → 0.2600 ({UNTESTED})"  # two means alone
     tested = "(10 better, 0 worse of 20 prompts, p = 0.002), wins 75% (53% to 89%) against sft"
     assert style == f"ppo: style 0.000 → 0.500 {tested}"
     assert reward.startswith("ppo: the reward that is optimised 1.000 → 2.000")
