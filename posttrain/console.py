@@ -171,7 +171,6 @@ def logging_to_console(verbose: bool = True) -> Iterator[Callable[[Path], None]]
     transformers.utils.logging.set_verbosity_info() if verbose else None
     datasets.utils.logging.disable_propagation()
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # transformers', which prints by itself
     logging.captureWarnings(True)
     try:

@@ -38,7 +38,7 @@ def samples(shown: "Sequence[Example]", before: EvalResult, after: EvalResult) -
 def tables(shown: "Sequence[Example]", before: EvalResult, after: EvalResult) -> dict[str, Cells]:
     """The tables that trackers are handed."""
     completed = zip(shown, before.completions, after.completions, strict=False)
-    shown_rows = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed]
+    shown_rows = [(_question(row), old.text, new.text) for row, old, new in completed]
     return {
         "samples": Cells(("prompt", "before", "after"), shown_rows),
         "report card": Cells(("", "value"), after.table),
@@ -69,10 +69,10 @@ def show_result(
     width = 4 if any(row[3] for row in rows) else 3
     show_table(f"{name}: before and after", columns[:width], [row[:width] for row in rows])
     completed = list(zip(shown, before.completions, after.completions, strict=False))
-    shown_rows = [(row.prompt[-1]["content"], old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
+    shown_rows = [(_question(row), old.text, new.text) for row, old, new in completed[:PANEL_SHOWN]]
     if shown_rows:
         cells = [tuple(map(_short, each)) for each in shown_rows]
-        show_table("sample completions", ("prompt", "before", "after"), cells)
+        show_table("sample completions, greedy", ("prompt", "before", "after"), cells)
     if after.table:
         show_table("report card", ("", ""), after.table, headed=False)
     more = [
@@ -89,6 +89,12 @@ def show_result(
             "next, with a file of yours" if any("data.dataset_name=" in command for command in following) else "next"
         )
         say("\n  ".join([f"{title}:", *following]))
+
+
+def _question(row: "Example") -> str:
+    """What the user has asked last; after it a tool may have answered."""
+    asked = [message["content"] for message in row.prompt if message["role"] == "user"]
+    return str((asked or [row.prompt[-1]["content"]])[-1])
 
 
 def _short(text: str, limit: int = 100) -> str:

@@ -11,6 +11,8 @@ usage: posttrain pairs policy=<folder or Hub id> [key=value ...]
   keep=pairs                   preferences.jsonl, the best and the worst of the answers;
                                best: instructions.jsonl, the best alone, to train SFT on
   min_margin=0.5               leave out pairs whose rewards are closer
+  min_reward=1                 leave out prompts whose best answer has a lower reward;
+                               default: none, so that the best of bad answers is kept
   gold_filter=true             leave out pairs of which one of eval_reward_functions=[...]
                                prefers the worst
   out=<folder>                 default: pairs, in the run of the policy or in
@@ -56,7 +58,19 @@ from posttrain.metrics.comparison import REWARD
 from posttrain.models.load import load_model_and_tokenizer
 from posttrain.models.resolve import all_reward_functions, resolve
 from posttrain.planning.preview import show_data
-from posttrain.rlhf.pairing import FILES, LOW_MARGIN, NO_END, REASONS, Choice, PairsConfig, choose, row_of
+from posttrain.rlhf.pairing import (
+    FILES,
+    GOLD,
+    LOW_MARGIN,
+    LOW_REWARD,
+    NO_END,
+    NO_REWARD,
+    REASONS,
+    Choice,
+    PairsConfig,
+    choose,
+    row_of,
+)
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import ANSWERS, IDENTITY, RunFolder, changes, locked, read_json, read_lines, sha256_of
@@ -64,6 +78,8 @@ from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.stages.online import check_rewards
 from posttrain.train import check_start, identity_of, leaving_no_trace, load_tokenizer_of, manifest_of
 
+MEANS = {REWARD: "mean reward of all answers", f"{REWARD}_best": "of the best", f"{REWARD}_worst": "of the worst"}
+MORE = "sample more of them (samples=, temperature=)"
 SHARD = 32  # prompts whose answers are written to one file
 
 
@@ -75,6 +91,8 @@ def read_options(given: Mapping[str, str]) -> PairsConfig:
     """
     if unknown := [name for name in given if name not in OPTIONS]:
         raise ConfigError(f"{unknown[0]} is none of {', '.join(OPTIONS)}{nearest(unknown[0], OPTIONS)}")
+    if given.get("keep") == "best" and (idle := [name for name in ("min_margin", "gold_filter") if name in given]):
+        raise ConfigError(f"{idle[0]} is about two answers, and keep=best keeps one; min_reward= bounds its reward")
     try:
         found = OmegaConf.merge(OmegaConf.structured(PairsConfig), given)
         return PairsConfig(**{str(name): value for name, value in found.items()})
@@ -131,26 +149,43 @@ def sample_pairs(
         aside = on_main_process(folder.make_room)
         on_main_process(lambda: folder.begin(identity, None))
         if aside is not None and not changes(read_json(aside / IDENTITY, "move it away"), identity):
-            on_main_process(lambda: _take_over(aside / ANSWERS, path / ANSWERS))
+            on_main_process(lambda: _take_over(RunFolder(aside), path / ANSWERS))
         _sample(config, data.encoder, rows, scorer, folder, chosen.samples)
         check_start(resolved, identity)
     # 3. choose, and only then call it finished
     made, metrics, lost = on_main_process(lambda: _choose(path / ANSWERS, rows, scorer, chosen))
-    show_table("pairs", ("what became of the prompts", ""), [*lost, ("rows", f"{len(made):,}")])
+    means = [(label, f"{metrics[key]:.3g}") for key, label in MEANS.items() if key in metrics]
+    show_table("pairs", ("what became of the prompts", ""), [*lost, ("rows", f"{len(made):,}"), *means])
     if not made:
         raise DataError(
             f"{path}: no row can be made of the answers ({', '.join(f'{why}: {count}' for why, count in lost)}); "
-            + ("let them be longer (max_new_tokens=), " if NO_END in dict(lost) else "")
-            + "sample more of them (samples=, temperature=), ask less (min_margin=0), or look at the reward"
+            + ", or ".join(dict.fromkeys(_remedy(why, chosen) for why, _ in lost))
         )
     file = path / FILES[chosen.keep]
     if is_main_process():
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in made)
         write_atomically(file, "".join(f"{line}\n" for line in lines))
         manifest = manifest_of(resolved, sources, data, identity, metrics)
-        folder.finish(manifest | {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}})
+        answers = {each.name: sha256_of(each) for each in sorted((path / ANSWERS).glob("*.jsonl"))}
+        own = {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}, ANSWERS: answers}
+        folder.finish(manifest | own)
     say(f"rows: {file}")
     return metrics
+
+
+def _remedy(why: str, config: PairsConfig) -> str:
+    """What to do about prompts that make no row."""
+    return {
+        NO_REWARD: "look at the reward",
+        NO_END: "let answers be longer (max_new_tokens=)",
+        LOW_REWARD: f"lower min_reward={config.min_reward}",
+        _low(config): f"lower min_margin={config.min_margin:g}" if config.min_margin else MORE,
+        GOLD: "leave gold_filter=true out",
+    }.get(why, MORE)
+
+
+def _low(config: PairsConfig) -> str:
+    return f"margin below min_margin={config.min_margin:g}" if config.min_margin else "best and worst have one reward"
 
 
 def _sample(
@@ -180,12 +215,17 @@ def _sample(
             say(f"answered: {min(start + SHARD, len(rows)):,} of {len(rows):,} prompts")
 
 
-def _take_over(earlier: Path, answers: Path) -> None:
-    """Begin with the answers of a run that was moved aside, of which others may be chosen now."""
+def _take_over(earlier: RunFolder, answers: Path) -> None:
+    """Begin with the answers of a run that was moved aside, of which others may be chosen now; not with edited ones."""
+    known = (earlier.manifest() or {}).get(ANSWERS, {})
+    files = [earlier.path / ANSWERS / name for name in known]
+    whole = [file for file in files if file.is_file() and sha256_of(file) == known[file.name]]
+    if not whole:
+        return
     answers.mkdir()
-    for file in sorted(earlier.glob("*.jsonl")):
+    for file in whole:
         write_atomically(answers / file.name, file.read_text(encoding="utf-8"))
-    say(f"answers: those of {earlier.parent}")
+    say(f"answers: those of {earlier.path}")
 
 
 def _shard(start: int) -> str:
@@ -226,8 +266,7 @@ def _choose(
         for end, answers in sides.items():
             values = [value for each in answers if (value := each.scores.get(score)) is not None]
             metrics |= {f"{score}{end}": fmean(values)} if values else {}
-    low = f"margin below min_margin={config.min_margin:g}" if config.min_margin else "best and worst have one reward"
-    names = {reason: reason for reason in REASONS} | {LOW_MARGIN: low}
+    names = {reason: reason for reason in REASONS} | {LOW_MARGIN: _low(config)}
     return made, metrics, [(names[reason], f"{why[reason]:,}") for reason in REASONS if why[reason]]
 
 
@@ -261,7 +300,8 @@ def _main(arguments: Sequence[str]) -> None:
         sample_pairs(config, folder, options)
     if not config.dry_run:
         trains, rows = "dpo" if options.keep == "pairs" else "sft", path / FILES[options.keep]
-        typed = (f"stage={trains}", f"model.model_name_or_path={given['policy']}", f"data.dataset_name={rows}")
+        to = f"run_name={Path(config.run_name if run is None else run).name}-{path.name}"  # whatever else is there
+        typed = (f"stage={trains}", to, f"model.model_name_or_path={given['policy']}", f"data.dataset_name={rows}")
         say(f"train on them: posttrain run {' '.join(quoted(word) for word in typed)}")
     judges.print_costs()
 

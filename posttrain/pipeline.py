@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override
 
@@ -57,8 +58,12 @@ from posttrain.report import write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
 from posttrain.runs.folder import MANIFEST, ROUND, RunFolder, locked, run_path
 
+if TYPE_CHECKING:
+    from posttrain.data.prepared import Encoded
+
 MOST = 99  # rounds
 FEWEST = 6  # prompts, of which all have to be lost for the sign test to call it more than chance
+LOOKED_AT = 50_000  # instruction rows among which held-out prompts are looked for
 SECTIONS = ("data", "trainer", "model")  # keys of a stage's command that are not its stage.*
 
 
@@ -134,6 +139,8 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
         problems[f"rounds={rounds} must be a whole number from 1 to {MOST}"] = None
     elif rounds != "1" and not {PAIRS, DPO.name} <= {*stages}:
         problems[f"rounds={rounds} needs stages=[…,{PAIRS},{DPO.name}]"] = None
+    if PAIRS not in stages and (idle := [each for each in line.overrides if each.key_or_group.startswith(f"{PAIRS}.")]):
+        problems[f"{idle[0].input_line}: no pairs are sampled in stages=[{','.join(stages)}]"] = None
     if problems:
         raise ConfigError(*problems)
     again = [step for step in steps if step.stage in (PAIRS, DPO.name)]
@@ -141,7 +148,8 @@ def read_pipeline(arguments: Sequence[str]) -> list[Step]:
 
 
 def _rounds(overrides: Sequence[Override]) -> str:
-    return next((str(each.input_line).partition("=")[2] for each in overrides if each.key_or_group == "rounds"), "1")
+    given = [str(each.input_line).partition("=")[2] for each in overrides if each.key_or_group == "rounds"]
+    return ["1", *given][-1]
 
 
 def _add_pairs(line: Line, steps: list[Step], stages: Sequence[str]) -> list[str]:
@@ -316,6 +324,8 @@ def _is_worse(step: Step, steps: Sequence[Step]) -> bool:
         Difference(last.policy, each.policy, score, paired(last.scores[score], each.scores[score]))
         for each, score in pairs
     ]
+    for each in changes:
+        say(f"round {step.round}: {each.score} since {each.first}: {each}")
     fell = [f"{each.score} fell since {each.first}, {each}" for each in changes if each.way < 0]
     if fell:
         say(f"round {step.round} is the last of {rounds}: {'; '.join(fell)}. The policy before it: {earlier[-1]}")
@@ -383,9 +393,22 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished], best_o
         read_command(_command(single, stage, (trained_first, stage))[0], list(STAGES)).config
         for stage in (online, trained_first)
     )
-    held_out = prepared(resolve(said).config).test
-    rows = held_out.rows if held_out is not None else ()
-    evaluate_into(resolve(asked, STAGES).config, policies, rows, best_of)
+    taught, compared = prepared(resolve(said).config), resolve(asked, STAGES).config
+    rows = taught.test.rows if taught.test is not None else ()
+    on = prepared(compared).test
+    if on is not None and (seen := asked_in_training(taught.train, on)):
+        warn(
+            f"{seen} of the {len(on.dataset)} held-out prompts are asked in rows that {trained_first} was trained on, "
+            "so the comparison is not of new questions; a column `split` (train or test) in both files keeps them apart"
+        )
+    evaluate_into(compared, policies, rows, best_of)
+
+
+def asked_in_training(trained: "Encoded", held_out: "Encoded") -> int:
+    """How many of the held-out prompts begin instruction rows; of a long file, some of its rows."""
+    rows = trained.bounded(LOOKED_AT).dataset.select_columns(["input_ids", "spans"])
+    asked = {tuple(row["input_ids"][: row["spans"][0]]) for row in rows if row["spans"]}
+    return sum(tuple(ids) in asked for ids in held_out.dataset["prompt_ids"])
 
 
 def _main(arguments: Sequence[str]) -> None:

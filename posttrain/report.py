@@ -70,11 +70,23 @@ def stage_folders(path: Path) -> list[Path]:
         return [path]
     found = [path / stage for stage in STAGES if (path / stage / MANIFEST).is_file()]
     later = [each.parent for stage in STAGES for each in path.glob(f"{stage}{ROUND}*/{MANIFEST}")]
-    found += sorted(later, key=lambda folder: int(folder.name.partition(ROUND)[2]))
+    for folder in sorted(later, key=lambda folder: int(folder.name.partition(ROUND)[2])):
+        stage, _, number = folder.name.partition(ROUND)
+        before = path / (f"{stage}{ROUND}{int(number) - 1}" if number != "2" else stage)
+        if before in found and _follows(folder, before):
+            found.append(folder)
+        else:
+            say(f"{folder} is left out: it did not start from {before} as that is now")
     found += [point.parent for stage in (*STAGES, ".") for point in sorted((path / stage).glob(f"*=*/{MANIFEST}"))]
     if not found:
         raise ConfigError(f"{path} is not a finished run (no {MANIFEST} of a stage in it or in its folders)")
     return found
+
+
+def _follows(folder: Path, before: Path) -> bool:
+    """Whether a stage has started from what another one made."""
+    start, made = _json(folder / MANIFEST)["inputs"]["model"]["weights"], _json(before / MANIFEST)["weights"]
+    return {*start.values()} <= {*made.values()}
 
 
 def _of_several(name: str) -> str:
@@ -181,7 +193,7 @@ def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Ru
     runs = []
     for (name, folder, manifest), values in zip(found, flat, strict=True):
         settings = {
-            key.removeprefix("config."): re.sub(r"\b(\w{8})[0-9a-f]{56}\b", r"\1", str(values.get(key)))[:LONGEST]
+            key.removeprefix("config."): re.sub(r"\b(\w{8})[0-9a-f]{56}\b", r"\1", _shown(values.get(key)))[:LONGEST]
             for key in keys
             if key.startswith(("config.", "data.", "code."))
         }
@@ -193,6 +205,10 @@ def _runs(named: Sequence[tuple[str, Path]], spec: StageSpec) -> list[several.Ru
             settings["data.sources"] = f"{files} {settings['data.sources']}"
         runs.append(several.Run(name, settings, manifest["metrics"], folder / "metrics.jsonl"))
     return runs
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
 def _compared(named: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[several.Group], list[str], list[Chart]]]:

@@ -132,7 +132,9 @@ def names_in(value: str) -> list[str]:
 
 
 def named_stages(overrides: Sequence[Override], known: Collection[str] = STAGES) -> list[str]:
-    """The stages that `stage=` or `stages=` names, in the order of those that are known; none where neither is given.
+    """The stages that `stage=` or `stages=` names, in the order of those that are known; none where neither is.
+
+    Of several the last one counts, as for other keys.
 
     Raises:
         ConfigError: one of them is unknown.
@@ -147,7 +149,7 @@ def named_stages(overrides: Sequence[Override], known: Collection[str] = STAGES)
             for name in names:
                 if name not in known:
                     raise ConfigError(one_of(override.key_or_group, name, list(known)))
-            named += names
+            named = names
     return [name for name in known if name in named]
 
 

@@ -48,12 +48,12 @@ METRICS = {
 }
 # what to look for in a chart
 SEE = {
-    "loss": "Both should fall. Held-out loss that turns up while training loss falls is overfitting.",
+    "loss": "It should fall. Held-out loss that turns up while training loss falls is overfitting.",
     "rewards/accuracies": "The share of pairs ranked as labelled; 50 % is chance.",
     "rewards/margins": "β times how much more likely liked completions have become than the others. It should rise.",
     "reward": "This is what is optimised. A rise counts as far as scores that are not trained on rise, too.",
     GOLD: "Not trained on. If it falls while the reward rises, the reward is over-optimised.",
-    "kl": "The distance that the reward has cost. A sudden jump is an unstable update.",
+    "kl": "How far the policy has gone from the reference. A sudden jump is an unstable update.",
     "response_length": "With a steady drift, the reward may be paying for length.",
     "entropy": "Near 0 completions hardly vary, and exploration has ended.",
     "explained_variance": "1: the critic predicts returns exactly. 0: no better than their mean.",

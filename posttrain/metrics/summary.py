@@ -58,7 +58,7 @@ def sentences(trained: Sequence[Trained], differences: Sequence[Difference]) -> 
     names = [each.name for each in trained]
     differences = [each for each in differences if name_of(each.policy) in names]  # best-of-N was not trained
     evaluated = {name_of(each.policy) for each in differences}
-    claims = [claim for each in trained if each.name not in evaluated for claim in _claims(each)]
+    claims = [claim for each in trained for claim in _claims(each, each.name in evaluated)]
     claims += map(_of_difference, sorted(differences, key=lambda each: each.score == REWARD))
     better, worse, same = ([claim.text for claim in claims if claim.way == way] for way in (1, -1, 0))
     return [
@@ -84,20 +84,24 @@ def of_points(one: Trained, points: Sequence[Group]) -> list[Sentence]:
 def _how(stage: Trained) -> str:
     spec = STAGES[stage.stage]
     unit = "prompts" if spec.is_online else spec.unit
-    rows, passes = f"{stage.rows:,} {unit}", f", {counted(f'{stage.epochs:.3g}', 'epoch')}" if stage.epochs else ""
+    rows = counted(stage.rows, unit.removesuffix("s"))
+    passes = f", {counted(f'{stage.epochs:.3g}', 'epoch')}" if stage.epochs else ""
     # sampled pairs are told from a file of the same name by their folder
     parts = [Path(source).parts[-2:] for source in stage.sources]
     files = ", ".join("/".join(each if each[0].startswith(PAIRS) else each[-1:]) for each in parts)
-    rewarded = f" with {stage.rewarded_by}" if stage.rewarded_by else ""
+    rewarded = f", rewarded by {stage.rewarded_by}" if stage.rewarded_by else ""
     return f"{stage.name} on {rows} of {files}{passes}{rewarded}"
 
 
-def _claims(stage: Trained) -> Iterator[Claim]:
-    """What a stage has changed by its own held-out numbers: those that a test speaks for, or else its headline."""
+def _claims(stage: Trained, is_evaluated: bool) -> Iterator[Claim]:
+    """What a stage has changed by its own held-out numbers: those that a test speaks for, or else its headline.
+
+    Of a stage whose policy `is_evaluated` beside others the evaluation has the former, of more prompts.
+    """
     metrics, spec = stage.metrics, STAGES[stage.stage]
     scores = [key.removesuffix("_better") for key in metrics if key.endswith("_better")]
     tested = [key for key in scores if key == REWARD or key.startswith(GOLD)]  # not those of the sets of data.eval
-    for key in sorted(tested, key=lambda key: key == REWARD):
+    for key in [] if is_evaluated else sorted(tested, key=lambda key: key == REWARD):
         before, after, words = before_and_after(key, metrics)
         words = words.replace(f"{NO_DIFFERENCE} (", "(")  # their sentence begins with it
         way = {"rose": 1, "fell": -1, NO_DIFFERENCE: 0}[change(key, metrics)]
@@ -106,7 +110,7 @@ def _claims(stage: Trained) -> Iterator[Claim]:
     key = spec.headline
     if tested or key not in metrics:
         return
-    rows = f" on {metrics['eval_rows']:,.0f} {spec.unit}" if metrics.get("eval_rows") else ""
+    rows = f" on {counted(int(metrics['eval_rows']), spec.unit.removesuffix('s'))}" if metrics.get("eval_rows") else ""
     before = with_interval(key, metrics, "_before")
     text = f"{stage.name}: {label(key)} {f'{before} → ' if before else ''}{with_interval(key, metrics)}{rows}"
     if f"{key}_low" in metrics:

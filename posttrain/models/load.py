@@ -69,8 +69,9 @@ def load_tokenizer(model: ModelConfig) -> tuple["PreTrainedTokenizerBase", list[
         ConfigError: it cannot be loaded, has no EOS token, or its chat template is locked by an earlier stage.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import cached_file
+    from transformers.utils import cached_file, logging
 
+    logging.disable_progress_bar()  # of loading what is on disk; downloads have one of their own
     folder = resolve_path(model)
     known: JsonObject = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
     notes = []

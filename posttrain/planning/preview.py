@@ -111,7 +111,7 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
     if stage.warmup_steps >= plan.steps:
         warn(
             f"stage.warmup_steps={stage.warmup_steps} is not below the {plan.steps} steps of the run: "
-            "the learning rate never reaches its value"
+            "the learning rate never reaches its value; lower it, or train for longer"
         )
     if config.model.dtype in ("bfloat16", "float16") and not config.model.use_peft:
         warn(

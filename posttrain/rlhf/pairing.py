@@ -15,9 +15,10 @@ from posttrain.rlhf.scoring import ScoredCompletion
 from posttrain.values import Fields
 
 FILES = {"pairs": "preferences.jsonl", "best": "instructions.jsonl"}  # what is kept of each prompt -> its file
-NO_REWARD, NO_END, SAME, LOW_MARGIN, GOLD = REASONS = (
+NO_REWARD, NO_END, LOW_REWARD, SAME, LOW_MARGIN, GOLD = REASONS = (
     "no answer has a reward",
     "no answer has an end",
+    "reward of the best too low",
     "all answers are the same",
     "margin too low",
     "worse by a gold function",
@@ -31,6 +32,7 @@ class PairsConfig:
     samples: int = 4
     keep: str = "pairs"
     min_margin: float = 0.5  # by Bradley-Terry the worse of such a pair is still preferred in 38 % of cases
+    min_reward: float | None = None
     gold_filter: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class PairsConfig:
             raise ConfigError(one_of("keep", self.keep, list(FILES)))
         if not 0 <= self.min_margin < math.inf:
             raise ConfigError(f"min_margin={self.min_margin:g} must be a number, at least 0")
+        if self.min_reward is not None and not math.isfinite(self.min_reward):
+            raise ConfigError(f"min_reward={self.min_reward:g} must be a number")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def choose(answers: Sequence[ScoredCompletion], config: PairsConfig, gold: Seque
     if not ended:
         return NO_END if scored else NO_REWARD
     best, worst = max(ended, key=reward_of), min(scored, key=reward_of)
+    if config.min_reward is not None and reward_of(best) < config.min_reward:
+        return LOW_REWARD
     found = Choice(best, worst, reward_of(best) - reward_of(worst))
     if config.keep == "best":
         return found

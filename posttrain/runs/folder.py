@@ -238,7 +238,7 @@ class RunFolder:
             foreign = [name for name in names if name.removesuffix(".part") not in BEFORE_THE_FIRST_STEP]
             if foreign:
                 raise ConfigError(
-                    f"{self.path} holds files that no run of posttrain wrote ({', '.join(foreign[:3])}); "
+                    f"{self.path} holds files that are not of one run ({', '.join(foreign[:3])}); "
                     f"choose {self.elsewhere}"
                 )
             return "new"
@@ -281,7 +281,8 @@ class RunFolder:
         """Do to a run that is here what `look` has found; where it is now, if it was moved aside."""
         if self._room == "clear":
             if (self.path / MANIFEST).is_file():
-                say(f"{self.path}: the finished run is deleted (overwrite=true)")
+                what = ", its model with it" if self.model.is_dir() else ""
+                say(f"{self.path}: the finished run is deleted{what} (overwrite=true)")
             self.clear()
         elif self._room == "move":
             aside = self.move_aside()

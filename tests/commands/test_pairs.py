@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,13 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     assert (done.code, "answered: " in done.out) == (0, True), done
     assert manifest(ANSWERED)["metrics"]["prompts"] == 35
     assert entry(pairs.main, *WORDS_OF_PAIRS, "move_aside=true").code == 0
+    shard = ANSWERED / "answers/00000000.jsonl"
+    whole = shard.read_text()
+    shard.write_text(whole.replace('"text": "', '"text": "edited '))
+    done = entry(pairs.main, *WORDS_OF_PAIRS, "min_margin=0", "move_aside=true")
+    assert (done.code, "answered: " in done.out) == (0, True), done
+    assert (shard.read_text(), "edited" in (ANSWERED / "preferences.jsonl").read_text()) == (whole, False)
+    assert entry(pairs.main, *WORDS_OF_PAIRS, "move_aside=true").code == 0
 
     # rejection sampling: the best alone, as rows of SFT
     done = entry(pairs.main, *WORDS_OF_PAIRS, "keep=best", "out=best")
@@ -123,6 +131,16 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
     by_prompt = {row["prompt"][-1]["content"]: row["completion"] for row in best}
     assert all(by_prompt[row["prompt"][-1]["content"]] == row["chosen"] for row in rows)
 
+    # and of these the good ones alone
+    rewards = sorted({vowels(row["completion"][-1]["content"]) for row in best})
+    done = entry(pairs.main, *WORDS_OF_PAIRS, "keep=best", "out=best", f"min_reward={rewards[-1]}", "move_aside=true")
+    assert done.code == 0, done
+    good = [row for row in best if vowels(row["completion"][-1]["content"]) == rewards[-1]]
+    assert read_rows("best/instructions.jsonl") == good
+    assert len(good) < len(best)
+    assert re.search(rf"reward of the best too low\W+{len(best) - len(good)}\b", done.out), done.out
+    assert "run_name=w-best" in done.out
+
     for words, said in (
         (("min_margin=1000", "out=none"), "no row can be made of the answers"),
         (("temperature=0.5", "out=none"), "stage.temperature was 1.0, now 0.5"),  # its answers are kept
@@ -130,13 +148,14 @@ def test_pairs_are_sampled_scored_and_known_again(entry: Posttrain, taught: Path
         (("out=outputs/w/sft", "overwrite=true"), "outputs/w/sft holds the model that is asked for"),
         (("samples=1",), "samples=1 must be at least 2"),
         (("samples=x",), "samples=x"),
+        (("keep=best", "min_margin=1"), "min_margin is about two answers"),
         (("keep=all",), "keep=all is not one of pairs, best"),
         (("sampels=2",), "sampels is unknown"),
         (("gold_filter=true",), "gold_filter=true asks the functions of eval_reward_functions"),
         (("policy=none/of/this",), "none/of/this: no such folder"),
         (("reward_functions=[]",), "needs a reward"),
         (("data.dataset_name=empty.jsonl",), "empty.jsonl"),
-        (("out=mine",), "mine holds files that no run of posttrain wrote"),
+        (("out=mine",), "mine holds files that are not of one run"),
     ):
         Path("mine").mkdir(exist_ok=True)
         Path("mine/notes.txt").write_text("keep")
@@ -207,6 +226,9 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
     assert given["pairs-round2"]["model"]["path"] == given["dpo-round2"]["model"]["path"] == "outputs/w/dpo"
     assert given["dpo-round2"]["reference"]["path"] == "outputs/w/sft"
     assert "dpo-round2: before and after" in done.out
+    assert re.search(r"[1-5] of the 5 held-out prompts are asked in rows that sft was", done.out), done.out
+    assert done.out.count(": vowels since outputs/w/sft: ") == 2
+    assert done.out.count("round 2: vowels since outputs/w/dpo: ") == 1
     assert (known["pairs"]["seed"], known["pairs-round2"]["seed"]) == (42, 43)
     assert [Path(source).parent.name for source in known["dpo-round2"]["data"]["sources"]] == ["pairs-round2"]
     assert known["dpo-round2"]["metrics"]["kl_before"] > 0 == known["dpo"]["metrics"]["kl_before"]
@@ -231,6 +253,9 @@ def test_rounds_follow_one_another_and_go_on_where_they_stopped(pipeline: Posttr
     assert other.out.count("already complete: ") == 3
     assert {each.name.rpartition("-")[0] for each in (run / "earlier").iterdir()} == {"pairs", "pairs-round2"}
     assert manifest(run / "pairs-round2")["pairs"]["min_margin"] == 0.1
+    made = run / "dpo/posttrain.json"
+    made.write_text(made.read_text().replace(known["dpo"]["weights"]["model.safetensors"], "0" * 64))
+    assert "DPO, round 2" not in write_report(run).read_text(), "it is of another DPO model"
 
 
 @pytest.mark.slow

@@ -6,14 +6,26 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT_PIPELINE, Posttrain, manifest, start, wait_for
+from datasets import Dataset
 
+from posttrain.data.prepared import Encoded
 from posttrain.errors import ConfigError
-from posttrain.pipeline import read_pipeline, with_what_came
+from posttrain.pipeline import asked_in_training, read_pipeline, with_what_came
 from posttrain.runs.checkpoint import MANIFEST
 
 
 def commands(*arguments: str) -> dict[str, list[str]]:
     return {step.stage: step.arguments for step in read_pipeline(list(arguments))}
+
+
+def test_held_out_prompts_that_were_trained_on_are_counted() -> None:
+    columns = {
+        "input_ids": [[1, 2, 3], [1, 4, 5], [6]],
+        "spans": [[2, 3], [1, 3], []],
+    }  # of the last nothing is learned
+    rows, asked = Dataset.from_dict(columns), Dataset.from_dict({"prompt_ids": [[1, 2], [6], [1], [1, 2, 3]]})
+    trained, held_out = (Encoded(each, None, 0, 0, 0) for each in (rows, asked))  # type: ignore[arg-type]
+    assert asked_in_training(trained, held_out) == 2
 
 
 def test_what_goes_to_which_stage(tmp_path: Path) -> None:
@@ -47,6 +59,7 @@ def test_what_goes_to_which_stage(tmp_path: Path) -> None:
         f"data.ptx={rows}" not in commands("recipes=quickstart", f"data.instructions={rows}", "ppo.data.ptx=a")["ppo"]
     )
     assert list(commands("stages=[dpo,sft]")) == ["sft", "dpo"]
+    assert list(commands("stages=[sft,reward]", "stages=[sft,dpo]")) == ["sft", "dpo"]  # the last, as of any key
     start = commands("model.model_name_or_path=posttrain/tiny")
     assert "model.model_name_or_path=posttrain/tiny" in start["sft"]
     assert not any("model_name_or_path" in argument for argument in start["dpo"])
@@ -97,6 +110,7 @@ REFUSED = {
     "a sweep over sft": (["-m", "sft.learning_rate=1e-3,1e-4"], "sweep it alone: posttrain run -m stage=sft"),
     "pairs": (["stages=[sft,reward,pairs,dpo]", "pairs.samples=1"], "samples=1 must be at least 2"),
     "rows of pairs": (["stages=[sft,reward,pairs,dpo]", "pairs.keep=best"], "pairs.keep=best makes no pairs"),
+    "options of nothing": (["stages=[sft,dpo]", "pairs.samples=3"], "pairs.samples=3: no pairs are sampled in stages="),
     "rounds of nothing": (["stages=[sft,dpo]", "rounds=2"], "needs stages=[…,pairs,dpo]"),
     "no rounds": (["stages=[sft,reward,pairs,dpo]", "rounds=0"], "rounds=0 must be a whole number from 1 to 99"),
     "far too many rounds": (

@@ -28,7 +28,7 @@ def test_wins_are_counted_by_scores_that_were_not_trained_on_and_by_the_reward_a
     trained, better, worse, same = map(str, sentences([SFT, PPO], list(differences(policies))))
     assert trained == (
         "Trained: gpt2 by sft on 450 rows of rows.jsonl, 20 epochs; "
-        "ppo on 450 prompts of prompts.jsonl, 1 epoch with the reward model of reward."
+        "ppo on 450 prompts of prompts.jsonl, 1 epoch, rewarded by the reward model of reward."
     )
     loss, style, reward = better.removeprefix("Better: ").split("; ")
     assert loss == f"sft: held-out loss 6.900 → 0.2600 ({UNTESTED})"  # two means alone
@@ -53,6 +53,17 @@ def test_a_stage_alone_is_judged_by_its_own_held_out_numbers() -> None:
     assert judged("dpo", accuracy=0.55, accuracy_low=0.45, accuracy_high=0.65) == ["No difference seen"]
     fell = {"gold/correct": 0.2, "gold/correct_before": 0.9, "gold/correct_better": 0, "gold/correct_worse": 9}
     assert judged("ppo", reward=1.0, reward_before=0.0, reward_better=9, reward_worse=0, **fell) == ["Better", "Worse"]
+
+
+def test_a_stage_that_is_evaluated_beside_others_keeps_its_own_headline() -> None:
+    own = {"accuracy": 0.1, "accuracy_low": 0.0, "accuracy_high": 0.3, "eval_rows": 1}
+    dpo = Trained("dpo", "dpo", "sft", 9, None, ["a"], "", own)
+    by = {"reward": paired([2.0], [1.0])}
+    found = differences([{"policy": "sft", "against_first": {}}, {"policy": "dpo", "against_first": by}])
+    _, better, worse, same = map(str, sentences([SFT, dpo], list(found)))
+    assert "reward" not in better
+    assert worse == "Worse: dpo: accuracy 10.0% (0.0% to 30.0%) on 1 pair, where chance is 50%."
+    assert same.startswith("No difference seen: dpo: the reward that is optimised 1.000 → 2.000")
 
 
 def test_a_sweep_names_its_best_and_its_worst_point_by_the_mean_of_its_seeds() -> None:

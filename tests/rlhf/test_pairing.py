@@ -7,7 +7,18 @@ import pytest
 from posttrain.data.formats import Prompt
 from posttrain.data.splits import TemplateInputs
 from posttrain.errors import ConfigError
-from posttrain.rlhf.pairing import GOLD, LOW_MARGIN, NO_END, NO_REWARD, SAME, Choice, PairsConfig, choose, row_of
+from posttrain.rlhf.pairing import (
+    GOLD,
+    LOW_MARGIN,
+    LOW_REWARD,
+    NO_END,
+    NO_REWARD,
+    SAME,
+    Choice,
+    PairsConfig,
+    choose,
+    row_of,
+)
 from posttrain.rlhf.scoring import ScoredCompletion
 
 BEST = PairsConfig(keep="best")
@@ -39,6 +50,8 @@ def test_what_makes_no_pair_and_why() -> None:
     assert choose([answer("a", None), answer(" ", 1.0)], PairsConfig()) == NO_REWARD
     assert choose([A._replace(ended=False), B._replace(ended=False)], PairsConfig()) == NO_END
     assert choose([A, A, A], PairsConfig()) == SAME
+    assert choose([B, A, C], PairsConfig(min_reward=A.scores["reward"] + 0.01)) == LOW_REWARD
+    assert chosen(choose([B, A, C], PairsConfig(min_reward=A.scores["reward"])))[0] == "a"
     assert choose([A, B], PairsConfig(min_margin=0.8)) == LOW_MARGIN
     assert chosen(choose([A, B], PairsConfig(min_margin=0.75)))[2] == 0.75
     assert choose([A, A._replace(text="also a")], PairsConfig(min_margin=0)) == LOW_MARGIN
@@ -73,7 +86,10 @@ def test_a_row_has_what_its_readers_need_and_nothing_that_they_would_mistake() -
     assert row_of(prompt, found, BEST) == {**shared, "completion": said}
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 1}, {"keep": "all"}, {"min_margin": -1.0}, {"min_margin": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"samples": 1}, {"keep": "all"}, {"min_margin": -1.0}, {"min_margin": float("nan")}, {"min_reward": float("nan")}],
+)
 def test_settings_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         dataclasses.replace(PairsConfig(), **wrong)  # type: ignore[arg-type]

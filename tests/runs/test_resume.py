@@ -303,7 +303,7 @@ def test_a_folder_of_something_else_is_refused(posttrain: Posttrain, rows: Path)
     (SFT / "model" / "theirs.txt").write_text("theirs")
     done = posttrain(*arguments(rows))
     assert done.code == 2, done
-    assert "holds files that no run of posttrain wrote (model)" in done.err
+    assert "holds files that are not of one run (model)" in done.err
     assert (SFT / "model" / "theirs.txt").read_text() == "theirs"
     shutil.rmtree("outputs")
     Path("outputs").write_text("a file")
