@@ -70,7 +70,7 @@ from posttrain.rlhf.pairing import reward_of
 from posttrain.rlhf.scoring import RewardModel, RewardScorer
 from posttrain.runs.checkpoint import write_atomically
 from posttrain.runs.folder import EARLIER, MANIFEST, read_json
-from posttrain.stages.base import PANEL_SIZE, check_length, data_sources, prepare_rows
+from posttrain.stages.base import PANEL_SIZE, StageData, check_length, data_sources, prepare_rows
 from posttrain.stages.reward import score_pairs
 
 if TYPE_CHECKING:
@@ -201,12 +201,15 @@ def compare(
     return done
 
 
+def asked_prompts(config: Config) -> StageData:
+    """The prompts of a configuration, as its model reads them."""
+    tokenizer, _ = load_tokenizer(config.model)
+    return prepare_rows(config, tokenizer, data_sources(config), prompts, PromptEncoding, _stage(config).max_new_tokens)
+
+
 def _prompts(config: Config, all_rows: bool) -> list[Prompt]:
     """The held-out prompts of a configuration, or all of them, which are not too long for its model."""
-    config = replace(config, data=replace(config.data, test_size=0.0)) if all_rows else config
-    tokenizer, _ = load_tokenizer(config.model)
-    new_tokens = _stage(config).max_new_tokens
-    data = prepare_rows(config, tokenizer, data_sources(config), prompts, PromptEncoding, new_tokens)
+    data = asked_prompts(replace(config, data=replace(config.data, test_size=0.0)) if all_rows else config)
     held_out = data.prepared.test if all_rows else data.test
     parts = [*([data.train] if all_rows else []), *([held_out] if held_out is not None else [])]
     if not parts:

@@ -372,7 +372,7 @@ def main() -> None:
 
 def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished], best_of: int = 1) -> None:
     """Put the policies side by side on held-out prompts, where there are any."""
-    from posttrain.evaluate import evaluate_into
+    from posttrain.evaluate import asked_prompts, evaluate_into
     from posttrain.train import prepared
 
     folders = {each.stage: str(each.folder) for each in done if each.metrics}
@@ -389,13 +389,13 @@ def evaluate_pipeline(arguments: Sequence[str], done: Sequence[Finished], best_o
         say(f"no evaluation: name prompts to compare on with data.{prompts}=<source>")
         return
     single = [override for override in overrides if not override.is_sweep_override()]
-    asked, said = (
+    compared, said = (
         read_command(_command(single, stage, (trained_first, stage))[0], list(STAGES)).config
         for stage in (online, trained_first)
     )
-    taught, compared = prepared(resolve(said).config), resolve(asked, STAGES).config
+    taught, compared = prepared(resolve(said).config), resolve(compared, STAGES).config
     rows = taught.test.rows if taught.test is not None else ()
-    on = prepared(compared).test
+    on = asked_prompts(compared).test
     if on is not None and (seen := asked_in_training(taught.train, on)):
         warn(
             f"{seen} of the {len(on.dataset)} held-out prompts are asked in rows that {trained_first} was trained on, "
