@@ -85,8 +85,8 @@ def stage_folders(path: Path) -> list[Path]:
 
 def _follows(folder: Path, before: Path) -> bool:
     """Whether a stage has started from what another one made."""
-    start, made = _json(folder / MANIFEST)["inputs"]["model"]["weights"], _json(before / MANIFEST)["weights"]
-    return {*start.values()} <= {*made.values()}
+    start, made = _json(folder / MANIFEST)["inputs"]["model"]["weights"], _json(before / MANIFEST)
+    return {*start.values()} <= {*made["weights"].values(), *made.get("adapter_weights", {}).values()}
 
 
 def _of_several(name: str) -> str:
