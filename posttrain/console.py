@@ -45,9 +45,10 @@ TRACE = "HYDRA_FULL_ERROR"
 traces = False  # whether the user asked for tracebacks
 
 
-def counted(number: int | str, unit: str) -> str:
-    """The number, already written out or not, and its unit, which has an s unless there is one of it."""
-    return f"{number if isinstance(number, str) else format(number, ',')} {unit}{'' if str(number) == '1' else 's'}"
+def counted(number: float, unit: str, written: str = ",") -> str:
+    """The number, formatted, and its unit, which has an s unless the number is shown as 1."""
+    shown = format(number, written)
+    return f"{shown} {unit}" if shown == "1" else f"{shown} {unit}s"
 
 
 def is_main_process() -> bool:

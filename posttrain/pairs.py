@@ -72,7 +72,7 @@ from posttrain.rlhf.pairing import (
     row_of,
 )
 from posttrain.rlhf.scoring import RewardScorer, ScoredCompletion, score_name
-from posttrain.runs.checkpoint import write_atomically
+from posttrain.runs.checkpoint import file_hashes, write_atomically
 from posttrain.runs.folder import ANSWERS, IDENTITY, RunFolder, changes, locked, read_json, read_lines, sha256_of
 from posttrain.stages.base import data_sources, prepare_rows
 from posttrain.stages.online import check_rewards
@@ -155,20 +155,21 @@ def sample_pairs(
     # 3. choose, and only then call it finished
     made, metrics, lost = on_main_process(lambda: _choose(path / ANSWERS, rows, scorer, chosen))
     means = [(label, f"{metrics[key]:.3g}") for key, label in MEANS.items() if key in metrics]
-    show_table("pairs", ("what became of the prompts", ""), [*lost, ("rows", f"{len(made):,}"), *means])
+    low = f"margin below min_margin={chosen.min_margin:g}" if chosen.min_margin else "best and worst have one reward"
+    told = [(low if why == LOW_MARGIN else why, f"{count:,}") for why, count in lost.items()]
+    show_table("pairs", ("what became of the prompts", ""), [*told, ("rows", f"{len(made):,}"), *means])
     if not made:
         raise DataError(
-            f"{path}: no row can be made of the answers ({', '.join(f'{why}: {count}' for why, count in lost)}); "
-            + ", or ".join(dict.fromkeys(_remedy(why, chosen) for why, _ in lost))
+            f"{path}: no row can be made of the answers ({', '.join(f'{why}: {count}' for why, count in told)}); "
+            + ", or ".join(dict.fromkeys(_remedy(why, chosen) for why in lost))
         )
     file = path / FILES[chosen.keep]
     if is_main_process():
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in made)
         write_atomically(file, "".join(f"{line}\n" for line in lines))
         manifest = manifest_of(resolved, sources, data, identity, metrics)
-        answers = {each.name: sha256_of(each) for each in sorted((path / ANSWERS).glob("*.jsonl"))}
-        own = {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}, ANSWERS: answers}
-        folder.finish(manifest | own)
+        own = {"stage": PAIRS, PAIRS: asdict(chosen), "files": {file.name: sha256_of(file)}}
+        folder.finish(manifest | own | {ANSWERS: file_hashes(path / ANSWERS)})
     say(f"rows: {file}")
     return metrics
 
@@ -179,13 +180,9 @@ def _remedy(why: str, config: PairsConfig) -> str:
         NO_REWARD: "look at the reward",
         NO_END: "let answers be longer (max_new_tokens=)",
         LOW_REWARD: f"lower min_reward={config.min_reward}",
-        _low(config): f"lower min_margin={config.min_margin:g}" if config.min_margin else MORE,
+        LOW_MARGIN: f"lower min_margin={config.min_margin:g}" if config.min_margin else MORE,
         GOLD: "leave gold_filter=true out",
     }.get(why, MORE)
-
-
-def _low(config: PairsConfig) -> str:
-    return f"margin below min_margin={config.min_margin:g}" if config.min_margin else "best and worst have one reward"
 
 
 def _sample(
@@ -218,13 +215,12 @@ def _sample(
 def _take_over(earlier: RunFolder, answers: Path) -> None:
     """Begin with the answers of a run that was moved aside, of which others may be chosen now; not with edited ones."""
     known = (earlier.manifest() or {}).get(ANSWERS, {})
-    files = [earlier.path / ANSWERS / name for name in known]
-    whole = [file for file in files if file.is_file() and sha256_of(file) == known[file.name]]
+    whole = [name for name, found in file_hashes(earlier.path / ANSWERS).items() if known.get(name) == found]
     if not whole:
         return
     answers.mkdir()
-    for file in whole:
-        write_atomically(answers / file.name, file.read_text(encoding="utf-8"))
+    for name in whole:
+        write_atomically(answers / name, (earlier.path / ANSWERS / name).read_text(encoding="utf-8"))
     say(f"answers: those of {earlier.path}")
 
 
@@ -250,7 +246,7 @@ def _answers(file: Path, count: int) -> list[list[ScoredCompletion]]:
 
 def _choose(
     folder: Path, rows: Sequence[Prompt], scorer: RewardScorer, config: PairsConfig
-) -> tuple[list[dict[str, object]], dict[str, float], list[tuple[str, str]]]:
+) -> tuple[list[dict[str, object]], dict[str, float], dict[str, int]]:
     """The rows that are made, their numbers, and how many prompts make none and why."""
     shards = {folder / _shard(start): len(rows[start : start + SHARD]) for start in range(0, len(rows), SHARD)}
     answered = [answers for file, count in shards.items() for answers in _answers(file, count)]
@@ -266,8 +262,7 @@ def _choose(
         for end, answers in sides.items():
             values = [value for each in answers if (value := each.scores.get(score)) is not None]
             metrics |= {f"{score}{end}": fmean(values)} if values else {}
-    names = {reason: reason for reason in REASONS} | {LOW_MARGIN: _low(config)}
-    return made, metrics, [(names[reason], f"{why[reason]:,}") for reason in REASONS if why[reason]]
+    return made, metrics, {reason: why[reason] for reason in REASONS if why[reason]}
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ from posttrain.metrics.comparison import Difference, before_and_after, paired
 from posttrain.models.resolve import data_required, resolve
 from posttrain.report import write_report
 from posttrain.rlhf.pairing import FILES, PairsConfig
-from posttrain.runs.folder import MANIFEST, ROUND, RunFolder, locked, run_path
+from posttrain.runs.folder import MANIFEST, ROUND, RunFolder, locked, of_round, run_path
 
 if TYPE_CHECKING:
     from posttrain.data.prepared import Encoded
@@ -81,7 +81,7 @@ class Step:
     @property
     def folder(self) -> Path:
         """Where its result goes; a later round's beside the first one's."""
-        return run_path(self.config).with_name(self.stage + (f"{ROUND}{self.round}" if self.round > 1 else ""))
+        return run_path(self.config).with_name(of_round(self.stage, self.round))
 
 
 def read_pipeline(arguments: Sequence[str]) -> list[Step]:

@@ -36,7 +36,7 @@ from posttrain.metrics.report_card import FIT
 from posttrain.metrics.samples import collect
 from posttrain.paths import PACKAGE
 from posttrain.runs.checkpoint import write_atomically
-from posttrain.runs.folder import IDENTITY, MANIFEST, ROUND, changes, read_json
+from posttrain.runs.folder import IDENTITY, MANIFEST, ROUND, changes, of_round, read_json
 from posttrain.values import JsonObject
 
 FILE = "report.html"
@@ -72,7 +72,7 @@ def stage_folders(path: Path) -> list[Path]:
     later = [each.parent for stage in STAGES for each in path.glob(f"{stage}{ROUND}*/{MANIFEST}")]
     for folder in sorted(later, key=lambda folder: int(folder.name.partition(ROUND)[2])):
         stage, _, number = folder.name.partition(ROUND)
-        before = path / (f"{stage}{ROUND}{int(number) - 1}" if number != "2" else stage)
+        before = path / of_round(stage, int(number) - 1)
         if before in found and _follows(folder, before):
             found.append(folder)
         else:
@@ -85,8 +85,12 @@ def stage_folders(path: Path) -> list[Path]:
 
 def _follows(folder: Path, before: Path) -> bool:
     """Whether a stage has started from what another one made."""
-    start, made = _json(folder / MANIFEST)["inputs"]["model"]["weights"], _json(before / MANIFEST)
-    return {*start.values()} <= {*made["weights"].values(), *made.get("adapter_weights", {}).values()}
+    return {*_json(folder / MANIFEST)["inputs"]["model"]["weights"].values()} <= _made(_json(before / MANIFEST))
+
+
+def _made(manifest: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """The hashes of all weights that a stage has made."""
+    return {*manifest["weights"].values(), *manifest.get("adapter_weights", {}).values()}
 
 
 def _of_several(name: str) -> str:
@@ -137,7 +141,6 @@ def _stage(folder: Path, number: int, has_curves: bool) -> JsonObject:
         if card
         else [],
         "has_curves": has_curves,
-        "adapters": manifest.get("adapter_weights", {}).values(),
         "card": card,
         "warnings": list(dict.fromkeys(warnings)),
         "settings": [
@@ -156,7 +159,7 @@ def _lineage(stages: Sequence[JsonObject]) -> list[Node]:
     """Every stage below the model that it started from, known by its weights; the points of a sweep are one."""
     roots: dict[str, Node] = {}
     nodes: dict[str, Node] = {}
-    made = {each["anchor"]: {*each["manifest"]["weights"].values(), *each["adapters"]} for each in stages}
+    made = {each["anchor"]: _made(each["manifest"]) for each in stages}
     titles = {each["anchor"]: each["title"] for each in stages}
 
     def maker(weights: Mapping[str, str]) -> str:

@@ -85,7 +85,7 @@ def _how(stage: Trained) -> str:
     spec = STAGES[stage.stage]
     unit = "prompts" if spec.is_online else spec.unit
     rows = counted(stage.rows, unit.removesuffix("s"))
-    passes = f", {counted(f'{stage.epochs:.3g}', 'epoch')}" if stage.epochs else ""
+    passes = f", {counted(stage.epochs, 'epoch', '.3g')}" if stage.epochs else ""
     # sampled pairs are told from a file of the same name by their folder
     parts = [Path(source).parts[-2:] for source in stage.sources]
     files = ", ".join("/".join(each if each[0].startswith(PAIRS) else each[-1:]) for each in parts)
@@ -103,10 +103,10 @@ def _claims(stage: Trained, is_evaluated: bool) -> Iterator[Claim]:
     tested = [key for key in scores if key == REWARD or key.startswith(GOLD)]  # not those of the sets of data.eval
     for key in [] if is_evaluated else sorted(tested, key=lambda key: key == REWARD):
         before, after, words = before_and_after(key, metrics)
-        words = words.replace(f"{NO_DIFFERENCE} (", "(")  # their sentence begins with it
         way = {"rose": 1, "fell": -1, NO_DIFFERENCE: 0}[change(key, metrics)]
         optimised = f" (which {spec.title} optimises)" if key == REWARD else ""
-        yield Claim(f"{stage.name}: {label(key)}{optimised} {before} → {after}{', ' if way else ' '}{words}", way)
+        found = f", {words}" if way else words.removeprefix(NO_DIFFERENCE)  # with which their sentence begins
+        yield Claim(f"{stage.name}: {label(key)}{optimised} {before} → {after}{found}", way)
     key = spec.headline
     if tested or key not in metrics:
         return

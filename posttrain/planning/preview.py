@@ -90,8 +90,8 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
     for note in plan.notes:
         say(note)
     say(
-        f"batch: {stage.batch_size} per device × {plan.accumulation} accumulation × {processes} "
-        f"{'device' if processes == 1 else 'devices'} = {plan.batch} {plan.unit} per update"
+        f"batch: {stage.batch_size} per device × {plan.accumulation} accumulation × "
+        f"{counted(processes, 'device')} = {plan.batch} {plan.unit} per update"
     )
     if data.test is not None:
         bound = f" (data.max_eval_rows={config.data.max_eval_rows})" if config.data.max_eval_rows is not None else ""
@@ -102,7 +102,7 @@ def show_plan(config: Config, data: StageData, processes: int, rows: int, traina
     if config.trainer.get("max_steps", -1) > 0:
         say(f"steps: {plan.steps:,} (trainer.max_steps={config.trainer['max_steps']})")
     else:
-        say(f"steps: {plan.steps:,} ({counted(f'{stage.num_epochs:g}', 'epoch')} of {plan.steps_per_epoch:,})")
+        say(f"steps: {plan.steps:,} ({counted(stage.num_epochs, 'epoch', 'g')} of {plan.steps_per_epoch:,})")
     if trainable is not None:
         some, all_of_them = trainable
         say(f"trainable parameters: {some:,} of {all_of_them:,} ({some / all_of_them:.1%})")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Config, ModelConfig
 from posttrain.config.stages import OnlineStage, PPOStage
-from posttrain.console import say
+from posttrain.console import counted, say
 from posttrain.models.generate import by_length, pad_right
 from posttrain.models.load import hub_config, load_causal_lm, load_reward_model, load_tokenizer
 from posttrain.models.resolve import beside, input_hashes, naming, parent_of, resolve_path, weight_hashes
@@ -152,5 +152,5 @@ def print_roles(config: Config, reward: RewardSource | None, path: str) -> None:
             f"reward model = {reward.path}, {'an adapter on the same base' if shared else 'frozen'}"
             + ("" if shared or not lora else " (trained with LoRA from the same SFT model, it would share the base)")
         )
-    lines.append(f"{models} {'model' if models == 1 else 'models'} in memory")
+    lines.append(f"{counted(models, 'model')} in memory")
     say("\n".join(lines))

@@ -374,6 +374,11 @@ class RunFolder:
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
+def of_round(stage: str, number: int) -> str:
+    """The name of a stage's folder in a round of a pipeline."""
+    return f"{stage}{ROUND}{number}" if number > 1 else stage
+
+
 def _of_sweeps(entry: Path) -> bool:
     return entry.name in OF_SWEEPS or "=" in entry.name  # a point, or the lock beside it
 
